@@ -1,0 +1,288 @@
+"""How fast is decoding: plain generate, a static cache under Inductor, and vericache, on the demo model?
+
+Prints a table and writes benchmarks/results/decode-<machine>.json. Sides are interleaved in one process, medians are
+reported, and every run's tokens are compared. Compile times come from fresh processes with cold caches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+
+from vericache_compile import demo_model_path, stats
+
+CASES = ((1, 4096), (1, 7500), (4, 4096))
+PLAIN, STATIC, OURS, LOW = "plain", "static cache, Inductor", "vericache", "vericache, bfloat16 draft"
+SIDES = (PLAIN, STATIC, OURS, LOW)
+NEW = 128
+
+
+class Clock:
+    """A logits processor that notes when each token's logits arrive."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.times.append(time.perf_counter())
+        return scores
+
+    @property
+    def per_token(self) -> float:
+        """Mean seconds per decoded token; the first token is prefill's."""
+        return (self.times[-1] - self.times[0]) / (len(self.times) - 1)
+
+
+def load() -> Any:
+    """The demo model in float32; greedy runs never stop early."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(demo_model_path(), dtype=torch.float32).eval()
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 2
+    return model
+
+
+def document(batch: int, tokens: int) -> dict[str, torch.Tensor]:
+    """Rows of a text that ships with Python: {input_ids, attention_mask} [batch, tokens]."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(demo_model_path())
+    ids = tokenizer(inspect.getsource(argparse), return_tensors="pt").input_ids[0]
+    rows = torch.stack([ids.roll(-200 * b)[:tokens] for b in range(batch)])
+    return {"input_ids": rows, "attention_mask": torch.ones_like(rows)}
+
+
+def compile_side(model: Any, side: str, options: dict[str, Any]) -> None:
+    """Set the model up for one side."""
+    model._compiled_call_impl = None
+    if side in (OURS, LOW):
+        model.compile(backend="vericache", options=options | ({"draft_dtype": "bfloat16"} if side == LOW else {}))
+    elif side != PLAIN:
+        model.compile()
+
+
+def run(
+    model: Any, side: str, inputs: dict[str, torch.Tensor], count: int, compiled: dict[str, Any]
+) -> tuple[float, torch.Tensor]:
+    """(seconds per token, tokens) of one generate call."""
+    model._compiled_call_impl = compiled[side]
+    more = {"cache_implementation": "static"} if side == STATIC else {}
+    clock = Clock()
+    out = model.generate(**inputs, max_new_tokens=count, do_sample=False, logits_processor=[clock], **more)
+    return clock.per_token, out
+
+
+def measure(
+    model: Any, batch: int, tokens: int, options: dict[str, Any], repeats: int, sides: list[str]
+) -> dict[str, Any]:
+    """One case: medians per side and whether all tokens were the plain ones."""
+    inputs = document(batch, tokens)
+    compiled = {}
+    for side in sides:
+        compile_side(model, side, options)
+        compiled[side] = model._compiled_call_impl
+        run(model, side, inputs, 20, compiled)
+    seconds: dict[str, list[float]] = {side: [] for side in sides}
+    identical = dict.fromkeys(sides, True)
+    rounds: dict[str, dict[str, Any]] = {}
+    readings: dict[str, dict[str, Any]] = {}
+    for _ in range(repeats):
+        reference = None
+        for side in sides:
+            per_token, out = run(model, side, inputs, NEW, compiled)
+            seconds[side].append(per_token)
+            reference = out if reference is None else reference
+            identical[side] &= torch.equal(out, reference)
+            if side in (OURS, LOW):
+                now = stats(model)
+                rounds[side] = per_round(readings.get(side), now, batch)
+                readings[side] = now
+    medians = {side: statistics.median(values) for side, values in seconds.items()}
+    return {
+        "batch": batch,
+        "prompt_tokens": tokens,
+        "new_tokens": NEW,
+        "ms_per_step": {side: 1e3 * value for side, value in medians.items()},
+        "all_ms_per_step": {side: [1e3 * v for v in values] for side, values in seconds.items()},
+        "speedup_over_plain": {side: medians[PLAIN] / value for side, value in medians.items()},
+        "identical": identical,
+        "rounds": rounds,
+    }
+
+
+def per_round(before: dict[str, Any] | None, after: dict[str, Any], batch: int) -> dict[str, Any]:
+    """What one side's rounds did between two readings of its statistics (from the start when there is no first)."""
+
+    def grown(*path: str) -> float:
+        first: Any = before
+        last: Any = after
+        for name in path:
+            first, last = None if first is None else first[name], last[name]
+        return float(last - (first or 0))
+
+    rounds = grown("rounds")
+    return {
+        "tokens_per_round": grown("served_rows") / rounds / batch,
+        "draft_step_ms": 1e3 * batch * grown("seconds", "draft") / grown("drafted"),
+        "verify_ms": 1e3 * grown("seconds", "verify") / rounds,
+        "bytes": after["bytes"],
+    }
+
+
+FIRST_CALL = """
+import sys, time, torch
+sys.path.insert(0, {here!r})
+from decode import compile_side, document, load
+model, inputs = load(), document(1, 512)
+model.generate(**inputs, max_new_tokens=8, do_sample=False)
+plain = time.perf_counter()
+model.generate(**inputs, max_new_tokens=40, do_sample=False)
+plain = time.perf_counter() - plain
+compile_side(model, {side!r}, {options!r})
+first = time.perf_counter()
+model.generate(**inputs, max_new_tokens=40, do_sample=False{more})
+print(time.perf_counter() - first, plain)
+"""
+
+
+def first_call(side: str, options: dict[str, Any]) -> dict[str, float]:
+    """Seconds of the first generate call (512-token prompt, 40 tokens) in a fresh process with empty caches."""
+    more = ', cache_implementation="static"' if side == STATIC else ""
+    program = FIRST_CALL.format(here=str(Path(__file__).parent), side=side, options=options, more=more)
+    with tempfile.TemporaryDirectory() as cold:
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cold, "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+        done = subprocess.run(
+            [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+        )
+    seconds, plain = (float(x) for x in done.stdout.split()[-2:])
+    return {"seconds": seconds, "plain_seconds": plain}
+
+
+def served_row(model: Any, options: dict[str, Any]) -> dict[str, float]:
+    """Median milliseconds of a call answered from held rows, and of one into a backend that does nothing."""
+    inputs = document(1, 512)
+
+    def times(backend: Callable[..., Any] | str, **more: Any) -> float:
+        torch._dynamo.reset()
+        model._compiled_call_impl = None
+        model.compile(backend=backend, **more)
+        cache, ids, seen = transformers.DynamicCache(config=model.config), inputs["input_ids"], []
+        with torch.no_grad():
+            for _ in range(80):
+                began = time.perf_counter()
+                out = model(input_ids=ids, past_key_values=cache)
+                seen.append(time.perf_counter() - began)
+                ids = out.logits[:, -1:].argmax(-1)
+        return 1e3 * statistics.median(seen[20:])
+
+    def hollow(graph: torch.fx.GraphModule, example: list[Any]) -> Callable[..., Any]:
+        return _returns_at_once(graph)
+
+    return {"vericache_ms": times("vericache", options=options), "empty_backend_ms": times(hollow)}
+
+
+def _returns_at_once(graph: torch.fx.GraphModule) -> Callable[..., Any]:
+    """Runs prefill for real and then answers each decode step with ready-made tensors: Dynamo's own overhead."""
+    node = next(iter(graph.graph.find_nodes(op="output")))
+    fakes = [n.meta["example_value"] for n in node.args[0]]
+
+    def call(*inputs: Any) -> list[torch.Tensor]:
+        if any(isinstance(x, torch.Tensor) and x.dim() == 4 for x in inputs):
+            past = next(x.shape[2] for x in inputs if isinstance(x, torch.Tensor) and x.dim() == 4) + 1
+            return [
+                torch.zeros(()).expand([past if i == 2 and f.dim() == 4 else int(s) for i, s in enumerate(f.shape)])
+                for f in fakes
+            ]
+        return graph(*inputs)
+
+    return call
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were taken on."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        name = next(
+            (line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")),
+            name,
+        )
+    return {
+        "device": name,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def show(report: dict[str, Any], console: Console) -> None:
+    """Print the table."""
+    table = Table(
+        title=f"{report['machine']['device']}, {report['machine']['threads']} threads, float32, ms per decode step"
+    )
+    for column in ("batch x prompt", *report["sides"], "tokens per round", "identical"):
+        table.add_column(column)
+    for case in report["cases"]:
+        steps, faster = case["ms_per_step"], case["speedup_over_plain"]
+        table.add_row(
+            f"{case['batch']} x {case['prompt_tokens']}",
+            *(f"{steps[side]:.1f} ({faster[side]:.2f}x)" if side in steps else "" for side in report["sides"]),
+            " / ".join(f"{found['tokens_per_round']:.1f}" for found in case["rounds"].values()),
+            "yes" if all(case["identical"][side] for side in case["rounds"]) else "NO",
+        )
+    console.print(table)
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--keep", type=float, default=0.25)
+    parser.add_argument(
+        "--cases", nargs="*", default=[f"{b}x{t}" for b, t in CASES], help="batch x prompt tokens, as 1x4096"
+    )
+    parser.add_argument("--static-cases", nargs="*", default=["1x4096"], help="cases that the static cache runs too")
+    parser.add_argument("--no-first-call", action="store_true", help="leave the compile times out")
+    parser.add_argument("--out", type=Path, help="where the JSON goes")
+    arguments = parser.parse_args()
+    console = Console(stderr=True)
+    options = {"compressor": "snapkv", "keep": arguments.keep}
+    model = load()
+    report: dict[str, Any] = {"machine": machine(), "options": options, "sides": list(SIDES), "cases": []}
+    for case in arguments.cases:
+        batch, tokens = (int(part) for part in case.split("x"))
+        with console.status(f"batch {batch}, prompt of {tokens} tokens"):
+            torch._dynamo.reset()
+            sides = [side for side in SIDES if side != STATIC or case in arguments.static_cases]
+            report["cases"].append(measure(model, batch, tokens, options, arguments.repeats, sides))
+        show(report, console)
+    with console.status("served rows"):
+        report["served_row"] = served_row(model, options)
+    if not arguments.no_first_call:
+        with console.status("first calls in fresh processes"):
+            report["first_call"] = {side: first_call(side, options) for side in (STATIC, OURS)}
+    label = "".join(c if c.isalnum() else "-" for c in report["machine"]["device"]).strip("-").lower()
+    out = arguments.out or Path(__file__).parent / "results" / f"decode-{label}.json"
+    out.parent.mkdir(exist_ok=True)
+    out.write_text(json.dumps(report, indent=2) + "\n")
+    show(report, Console())
+    print(json.dumps({k: report[k] for k in ("served_row", "first_call") if k in report}, indent=2))
+    print(f"written to {out}")
+
+
+if __name__ == "__main__":
+    main()

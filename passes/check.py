@@ -1,0 +1,59 @@
+"""What a legal program is, after each pass; raises AssertionError naming the pass and the node."""
+
+from __future__ import annotations
+
+from vericache_compile.ops import ATTEND
+from vericache_compile.passes.expand_window import find_expanded, find_gemms
+from vericache_compile.passes.program import Program, returned
+from vericache_compile.plan import SegmentedProgram
+
+
+def check(program: Program, after: str) -> None:
+    """Lint every graph and check the invariants that hold after the pass `after`."""
+    for name, module in {"captured": program.captured, **program.variants}.items():
+        if module is not None:
+            module.graph.lint()
+            assert returned(module), f"after {after}: {name} returns nothing"
+    _check_sites(program, after)
+    if after == "expand_window":
+        _check_gemms(program)
+    if after == "partition":
+        _check_segments(program)
+    if after == "lower":
+        for segmented in program.segmented.values():
+            _check_slots(segmented)
+
+
+def _check_sites(program: Program, after: str) -> None:
+    for mode, module in program.variants.items():
+        layers = [node.args[8] for node in module.graph.nodes if node.target is ATTEND]
+        assert layers == list(range(len(program.sites))), f"after {after}: {mode} attends at layers {layers}"
+
+
+def _check_gemms(program: Program) -> None:
+    """Verify has as many GEMMs as draft, and none reads a weight that was expanded over the window."""
+    draft, verify = (find_gemms(program.variants[mode]) for mode in ("draft", "verify"))
+    assert len(draft) == len(verify), f"{len(draft)} GEMMs in draft, {len(verify)} in verify"
+    for node in find_expanded(program.variants["verify"]):
+        raise AssertionError(f"{node.name} reads an operand that is expanded")
+
+
+def _check_segments(program: Program) -> None:
+    for mode, segments in program.segments.items():
+        expected = len(program.sites) + 1
+        assert len(segments) == expected, f"{mode} has {len(segments)} segments, expected {expected}"
+        for i, segment in enumerate(segments):
+            segment.module.graph.lint()
+            attends = [node.name for node in segment.module.graph.nodes if node.target is ATTEND]
+            assert not attends, f"segment {i} of {mode} attends at {attends}"
+
+
+def _check_slots(program: SegmentedProgram) -> None:
+    """Every slot is filled before it is read, and not read after it is dead."""
+    filled = {program.tokens, program.positions, *(slot for slot, *_ in program.weights)}
+    for i, step in enumerate(program.steps):
+        missing = set(step.inputs) - filled
+        assert not missing, f"step {i} of {program.mode} reads slots {sorted(missing)}, which hold nothing"
+        filled = (filled | set(step.outputs)) - set(step.dead)
+    missing = set(program.outputs) - filled
+    assert not missing, f"{program.mode} returns slots {sorted(missing)}, which hold nothing"

@@ -1,0 +1,144 @@
+"""Run part of a captured graph on concrete inputs, so that what it computes can be proved rather than guessed.
+
+A scene is one decode call: how many columns are cached, and each row's left padding. What masks and positions may
+depend on is exactly that; anything else among their inputs raises UnsupportedGraph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.fx import Interpreter, Node
+
+from vericache_compile.passes.program import Program, ancestors, example, is_weight, unsupported
+
+if TYPE_CHECKING:
+    import sympy
+
+LONGEST = 1 << 22
+"""Constants up to this many columns are taken for lengths at which a mask or position may change its rule."""
+FIX = "compute it from the past length and the padding mask alone"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Concrete inputs of a decode call: columns already cached, and left padding per row."""
+
+    past: int
+    pads: tuple[int, ...]
+
+    def mask(self, like: Tensor) -> Tensor:
+        """The padding mask [B, past + 1] in the type and on the device of `like`."""
+        columns = torch.arange(self.past + 1)
+        return (columns >= torch.tensor(self.pads)[:, None]).to(like.dtype).to(like.device)
+
+
+def scenes(program: Program, nodes: Sequence[Node]) -> list[Scene]:
+    """Scenes that tell a rule from its look-alikes.
+
+    Besides a few fixed lengths they reach past every constant that `nodes` are computed with: a window, chunk or
+    clamp that begins to bite at 4,096 columns is seen at 4,099.
+    """
+    lengths = [5, 9, 70, 1000, *(c + 3 for c in sorted(set(_constants(nodes))) if 5 < c <= LONGEST)]
+    none = (0,) * program.batch
+    if program.found_roles.mask is None:
+        return [Scene(past, none) for past in lengths]
+    stepped = tuple(3 * b % 5 for b in range(program.batch))
+    padded = (stepped, stepped[::-1], (4,) * program.batch)
+    return [Scene(5, none), *(Scene(past, padded[i % 3]) for i, past in enumerate(lengths))]
+
+
+def _constants(nodes: Sequence[Node]) -> Iterator[int]:
+    """Integers among the arguments and symbolic sizes that nodes are computed with."""
+    for node in ancestors(nodes):
+        value = example(node)
+        if isinstance(value, torch.SymInt):
+            yield from (abs(int(atom)) for atom in value.node.expr.atoms() if atom.is_Integer)
+        held: list[Any] = []
+        torch.fx.node.map_aggregate((node.args, node.kwargs), held.append)
+        yield from (abs(int(x)) for x in held if isinstance(x, (int, float)) and abs(x) <= LONGEST)
+
+
+def bind_symbols(program: Program, past: int) -> dict[sympy.Symbol, int]:
+    """Values for the graph's symbolic sizes when `past` columns are cached."""
+    roles = program.found_roles
+    nodes = program.placeholders
+    env: dict[sympy.Symbol, int] = {}
+
+    def bind(size: Any, value: int) -> None:
+        if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
+            env.setdefault(size.node.expr, value)
+
+    for index in (roles.tokens, roles.positions, roles.mask):
+        if index is not None:
+            bind(example(nodes[index]).shape[0], program.batch)
+    for cached in program.cached:
+        bind(example(cached).shape[0], program.batch)
+        bind(example(cached).shape[2], past)
+    if roles.mask is not None:
+        bind(example(nodes[roles.mask]).shape[1], past + 1)
+    return env
+
+
+def batch_symbols(program: Program) -> set[sympy.Symbol]:
+    """The graph's symbolic sizes that are the batch."""
+    return {symbol for symbol, value in bind_symbols(program, -1).items() if value == program.batch}
+
+
+def concrete(size: Any, env: Mapping[sympy.Symbol, int]) -> int:
+    """A size as an int: symbols from `env`, any other from the hint that Dynamo saw."""
+    if isinstance(size, torch.SymInt):
+        expression = size.node.expr.subs(env)
+        return int(expression) if expression.is_number else int(size.node.hint)
+    return int(size)
+
+
+def reads_data(node: Node, cached: set[Node]) -> bool:
+    """Whether a node reads what a cache tensor holds, rather than its shape."""
+    return isinstance(example(node), Tensor) and any(i in cached for i in node.all_input_nodes)
+
+
+def evaluate(program: Program, nodes: Sequence[Node], scene: Scene) -> list[Any]:
+    """Values of `nodes` in a scene; raises UnsupportedGraph when they depend on anything else."""
+    env = bind_symbols(program, scene.past)
+    cached = program.cached
+    needed = set(ancestors(nodes))
+    interpreter = Interpreter(program.module)
+    for node in program.module.graph.nodes:
+        if node not in needed:
+            continue
+        if reads_data(node, cached):
+            raise _depends("cached keys or values", node)
+        if node.op == "placeholder":
+            interpreter.env[node] = _input(program, node, scene, env)
+            continue
+        try:
+            interpreter.env[node] = interpreter.run_node(node)
+        except (RuntimeError, IndexError, ValueError) as error:
+            raise unsupported(
+                f"a mask or position that fails at {scene.past} cached columns ({error})", node, FIX
+            ) from error
+    return [interpreter.env[node] for node in nodes]
+
+
+def _input(program: Program, node: Node, scene: Scene, env: Mapping[sympy.Symbol, int]) -> Any:
+    """An input's value in a scene: lengths and the padding mask; of cached keys and values only the shape counts."""
+    roles = program.found_roles
+    value, index = example(node), program.placeholders.index(node)
+    if isinstance(value, torch.SymInt):
+        return concrete(value, env)
+    if index == roles.mask:
+        return scene.mask(value)
+    if node not in program.cached:
+        names = {roles.tokens: "tokens", roles.positions: "given positions"}
+        raise _depends("weights" if is_weight(node) else names.get(index, "an input that it does not know"), node)
+    shape = [concrete(size, env) for size in value.shape]
+    return torch.empty([1] * len(shape), dtype=value.dtype, device=value.device).expand(shape)
+
+
+def _depends(what: str, node: Node) -> Exception:
+    return unsupported(f"a mask or position that depends on {what}", node, FIX)

@@ -1,0 +1,129 @@
+"""Cut a variant at its attention sites into segments, and find which segments are the same program.
+
+    s0 | attend 0 | s1 | attend 1 | ... | sL      s1 ... s(L-1) of a decoder differ only in their inputs: one artefact
+
+A node goes to the segment after the last attention it depends on; what depends on weights alone is repeated in each
+segment that reads it. Inputs are numbered in the order of first use, so that equal layers get equal keys.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from vericache_compile.ops import ATTEND
+from vericache_compile.passes.program import Program, SegmentGraph, placeholders
+
+
+def partition(program: Program) -> int:
+    """Fill `program.segments[mode]`; returns the number of distinct segments over all variants."""
+    for mode, variant in program.variants.items():
+        program.segments[mode] = cut(variant)
+    return len({segment.key for segments in program.segments.values() for segment in segments})
+
+
+def cut(variant: GraphModule) -> list[SegmentGraph]:
+    """Segments of a variant in order; attention i runs between segments i and i + 1. A segment may be empty."""
+    level = _levels(variant)
+    free = _weight_only(variant)
+    sites = sum(node.target is ATTEND for node in variant.graph.nodes)
+    members: list[list[Node]] = [[] for _ in range(sites + 1)]
+    for node in variant.graph.nodes:
+        if node.op in ("call_function", "get_attr") and node.target is not ATTEND and node not in free:
+            members[level[node]].append(node)
+    return [_segment(variant, nodes, [n for n in nodes if _is_needed(n, level)], free) for nodes in members]
+
+
+def _levels(variant: GraphModule) -> dict[Node, int]:
+    """For each node the number of the segment in which all that it reads is there."""
+    level: dict[Node, int] = {}
+    sites = 0
+    for node in variant.graph.nodes:
+        sites += node.target is ATTEND
+        level[node] = sites if node.target is ATTEND else max((level[i] for i in node.all_input_nodes), default=0)
+    return level
+
+
+def _weight_only(variant: GraphModule) -> set[Node]:
+    """Computed nodes that depend on weights and constants alone, and that only segments read."""
+    free: set[Node] = set()
+    for node in variant.graph.nodes:
+        known = (i in free or (i.op == "placeholder" and not i.meta.get("role")) for i in node.all_input_nodes)
+        if node.op in ("call_function", "get_attr") and not any(map(_is_seam, node.users)) and all(known):
+            free.add(node)
+    return free
+
+
+def _is_seam(node: Node) -> bool:
+    """Whether a node reads values from outside of any segment."""
+    return node.op == "output" or node.target is ATTEND
+
+
+def _is_needed(node: Node, level: dict[Node, int]) -> bool:
+    """Whether a node is read by an attention, by a later segment, or returned."""
+    return any(_is_seam(user) or level[user] != level[node] for user in node.users)
+
+
+def _segment(variant: GraphModule, nodes: list[Node], outputs: list[Node], free: set[Node]) -> SegmentGraph:
+    graph = Graph()
+    node_of: dict[Node, Node] = {}
+    inputs: list[Node] = []
+
+    def bring(node: Node) -> Node:
+        if node not in node_of:
+            if node in free:
+                node_of[node] = graph.node_copy(node, bring)
+            else:
+                inputs.append(node)
+                node_of[node] = _placeholder(graph, node, len(inputs))
+        return node_of[node]
+
+    for node in nodes:
+        node_of[node] = graph.node_copy(node, bring)
+    graph.output(tuple(node_of[n] for n in outputs))
+    _placeholders_first(graph)
+    module = GraphModule(variant, graph)
+    return SegmentGraph(module, tuple(inputs), tuple(outputs), structure_key(module))
+
+
+def _placeholder(graph: Graph, node: Node, number: int) -> Node:
+    made = graph.placeholder(f"in_{number}")
+    made.meta["val"] = node.meta["val"]
+    return made
+
+
+def _placeholders_first(graph: Graph) -> None:
+    """Placeholders in order of creation, before all other nodes."""
+    first = next(node for node in graph.nodes if node.op != "placeholder")
+    for node in list(graph.nodes):
+        if node.op == "placeholder":
+            first.prepend(node)
+
+
+def structure_key(module: GraphModule) -> str:
+    """A digest of operators, arguments, shapes, strides, types and devices: equal keys run the same program."""
+    number = {node: i for i, node in enumerate(module.graph.nodes)}
+    lines = [_describe(node.meta["val"]) for node in placeholders(module)]
+    for node in module.graph.nodes:
+        args = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: f"%{number[n]}")
+        lines.append(f"{node.op} {node.target if node.op == 'call_function' else ''} {args}")
+        if node.op == "get_attr":
+            lines.append(_describe_constant(getattr(module, str(node.target))))
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{value.dtype} {tuple(value.shape)} {value.stride()} {value.device}"
+    return str(value)
+
+
+def _describe_constant(value: object) -> str:
+    """A constant tensor by its bytes, a nested graph by its code."""
+    if isinstance(value, torch.Tensor):
+        held = value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+        return f"{_describe(value)} {hashlib.sha256(held).hexdigest()}"
+    assert isinstance(value, GraphModule), f"a constant of type {type(value).__name__}"
+    return value.code

@@ -1,0 +1,90 @@
+"""The ordered passes, and run(): run each, lint, check, log what it did."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch.fx import GraphModule
+
+from vericache_compile.passes.bind_scalars import bind_scalars
+from vericache_compile.passes.check import check
+from vericache_compile.passes.expand_window import expand_window
+from vericache_compile.passes.find_attention import find_attention
+from vericache_compile.passes.find_roles import find_roles
+from vericache_compile.passes.lift_positions import lift_positions
+from vericache_compile.passes.lower import lower
+from vericache_compile.passes.partition import partition
+from vericache_compile.passes.program import Compiled, Program, copy_module
+from vericache_compile.passes.prove_mask import prove_mask
+from vericache_compile.passes.spell_products import spell_products
+from vericache_compile.passes.split_modes import is_decode, split_captured, split_modes
+from vericache_compile.plan import CapturedPlan, DecodePlan
+
+log = logging.getLogger(__name__)
+
+Pass = Callable[[Program], int]
+FIND: tuple[Pass, ...] = (bind_scalars, find_roles, find_attention, split_captured)
+"""What every captured graph goes through."""
+
+
+def decode_passes(inductor: bool, draft_dtype: torch.dtype | None = None) -> tuple[Pass, ...]:
+    """The passes that make draft and verify of a decode step, in order."""
+    return (
+        prove_mask,
+        lift_positions,
+        split_modes,
+        expand_window,
+        partial(spell_products, inductor=inductor, draft_dtype=draft_dtype),
+        partition,
+        partial(lower, inductor=inductor),
+    )
+
+
+def run(program: Program, passes: tuple[Pass, ...]) -> None:
+    """Run passes in order; after each, lint and check the program."""
+    for each in passes:
+        name = each.func.__name__ if isinstance(each, partial) else getattr(each, "__name__", str(each))
+        count = each(program)
+        check(program, name)
+        log.debug("%s: %d", name, count)
+
+
+def plan_capture(
+    module: GraphModule,
+    batch: int,
+    window: int,
+    inductor: bool,
+    compiled: dict[str, Compiled],
+    scalars: dict[int, float] | None = None,
+    draft_dtype: torch.dtype | None = None,
+) -> CapturedPlan | DecodePlan:
+    """Run the pipeline on a captured graph; raises UnsupportedGraph where a graph cannot be taken.
+
+    `compiled` holds compiled segments by structure and is added to; `scalars` are the values of scalar
+    inputs; `draft_dtype` is the type that draft reads weights in (None: as they are).
+    """
+    program = Program(copy_module(module), batch, window, scalars or {}, compiled)
+    run(program, FIND)
+    captured = _captured_plan(program)
+    if not is_decode(program):
+        return captured
+    run(program, decode_passes(inductor, draft_dtype))
+    return DecodePlan(
+        captured=captured,
+        draft=program.segmented["draft"],
+        verify=program.segmented["verify"],
+        window=window,
+        logits=program.logits,
+        position_rule=program.position_rule,
+        position_limit=program.position_limit,
+    )
+
+
+def _captured_plan(program: Program) -> CapturedPlan:
+    assert program.captured is not None, "split_captured has not run"
+    sites = tuple(nodes.site for nodes in program.sites)
+    past = any(site.past is not None for site in sites)
+    return CapturedPlan(program.captured, program.found_roles, sites, tuple(program.outputs), past)

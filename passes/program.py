@@ -1,0 +1,196 @@
+"""The working state of the pipeline: one captured graph on its way to variants, segments and a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+
+from vericache_compile.errors import UnsupportedGraph
+from vericache_compile.plan import Output, OutputRole, Roles, SegmentedProgram, Site
+
+Compiled = Callable[[list[Tensor]], Sequence[Tensor]]
+IN_PLACE = {"iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "setitem"}
+"""Operators that change their first argument; functions and methods that do so end in an underscore."""
+
+
+@dataclass(frozen=True)
+class SiteNodes:
+    """The nodes of one attention site in the captured graph."""
+
+    site: Site
+    attention: Node
+    query: Node
+    key: Node
+    value: Node
+    """This call's keys and values, before they are appended to the cache."""
+    mask: Node | None
+
+
+@dataclass(frozen=True)
+class SegmentGraph:
+    """One segment: its own graph, and which nodes of the variant it reads and makes."""
+
+    module: GraphModule
+    inputs: tuple[Node, ...]
+    outputs: tuple[Node, ...]
+    key: str
+    """Equal keys run the same program."""
+
+
+@dataclass
+class Program:
+    """A captured graph (our own copy) and all that passes have found out and made of it."""
+
+    module: GraphModule
+    batch: int
+    """Rows of the batch that variants are made for."""
+    window: int
+    scalars: dict[int, float] = field(default_factory=dict)
+    """Values of the inputs that hold one float."""
+    compiled: dict[str, Compiled] = field(default_factory=dict)
+    """Compiled segments by structure, shared with every capture of the same model."""
+    roles: Roles | None = None
+    sites: list[SiteNodes] = field(default_factory=list)
+    outputs: list[OutputRole] = field(default_factory=list)
+    position_rule: str = "given"
+    position_nodes: list[Node] = field(default_factory=list)
+    position_limit: int | None = None
+    captured: GraphModule | None = None
+    """The graph as captured, handing new keys and values to a store."""
+    variants: dict[str, GraphModule] = field(default_factory=dict)
+    segments: dict[str, list[SegmentGraph]] = field(default_factory=dict)
+    segmented: dict[str, SegmentedProgram] = field(default_factory=dict)
+
+    @property
+    def found_roles(self) -> Roles:
+        """Roles, once find_roles has run."""
+        assert self.roles is not None, "find_roles has not run"
+        return self.roles
+
+    @property
+    def placeholders(self) -> list[Node]:
+        """Graph inputs in order."""
+        return placeholders(self.module)
+
+    @property
+    def returned(self) -> list[Any]:
+        """What the graph returns, flat, in order."""
+        return returned(self.module)
+
+    @property
+    def cached(self) -> set[Node]:
+        """Inputs that hold cached keys and values, once find_attention has run."""
+        inputs = self.placeholders
+        return {inputs[i] for nodes in self.sites for i in nodes.site.past or ()}
+
+    @property
+    def rows(self) -> list[int]:
+        """Outputs that are rows of the model's result, once find_attention has run."""
+        kinds = (Output.LOGITS, Output.ROWS)
+        return [i for i, role in enumerate(self.outputs) if role.kind in kinds]
+
+    @property
+    def logits(self) -> int:
+        """Which of the rows holds the logits."""
+        return [self.outputs[i].kind for i in self.rows].index(Output.LOGITS)
+
+
+def placeholders(module: GraphModule) -> list[Node]:
+    """Inputs of a graph in order."""
+    return [node for node in module.graph.nodes if node.op == "placeholder"]
+
+
+def output_node(module: GraphModule) -> Node:
+    """The graph's single output node."""
+    node: Node
+    [node] = (node for node in module.graph.nodes if node.op == "output")
+    return node
+
+
+def returned(module: GraphModule) -> list[Any]:
+    """What a graph returns, flat, in order."""
+    value = output_node(module).args[0]
+    return list(value) if isinstance(value, (tuple, list)) else [value]
+
+
+def copy_graph(module: GraphModule) -> tuple[Graph, dict[Node, Node]]:
+    """A copy of a module's graph, and which node of it stands for which of the original."""
+    graph, node_of = Graph(), dict[Node, Node]()
+    graph.output(graph.graph_copy(module.graph, node_of))
+    return graph, node_of
+
+
+def copy_module(module: GraphModule) -> GraphModule:
+    """A copy whose graph can be changed; parameters and submodules are shared, node metadata is kept."""
+    copied = GraphModule(module, copy_graph(module)[0])
+    copied.meta.update(module.meta)
+    return copied
+
+
+def example(node: Node) -> Any:
+    """The fake value that Dynamo recorded for a node (None where it recorded none)."""
+    return node.meta.get("example_value", node.meta.get("val"))
+
+
+def is_weight(node: Node) -> bool:
+    """Whether a graph input is a parameter or buffer of the model."""
+    return "_dynamo_static_input_type" in node.meta.get("tensor_dict", {}) or isinstance(
+        example(node), torch.nn.Parameter
+    )
+
+
+def target_name(node: Node) -> str:
+    """The name of the function or method that a node calls."""
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
+def mutates(node: Node) -> bool:
+    """Whether a node changes its first argument in place."""
+    name = target_name(node)
+    if node.op == "call_function" and getattr(node.target, "__module__", "") == "_operator":
+        return name in IN_PLACE
+    is_call = node.op in ("call_function", "call_method")
+    return is_call and (name.strip("_") in IN_PLACE or (name.endswith("_") and not name.endswith("__")))
+
+
+def row_width(value: object) -> int:
+    """Columns of a returned tensor of rows [batch, tokens, columns]; 0 for anything else."""
+    fake = example(value) if isinstance(value, Node) else None
+    if not isinstance(fake, Tensor) or fake.dim() != 3 or not fake.is_floating_point():
+        return 0
+    return int(fake.shape[-1])
+
+
+def source_line(node: Node) -> str:
+    """The user's source line that a node came from (for an input: that first reads it), for messages."""
+    kind = "input" if node.op == "placeholder" else "node"
+    where = next(iter(node.users), node) if node.op == "placeholder" else node
+    lines = [line.strip() for line in str(where.meta.get("stack_trace") or "").splitlines() if line.strip()]
+    files = [i for i, line in enumerate(lines) if line.startswith("File ")]
+    if not files:
+        return f"{kind} {node.name}"
+    last = files[-1]
+    code = lines[last + 1] if last + 1 < len(lines) else ""
+    return f"{kind} {node.name}, {lines[last]}: {code}"
+
+
+def unsupported(found: str, node: Node | None, fix: str) -> UnsupportedGraph:
+    """An UnsupportedGraph that names the node and the user's source line."""
+    return UnsupportedGraph(found, source_line(node) if node is not None else "the captured graph", fix)
+
+
+def ancestors(nodes: Sequence[Node]) -> Iterator[Node]:
+    """The given nodes and all that they depend on, each once."""
+    seen: set[Node] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            yield node
+            stack.extend(node.all_input_nodes)

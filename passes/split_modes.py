@@ -1,0 +1,156 @@
+"""One captured graph becomes the variants that run: captured, and for a decode step draft and verify.
+
+Before                                              After, `captured`
+    k = cat([past_k, k_new]); v = ...                   the same, and store.append(layer, q, k_new, v_new) at each site;
+    o = scaled_dot_product_attention(q, k, v)           returns the row outputs only
+    return v, k, logits                             After, `draft` and `verify` (decode steps only)
+                                                        o = vericache.attend(q, k_new, v_new, past_k, past_v,
+                                                                             lengths, pads, scale, layer)
+                                                        reads tokens, positions, lengths, pads; no mask, no past length
+
+Inputs that a variant adds carry their name in `meta["role"]`; those it keeps, their index in `meta["captured_input"]`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from vericache_compile.ops import ATTEND
+from vericache_compile.passes.evaluate import batch_symbols, bind_symbols, concrete
+from vericache_compile.passes.program import (
+    Program,
+    SiteNodes,
+    copy_graph,
+    example,
+    mutates,
+    output_node,
+    unsupported,
+)
+
+LEADING = ("tokens", "positions", "lengths", "pads")
+"""Inputs that come before all others: tokens and positions [B, 1], lengths and pads [B] (int64)."""
+MAPPED = LEADING[:2]
+"""Those of them that differ over a window."""
+
+
+def is_decode(program: Program) -> bool:
+    """Whether the graph is one decode step: one token per row over a cache of any length."""
+    inputs = program.placeholders
+    if program.found_roles.tokens_per_call != 1 or any(nodes.site.past is None for nodes in program.sites):
+        return False
+    cached = [example(inputs[i]) for nodes in program.sites for i in nodes.site.past or ()]
+    return all(isinstance(value.shape[2], torch.SymInt) for value in cached)
+
+
+def split_captured(program: Program) -> int:
+    """Make the `captured` variant; returns the number of sites that hand their keys and values to the store."""
+    graph, node_of = copy_graph(program.module)
+    with graph.inserting_before(next(iter(graph.nodes))):
+        store = graph.placeholder("store")
+    for nodes in program.sites:
+        with graph.inserting_after(node_of[nodes.attention]):
+            parts = (node_of[n] for n in (nodes.query, nodes.key, nodes.value))
+            graph.call_method("append", (store, nodes.site.layer, *parts))
+    program.captured = GraphModule(program.module, graph)
+    _return_rows(program, program.captured, node_of)
+    return len(program.sites)
+
+
+def split_modes(program: Program) -> int:
+    """Make the `draft` and `verify` variants of a decode step; returns the number of sites in both."""
+    _refuse_odd_rows(program)
+    for mode in ("draft", "verify"):
+        program.variants[mode] = _canonical(program)
+    return 2 * len(program.sites)
+
+
+def _canonical(program: Program) -> GraphModule:
+    graph, node_of = copy_graph(program.module)
+    tokens = program.placeholders[program.found_roles.tokens]
+    with graph.inserting_before(next(iter(graph.nodes))):
+        leading = {name: _leading(graph, name, program.batch, example(tokens).device) for name in LEADING}
+    node_of[tokens].replace_all_uses_with(leading["tokens"])
+    for nodes in program.sites:
+        _replace_attention(program, node_of, nodes, leading)
+    for original in program.position_nodes:
+        _replace_position(program, node_of[original], leading["positions"])
+    module = GraphModule(program.module, graph)
+    _return_rows(program, module, node_of)
+    graph.eliminate_dead_code(lambda node: node.is_impure() or mutates(node))
+    _drop_unused_inputs(program, module, node_of)
+    return module
+
+
+def _leading(graph: Graph, name: str, batch: int, device: torch.device) -> Node:
+    node = graph.placeholder(name)
+    shape = (batch, 1) if name in MAPPED else (batch,)
+    node.meta.update(role=name, example_value=torch.zeros(shape, dtype=torch.int64, device=device))
+    return node
+
+
+def _replace_attention(program: Program, node_of: dict[Node, Node], nodes: SiteNodes, leading: dict[str, Node]) -> None:
+    inputs = program.placeholders
+    past = [node_of[inputs[i]] for i in nodes.site.past or ()]
+    attention = node_of[nodes.attention]
+    parts = [node_of[n] for n in (nodes.query, nodes.key, nodes.value)]
+    cache = (*past, leading["lengths"], leading["pads"])
+    with attention.graph.inserting_before(attention):
+        call = attention.graph.call_function(ATTEND, (*parts, *cache, nodes.site.scale, nodes.site.layer))
+    call.meta.update(attention.meta)
+    attention.replace_all_uses_with(call)
+
+
+def _replace_position(program: Program, node: Node, positions: Node) -> None:
+    """Positions [B, 1], given the rank of the node that they replace."""
+    rank = example(node).dim()
+    assert rank > 1 or program.batch == 1, f"{node.name} is one position for all rows of a batch"
+    shaped = positions
+    if rank != 2:
+        shape = (1,) * rank if rank < 2 else (program.batch, *(1,) * (rank - 1))
+        with node.graph.inserting_after(positions):
+            shaped = node.graph.call_method("view", (positions, shape))
+    node.replace_all_uses_with(shaped)
+
+
+def _return_rows(program: Program, module: GraphModule, node_of: dict[Node, Node]) -> None:
+    output_node(module).args = (tuple(node_of[program.returned[i]] for i in program.rows),)
+    module.recompile()
+
+
+def _refuse_odd_rows(program: Program) -> None:
+    """Rows are handed out one sequence at a time, so each must start with the batch."""
+    env = bind_symbols(program, 1)
+    for index in program.rows:
+        node = program.returned[index]
+        if [concrete(size, env) for size in example(node).shape[:1]] != [program.batch]:
+            raise unsupported("an output without one row per sequence", node, "return tensors [batch, ...]")
+
+
+def _drop_unused_inputs(program: Program, module: GraphModule, node_of: dict[Node, Node]) -> None:
+    """Remove inputs that nobody reads; what is still read must be understood."""
+    for index, original in enumerate(program.placeholders):
+        node = node_of[original]
+        if not node.users:
+            module.graph.erase_node(node)
+            continue
+        if reason := _not_understood(program, index, node):
+            raise unsupported(reason, node, "pass position_ids, and nothing else that varies with the past")
+        node.meta["captured_input"] = index
+    module.recompile()
+
+
+def _not_understood(program: Program, index: int, node: Node) -> str | None:
+    """Why a variant may not read a captured input (None where it may)."""
+    value = example(node)
+    if isinstance(value, torch.SymInt):
+        known = value.node.expr in batch_symbols(program)
+        return None if known else "the past length in a computation other than positions and masks"
+    if program.placeholders[index] in program.cached:
+        known = all(user.target is ATTEND for user in node.users)
+        return None if known else "cached keys or values in a computation other than attention"
+    if index == program.found_roles.mask:
+        return "the padding mask in a computation other than attention and positions"
+    if index not in program.found_roles.weights:
+        return "an input that is neither weight, token, position, mask nor cache"
+    return None if not any(mutates(user) for user in node.users) else "a weight or buffer that changes in place"

@@ -1,0 +1,98 @@
+"""Attention over the full cache in fixed blocks (verify), and over the compressed cache (draft).
+
+Verify's bits must not depend on where a round starts: keys are taken in blocks of 256 columns anchored at column 0,
+each block is attended on its own, and blocks are merged in order. A block that a row cannot see adds exactly zero.
+
+Shapes: B batch, H query heads, K KV heads, G = H / K, W window, D head size, E value head size, N blocks.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BLOCK = 256
+
+
+def attend_full(q: Tensor, keys: Tensor, values: Tensor, starts: list[int], pads: list[int], scale: float) -> Tensor:
+    """q [B, H, W, D] of tokens at columns starts[b] + (0..W-1), keys [B, K, C, D], values [B, K, C, E] (C a multiple of
+    BLOCK, written up to starts[b] + W). Row b sees columns from pads[b] up to its own. Returns [B, H, W, E]."""
+    out = q.new_empty((q.shape[0], q.shape[1], q.shape[2], values.shape[3]))
+    for b, (start, pad) in enumerate(zip(starts, pads, strict=True)):
+        out[b] = _attend_row(q[b], keys[b], values[b], start, pad, scale)
+    return out
+
+
+def _attend_row(q: Tensor, keys: Tensor, values: Tensor, start: int, pad: int, scale: float) -> Tensor:
+    heads, window, size = q.shape
+    groups = keys.shape[0]
+    folded = q.reshape(groups, heads // groups * window, size)
+    first, last = pad // BLOCK, (start + window - 1) // BLOCK + 1
+    plain_from, plain_to = -(-pad // BLOCK), (start + 1) // BLOCK
+    parts: list[tuple[Tensor, Tensor]] = []
+    for begin, end in ((first, min(plain_from, last)), (plain_from, plain_to), (max(plain_to, plain_from), last)):
+        if begin < end:
+            masked = end > plain_to or begin < plain_from
+            mask = _window_mask(q, begin, end, start, pad, heads // groups) if masked else None
+            parts.append(_attend_blocks(folded, keys, values, begin, end, mask, scale))
+    return _merge(torch.cat([o for o, _ in parts]), torch.cat([s for _, s in parts])).view(heads, window, -1)
+
+
+def _window_mask(q: Tensor, begin: int, end: int, start: int, pad: int, group: int) -> Tensor:
+    """Additive mask [N, 1, G * W, BLOCK] for blocks begin..end: large but finite where hidden, so nothing is NaN."""
+    window = q.shape[1]
+    column = torch.arange(begin * BLOCK, end * BLOCK, device=q.device)
+    own = start + torch.arange(window, device=q.device)
+    hidden = (column > own[:, None]) | (column < pad)
+    mask = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device).masked_fill_(hidden, torch.finfo(q.dtype).min)
+    return (
+        mask.view(1, window, end - begin, BLOCK)
+        .expand(group, -1, -1, -1)
+        .reshape(group * window, end - begin, BLOCK)
+        .transpose(0, 1)
+        .unsqueeze(1)
+    )
+
+
+def _attend_blocks(
+    q: Tensor, keys: Tensor, values: Tensor, begin: int, end: int, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attend from q [K, G * W, D] to each block on its own: outputs [N, K, G * W, E] and log-sum-exp [N, K, G * W]."""
+    count = end - begin
+    k, v = (
+        x[:, begin * BLOCK : end * BLOCK].view(x.shape[0], count, BLOCK, x.shape[2]).transpose(0, 1)
+        for x in (keys, values)
+    )
+    spread = q.unsqueeze(0).expand(count, *q.shape)
+    if q.device.type == "cpu" and k.shape[-1] == v.shape[-1]:
+        if mask is not None:
+            mask = mask.expand(count, q.shape[0], -1, -1)
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(spread, k, v, attn_mask=mask, scale=scale)
+        return out, lse
+    scores = torch.matmul(spread, k.transpose(-1, -2)).float() * scale
+    if mask is not None:
+        scores = scores + mask
+    lse = torch.logsumexp(scores, dim=-1)
+    return torch.matmul((scores - lse.unsqueeze(-1)).exp().to(v.dtype), v), lse
+
+
+def _merge(out: Tensor, lse: Tensor) -> Tensor:
+    """Blocks' outputs [N, K, R, E] and log-sum-exps [N, K, R] into [K, R, E], in block order."""
+    share = (lse - lse.amax(dim=0)).exp_().unsqueeze(-1)
+    total = share[0].clone()
+    merged = out[0].to(share.dtype) * share[0]
+    for i in range(1, out.shape[0]):
+        merged.addcmul_(out[i].to(share.dtype), share[i])
+        total += share[i]
+    return merged.div_(total).to(out.dtype)
+
+
+def attend_compressed(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """One token per row over its compressed cache: q [B, H, 1, D], keys [B, K, S, D], values [B, K, S, E], additive
+    mask [B, 1, 1, S] or None. Returns [B, H, 1, E]. The group is folded into the query rows, so K/V are read once."""
+    batch, heads, _, size = q.shape
+    groups = keys.shape[1]
+    folded = q.reshape(batch, groups, heads // groups, size)
+    out = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask, scale=scale)
+    return out.reshape(batch, heads, 1, values.shape[3])

@@ -1,0 +1,69 @@
+"""Walks a segmented program: compiled segments in order, attention between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from vericache_compile.plan import SegmentedProgram
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""(layer, q [B, H, T, D], k [B, K, T, D], v [B, K, T, E]) -> [B, H, T, E]"""
+
+
+class WeightCasts:
+    """Copies of weights in the type that draft reads; made once, and again when a weight was changed in place."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[int, torch.Size], tuple[int, Tensor]] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all copies."""
+        return sum(copy.nbytes for _, copy in self._held.values())
+
+    def get(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """The copy of a weight."""
+        version = 0 if weight.is_inference() else weight._version
+        key = (weight.data_ptr(), weight.shape)
+        held = self._held.get(key)
+        if held is None or held[0] != version or held[1].dtype != dtype:
+            with torch.inference_mode(False):
+                held = (version, weight.detach().to(dtype))
+            self._held[key] = held
+        return held[1]
+
+
+def bind_weights(program: SegmentedProgram, inputs: Sequence[Tensor], casts: WeightCasts) -> list[Tensor | None]:
+    """Slots of a program with the weights of a captured call in place."""
+    slots: list[Tensor | None] = [None] * program.slots
+    for slot, index, dtype in program.weights:
+        slots[slot] = inputs[index] if dtype is None else casts.get(inputs[index], dtype)
+    return slots
+
+
+def execute(
+    program: SegmentedProgram, bound: list[Tensor | None], tokens: Tensor, positions: Tensor, attend: Attend
+) -> tuple[Tensor, ...]:
+    """Run a program on tokens and positions ([B, 1] or [W, B, 1], int64); returns its outputs in order."""
+    slots = list(bound)
+    slots[program.tokens], slots[program.positions] = tokens, positions
+    for step in program.steps:
+        inputs = [slots[i] for i in step.inputs]
+        if step.run is None:
+            q, k, v = inputs
+            assert q is not None and k is not None and v is not None, "an attention input was freed"
+            slots[step.outputs[0]] = attend(step.layer, q, k, v)
+        else:
+            for slot, value in zip(step.outputs, step.run(inputs), strict=True):  # type: ignore[arg-type]
+                slots[slot] = value
+        for slot in step.dead:
+            slots[slot] = None
+    return tuple(_present(slots[i]) for i in program.outputs)
+
+
+def _present(value: Tensor | None) -> Tensor:
+    assert isinstance(value, torch.Tensor), "a program output was freed"
+    return value

@@ -1,0 +1,222 @@
+"""One round: draft H tokens over the compressed cache, verify W in one pass over the full cache, keep what stands.
+
+The one host wait of a round is here, after verify.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from vericache_compile.compressors.base import Compressor
+from vericache_compile.plan import DecodePlan, SegmentedProgram
+from vericache_compile.runtime.acceptance import accept, next_horizon
+from vericache_compile.runtime.attention import attend_compressed, attend_full
+from vericache_compile.runtime.caches import CHUNK, DraftKV, compress
+from vericache_compile.runtime.executor import Attend, WeightCasts, bind_weights, execute
+from vericache_compile.runtime.sequences import Held, Queries, Sequence
+
+
+@dataclass
+class Counts:
+    """What rounds have done so far."""
+
+    rounds: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    served: int = 0
+    draft_seconds: float = 0.0
+    verify_seconds: float = 0.0
+    compress_seconds: float = 0.0
+    positions: list[int] = field(default_factory=list)
+    """How often the drafted token at each place in the window was accepted."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a round starts, per row."""
+
+    columns: list[int]
+    pads: list[int]
+    tokens: Tensor
+    """[B, 1] int64."""
+    positions: Tensor
+    """[B, 1] int64."""
+
+    def positions_at(self, steps: int, limit: int | None) -> Tensor:
+        """Positions after `steps` tokens; past the model's limit they are clamped, and their rows never handed out."""
+        moved = self.positions + steps
+        return moved if limit is None else moved.clamp_(max=limit - 1)
+
+
+def make_start(sequence: Sequence, device: torch.device) -> Start:
+    """Each row starts at its own frontier with its own next token."""
+    tokens = [[row.token or 0] for row in sequence.rows]
+    columns = [row.length for row in sequence.rows]
+    positions = [[row.length + row.offset] for row in sequence.rows]
+    return Start(
+        columns,
+        [row.pad for row in sequence.rows],
+        torch.tensor(tokens, device=device),
+        torch.tensor(positions, device=device),
+    )
+
+
+def run_round(
+    sequence: Sequence,
+    plan: DecodePlan,
+    inputs: Rows[Tensor],
+    compressor: Compressor,
+    counts: Counts,
+    casts: WeightCasts,
+) -> None:
+    """Draft, verify, accept and commit for every row of a sequence; rows already far ahead stay where they are."""
+    device = inputs[plan.captured.roles.tokens].device
+    start = make_start(sequence, device)
+    sequence.full.reserve(max(start.columns) + plan.window, device)
+    draft = prepare_draft(sequence, start, compressor, plan.window, counts)
+    horizon = _horizon(sequence, plan.window)
+    began = time.perf_counter()
+    drafted = draft_tokens(sequence, draft, plan, bind_weights(plan.draft, inputs, casts), start, horizon)
+    drafted_at = time.perf_counter()
+    outputs, queries = verify_window(sequence, draft, plan, bind_weights(plan.verify, inputs, casts), start, drafted)
+    predicted = outputs[plan.logits][:, :, -1].argmax(-1).t().tolist()  # the round's host wait
+    window = drafted.tolist()
+    counts.verify_seconds += time.perf_counter() - drafted_at
+    counts.draft_seconds += drafted_at - began
+    _commit(sequence, plan, start, window, predicted, horizon, outputs, queries, counts)
+
+
+def prepare_draft(sequence: Sequence, start: Start, compressor: Compressor, window: int, counts: Counts) -> DraftKV:
+    """The sequence's draft cache, with room for a window: compressed anew when it is missing or cut into."""
+    began = time.perf_counter()
+    draft = sequence.draft
+    if draft is not None and (draft.compressor is not compressor or not draft.valid(start.columns)):
+        draft = None
+    if draft is None or draft.room(start.columns) < window:
+        queries = [
+            [held.row(b) if held is not None else None for b in range(len(sequence.rows))] for held in sequence.queries
+        ]
+        spread = max(start.columns) - min(start.columns)
+        room = CHUNK + 2 * window + spread
+        draft = compress(compressor, sequence.full, start.pads, start.columns, queries, room, draft)
+        sequence.draft = draft
+        counts.compress_seconds += time.perf_counter() - began
+    return draft
+
+
+def _horizon(sequence: Sequence, window: int) -> int:
+    """How many tokens to draft: as many as the caller has been taking."""
+    served = max(row.served for row in sequence.rows)
+    longest = window - 1
+    sequence.horizon = next_horizon(served, sequence.horizon, longest) if sequence.horizon else longest
+    for row in sequence.rows:
+        row.served = 0
+    return sequence.horizon
+
+
+def draft_tokens(
+    sequence: Sequence, draft: DraftKV, plan: DecodePlan, bound: list[Tensor | None], start: Start, horizon: int
+) -> Tensor:
+    """Greedy tokens over the compressed cache: [B, 1 + horizon], the round's first token included.
+
+    Rows whose caller feeds one token whatever is predicted (`forced`) repeat it.
+    """
+    tokens = [start.tokens]
+    forced = torch.tensor([[row.forced] for row in sequence.rows], device=start.tokens.device)
+    repeats = any(row.forced for row in sequence.rows)
+    for step in range(horizon):
+        (token,) = execute(
+            plan.draft,
+            bound,
+            tokens[-1],
+            start.positions_at(step, plan.position_limit),
+            _drafting(draft, plan.draft, plan, start, step),
+        )
+        tokens.append(torch.where(forced, start.tokens, token) if repeats else token)
+    return torch.cat(tokens, dim=1)
+
+
+def _drafting(draft: DraftKV, program: SegmentedProgram, plan: DecodePlan, start: Start, step: int) -> Attend:
+    """Attention of one draft step: the new token goes to the tail, then over region and tail."""
+    columns = [column + step for column in start.columns]
+    grown = [column + 1 for column in columns]
+    masks: dict[tuple[int, ...], Tensor | None] = {}
+    sites = plan.captured.sites
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        held = draft.layers[layer]
+        held.write(k, v, columns)
+        keys, values, mask = held.read(grown, masks)
+        return attend_compressed(q, keys, values, mask, sites[layer].scale)
+
+    return attend
+
+
+def verify_window(
+    sequence: Sequence, draft: DraftKV, plan: DecodePlan, bound: list[Tensor | None], start: Start, drafted: Tensor
+) -> tuple[tuple[Tensor, ...], list[Queries | None]]:
+    """Verify always W rows per sequence, short drafts padded, so that shapes and bits stay the same.
+
+    Writes the window's keys and values to the full cache and, exact, to the draft's tail. Returns the row outputs, each
+    [W, B, ...], and the window's queries per site.
+    """
+    batch, have = drafted.shape
+    tokens = torch.zeros((plan.window, batch, 1), dtype=torch.int64, device=drafted.device)
+    tokens[:have, :, 0] = drafted.t()
+    steps = torch.arange(plan.window, device=drafted.device)[:, None, None]
+    positions = start.positions + steps
+    if plan.position_limit is not None:
+        positions.clamp_(max=plan.position_limit - 1)
+    queries: list[Queries | None] = [None] * len(plan.captured.sites)
+    keep = draft.compressor.queries > 0
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        sequence.full.append(layer, k, v, start.columns)
+        draft.layers[layer].write(k, v, start.columns)
+        if keep:
+            queries[layer] = Queries(q, [0] * batch)
+        full = sequence.full
+        return attend_full(
+            q, full.keys[layer], full.values[layer], start.columns, start.pads, plan.captured.sites[layer].scale
+        )
+
+    return execute(plan.verify, bound, tokens, positions, attend), queries
+
+
+def _commit(
+    sequence: Sequence,
+    plan: DecodePlan,
+    start: Start,
+    window: list[list[int]],
+    predicted: list[list[int]],
+    horizon: int,
+    outputs: tuple[Tensor, ...],
+    queries: list[Queries | None],
+    counts: Counts,
+) -> None:
+    """Keep each row's accepted rows; what was written beyond them lies past its length and is overwritten later."""
+    counts.rounds += 1
+    for b, row in enumerate(sequence.rows):
+        if len(row.held) >= plan.window or row.token is None:
+            continue
+        kept = accept(window[b], predicted[b], row.forced)
+        if plan.position_limit is not None:
+            kept = min(kept, max(plan.position_limit - (row.length + row.offset), 1))
+        row.held.extend(Held(row.length + i, window[b][i], outputs, i) for i in range(kept))
+        row.length += kept
+        row.token = window[b][0] if row.forced else predicted[b][kept - 1]
+        counts.drafted += horizon
+        counts.accepted += kept - 1
+        counts.positions += [0] * (plan.window - 1 - len(counts.positions))
+        for i in range(kept - 1):
+            counts.positions[i] += 1
+        for held in queries:
+            if held is not None:
+                held.counts[b] = kept
+    if any(held is not None and all(held.counts) for held in queries):
+        sequence.queries = queries

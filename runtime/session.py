@@ -1,0 +1,246 @@
+"""A session: one model under one configuration. Runs captured graphs, serves rows, keeps counts."""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vericache_compile.compressors.base import Compressor
+from vericache_compile.plan import CapturedPlan, DecodePlan, Output, OutputRole, Roles
+from vericache_compile.runtime import rounds
+from vericache_compile.runtime.executor import WeightCasts, bind_weights
+from vericache_compile.runtime.sequences import Queries, Row, Sequence, SequenceTable
+
+FEW = 1
+"""Columns up to which Dynamo specialises a length, so that marking it dynamic would be in vain."""
+
+
+class Store:
+    """Takes each site's new queries, keys and values while a graph runs as captured."""
+
+    def __init__(self, sequence: Sequence, column: int, queries: int) -> None:
+        self.sequence, self.column, self.queries = sequence, column, queries
+
+    def append(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """q [B, H, T, D], k [B, K, T, D], v [B, K, T, E] of the tokens from `column` on."""
+        batch = k.shape[0]
+        self.sequence.full.append(layer, k, v, [self.column] * batch)
+        if self.queries:
+            last = q[:, :, -self.queries :].clone()
+            self.sequence.queries[layer] = Queries(last, [last.shape[2]] * batch)
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """KV bytes of the sequence that ran last."""
+
+    full: int = 0
+    draft: int = 0
+    tokens: int = 0
+    """Tokens held, over all rows."""
+
+
+class Session:
+    """Runs the graphs of one model under one configuration; safe to call from several threads."""
+
+    def __init__(self, table: SequenceTable, compressor: Compressor, lock: threading.RLock) -> None:
+        self.table = table
+        self.compressor = compressor
+        self.counts = rounds.Counts()
+        self.casts = WeightCasts()
+        self.prefill_seconds = 0.0
+        self.last: tuple[DecodePlan, list[Any]] | None = None
+        """The last decode plan with its weights (other inputs are None), for `draft_alone`."""
+        self.footprint = Footprint()
+        self._newest: weakref.ref[Sequence] | None = None
+        self._lock = lock
+
+    def run_captured(self, plan: CapturedPlan, inputs: Rows[Any]) -> list[Tensor]:
+        """Run a prefill, a second turn, or any call that no round can serve: as captured, on real KV."""
+        with self._lock, torch.no_grad():
+            roles = plan.roles
+            sequence = self._sequence(plan, inputs) if plan.attends_to_past else None
+            return self._run_captured(plan, inputs, sequence, roles)
+
+    def _run_captured(
+        self, plan: CapturedPlan, inputs: Rows[Any], sequence: Sequence | None, roles: Roles
+    ) -> list[Tensor]:
+        began = time.perf_counter()
+        batch, count = inputs[roles.tokens].shape
+        device = inputs[roles.tokens].device
+        columns = 0
+        if sequence is None:
+            sequence = self.table.create(plan.sites, batch)
+        else:
+            columns = _columns(plan, inputs)
+            for row in sequence.rows:
+                row.truncate(columns)
+        sequence.full.reserve(columns + count, device)
+        arguments = list(inputs)
+        for site in plan.sites:
+            if site.past is not None:
+                arguments[site.past[0]] = sequence.full.keys[site.layer][:, :, :columns]
+                arguments[site.past[1]] = sequence.full.values[site.layer][:, :, :columns]
+        made = plan.module(Store(sequence, columns, self.compressor.queries), *arguments)
+        pads = self._padding(sequence, roles, inputs)
+        for row, pad in zip(sequence.rows, pads, strict=True):
+            row.length, row.pad = columns + count, pad
+        self._note(sequence)
+        self.prefill_seconds += time.perf_counter() - began
+        return self._assemble(plan.outputs, list(made), sequence, columns + count, device, marked=True)
+
+    def run_decode(self, plan: DecodePlan, inputs: Rows[Any]) -> list[Tensor]:
+        """One decode call: serve held rows, after a round where a row of the batch has none."""
+        with self._lock, torch.no_grad():
+            roles = plan.captured.roles
+            sequence = self._sequence(plan.captured, inputs)
+            columns = _columns(plan.captured, inputs)
+            tokens = inputs[roles.tokens]
+            fed = self._fed(plan, inputs, self._padding(sequence, roles, inputs), columns)
+            if fed is None or not sequence.regular:
+                return self._run_captured(plan.captured, inputs, sequence, roles)
+            for row, (token, offset, pad) in zip(sequence.rows, fed, strict=True):
+                row.feed(columns, token, offset, pad)
+            if any(not row.held for row in sequence.rows):
+                if self.last is None or self.last[0] is not plan:
+                    weights = set(roles.weights)
+                    self.last = (plan, [x if i in weights else None for i, x in enumerate(inputs)])
+                rounds.run_round(sequence, plan, inputs, self.compressor, self.counts, self.casts)
+                self._note(sequence)
+            made = self._take(sequence.rows)
+            return self._assemble(plan.captured.outputs, made, sequence, columns + 1, tokens.device, marked=False)
+
+    def _fed(
+        self, plan: DecodePlan, inputs: Rows[Any], pads: list[int], columns: int
+    ) -> list[tuple[int, int, int]] | None:
+        """Per row (token, offset, pad) of a decode call; None where only the captured graph gives plain's answer."""
+        roles = plan.captured.roles
+        tokens = inputs[roles.tokens].flatten().tolist()
+        if roles.positions is not None:
+            given = inputs[roles.positions].flatten().tolist()
+            offsets = [position - columns for position in (given * len(tokens) if len(given) == 1 else given)]
+        elif plan.position_rule == "unpadded":
+            offsets = [-pad for pad in pads]
+        else:
+            offsets = [0] * len(tokens)
+        limit = plan.position_limit
+        if limit is not None and any(columns + offset >= limit for offset in offsets):
+            return None
+        return list(zip(tokens, offsets, pads, strict=True))
+
+    @property
+    def newest(self) -> Sequence | None:
+        """The sequence that ran last, while it is held."""
+        return self._newest() if self._newest is not None else None
+
+    def _note(self, sequence: Sequence) -> None:
+        draft = sequence.draft.nbytes if sequence.draft is not None else 0
+        tokens = sum(row.length - row.pad for row in sequence.rows)
+        self.footprint = Footprint(sequence.full.nbytes, draft, tokens)
+        self._newest = weakref.ref(sequence)
+
+    def _take(self, rows: list[Row]) -> list[Tensor]:
+        """The rows to hand out, each as the captured graph would have shaped it; never shared with what is held."""
+        taken = [row.held.popleft() for row in rows]
+        for row in rows:
+            row.served += 1
+        self.counts.served += len(rows)
+        first = taken[0]
+        if all(held.outputs is first.outputs and held.index == first.index for held in taken):
+            return [output[first.index].clone() for output in first.outputs]
+        count = len(first.outputs)
+        return [torch.stack([held.outputs[o][held.index, b] for b, held in enumerate(taken)]) for o in range(count)]
+
+    def _sequence(self, plan: CapturedPlan, inputs: Rows[Any]) -> Sequence:
+        past = [inputs[i] for site in plan.sites if site.past is not None for i in site.past]
+        found = self.table.find(past)
+        return self._adopt(plan, inputs) if found is None else found
+
+    def _adopt(self, plan: CapturedPlan, inputs: Rows[Any]) -> Sequence:
+        """A sequence over a copy of real cached data (a cache that an uncompiled model built)."""
+        batch = inputs[plan.roles.tokens].shape[0]
+        sequence = self.table.create(plan.sites, batch)
+        columns = _columns(plan, inputs)
+        sequence.full.reserve(columns + 1, inputs[plan.roles.tokens].device)
+        for site in plan.sites:
+            assert site.past is not None, "a graph that attends to a cache at some sites only"
+            keys, values = (inputs[i] for i in site.past)
+            sequence.full.append(site.layer, keys, values, [0] * batch)
+        for row in sequence.rows:
+            row.length = columns
+        return sequence
+
+    def _padding(self, sequence: Sequence, roles: Roles, inputs: Rows[Any]) -> list[int]:
+        """Left padding per row from the caller's mask [B, columns]; notes whether the mask is of that form."""
+        if roles.mask is None:
+            return [0] * len(sequence.rows)
+        shown = inputs[roles.mask] != 0
+        pads: list[int] = (shown.shape[1] - shown.sum(-1)).tolist()
+        sequence.regular = not any(pads) or all(bool(shown[b, pad:].all()) for b, pad in enumerate(pads))
+        return pads if sequence.regular else [0] * len(pads)
+
+    def _assemble(
+        self,
+        roles: Rows[OutputRole],
+        rows: list[Tensor],
+        sequence: Sequence,
+        columns: int,
+        device: torch.device,
+        *,
+        marked: bool,
+    ) -> list[Tensor]:
+        """The captured graph's outputs in order: rows where it returns rows, ghosts where it returns the cache."""
+        pairs = self.table.mint(sequence, columns, device)
+        if marked and columns > FEW:
+            for pair in pairs:
+                for ghost in pair:
+                    torch._dynamo.maybe_mark_dynamic(ghost, 2)
+        remaining = iter(rows)
+        side = {Output.KEYS: 0, Output.VALUES: 1}
+        return [pairs[role.layer][side[role.kind]] if role.kind in side else next(remaining) for role in roles]
+
+    def with_data(self, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Inputs for a graph that is not taken: ghosts become real KV."""
+        places = {i: place for i, x in enumerate(inputs) if (place := self._place(x)) is not None}
+        return self._materialize(inputs, places) if places else inputs
+
+    def _place(self, value: Any) -> int | None:
+        return self.table.place_of(value) if isinstance(value, Tensor) and value.dim() == 4 else None
+
+    def _materialize(self, inputs: tuple[Any, ...], places: dict[int, int]) -> tuple[Any, ...]:
+        with self._lock, torch.no_grad():
+            ghosts = [inputs[i] for i in places]
+            sequence = self.table.find(ghosts)
+            assert sequence is not None, "a ghost was recognised and then was not"
+            real = list(inputs)
+            for i, place in places.items():
+                held = sequence.full.values if place % 2 else sequence.full.keys
+                real[i] = held[place // 2][:, :, : inputs[i].shape[2]].clone()
+            return tuple(real)
+
+    def draft_alone(self, sequence: Sequence, first: list[int], count: int) -> list[list[int]]:
+        """Tokens [B][count] that the compressed cache alone would give after `first`: a measurement, touches no row."""
+        assert self.last is not None, "no decode step has run yet"
+        plan, inputs = self.last
+        with self._lock, torch.no_grad():
+            device = sequence.full.keys[0].device
+            copy = sequence.fork(-1, range(len(sequence.rows)), min(row.length for row in sequence.rows))
+            for row, token in zip(copy.rows, first, strict=True):
+                row.token = token
+            start = rounds.make_start(copy, device)
+            draft = rounds.prepare_draft(copy, start, self.compressor, count, rounds.Counts())
+            bound = bind_weights(plan.draft, inputs, self.casts)
+            return rounds.draft_tokens(copy, draft, plan, bound, start, count)[:, 1:].tolist()
+
+
+def _columns(plan: CapturedPlan, inputs: Rows[Any]) -> int:
+    """Columns that the caller's cache shows."""
+    past = plan.sites[0].past
+    return int(inputs[past[0]].shape[2]) if past is not None else 0

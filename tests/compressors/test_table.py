@@ -1,0 +1,156 @@
+"""The table of methods, and what every method in it promises."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from vericache_compile.compressors.base import CompressedKV
+from vericache_compile.compressors.kivi import Kivi
+from vericache_compile.compressors.none import NoCompression
+from vericache_compile.compressors.snapkv import SnapKV
+from vericache_compile.compressors.streaming import Streaming
+from vericache_compile.compressors.table import COMPRESSORS, make_compressor
+from vericache_compile.errors import OptionError
+
+Row = Callable[..., tuple[Tensor, Tensor, Tensor]]
+Storages = Callable[[CompressedKV], dict[int, int]]
+RawBytes = Callable[[CompressedKV], list[Tensor]]
+METHODS = pytest.mark.parametrize("name", sorted(COMPRESSORS))
+SIZES = {"tokens": st.integers(0, 140), "more": st.integers(0, 70)}
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+
+
+def test_methods_are_found_by_name() -> None:
+    assert dict(COMPRESSORS) == {
+        "none": NoCompression,
+        "streaming": Streaming,
+        "snapkv": SnapKV,
+        "kivi": Kivi,
+    }
+
+
+def test_the_table_cannot_be_changed() -> None:
+    with pytest.raises(TypeError):
+        COMPRESSORS["mine"] = NoCompression  # type: ignore[index]
+
+
+def test_parameters_reach_the_method() -> None:
+    assert make_compressor("none") == NoCompression()
+    assert make_compressor("streaming", keep=0.5) == Streaming(keep=0.5)
+    assert make_compressor("snapkv", keep=1) == SnapKV(keep=1)
+    assert make_compressor("kivi", bits=2) == Kivi(bits=2)
+
+
+def test_an_unknown_name_is_told_the_nearest_and_all() -> None:
+    with pytest.raises(OptionError) as caught:
+        make_compressor("snapvk")
+    assert caught.value.found == "compressor='snapvk'"
+    assert caught.value.fix == "did you mean 'snapkv'? choose from: none, streaming, snapkv, kivi"
+    with pytest.raises(OptionError, match=r"fix: choose from: none"):
+        make_compressor("zzzz")
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "found", "fix"),
+    [
+        ("kivi", {"keep": 0.2}, "keep=0.2", "choose from: bits"),
+        ("snapkv", {"bits": 4}, "bits=4", "choose from: keep"),
+        ("snapkv", {"keeps": 0.2}, "keeps=0.2", "did you mean 'keep'?"),
+        ("snapkv", {"window": 8}, "window=8", "choose from: keep"),
+        ("none", {"keep": 0.2}, "keep=0.2", "takes no parameters"),
+        ("snapkv", {"keep": 0}, "keep=0", "(0, 1]"),
+        ("streaming", {"keep": 1.5}, "keep=1.5", "(0, 1]"),
+        ("kivi", {"bits": 3}, "bits=3", "2 or 4"),
+    ],
+)
+def test_a_wrong_parameter_says_what_where_and_how_to_fix_it(
+    name: str, parameters: dict[str, float], found: str, fix: str
+) -> None:
+    with pytest.raises(OptionError) as caught:
+        make_compressor(name, **parameters)
+    assert caught.value.found == found
+    assert caught.value.where == f"compressor {name!r}"
+    assert fix in caught.value.fix
+
+
+@METHODS
+@settings(max_examples=30, deadline=None)
+@given(**SIZES, dtype=DTYPES)
+def test_shapes_dtype_and_coverage(random_row: Row, name: str, tokens: int, more: int, dtype: torch.dtype) -> None:
+    keys, values, queries = random_row(tokens + more, dtype=dtype)
+    region: CompressedKV = make_compressor(name).compress(keys[:, :tokens], values[:, :tokens], queries)
+    start = region.covered
+    longer = region.extend(keys[:, start:], values[:, start:], queries)
+
+    assert 0 <= start <= tokens
+    assert start <= longer.covered <= tokens + more
+    for held in (region, longer):
+        assert held.slots <= held.covered
+        read_keys, read_values = held.materialize()
+        assert read_keys.shape == (2, held.slots, 16)
+        assert read_values.shape == (2, held.slots, 12)
+        assert read_keys.dtype == read_values.dtype == dtype
+
+
+@METHODS
+@settings(max_examples=30, deadline=None)
+@given(**SIZES, dtype=DTYPES)
+def test_nbytes_is_what_is_allocated_and_nothing_is_shared(
+    random_row: Row, storages: Storages, name: str, tokens: int, more: int, dtype: torch.dtype
+) -> None:
+    keys, values, queries = random_row(tokens + more, dtype=dtype)
+    region: CompressedKV = make_compressor(name).compress(keys[:, :tokens], values[:, :tokens], queries)
+    longer = region.extend(keys[:, tokens:], values[:, tokens:], queries)
+
+    given_storages = {x.untyped_storage().data_ptr() for x in (keys, values, queries)}
+    for held in (region, longer):
+        assert held.nbytes == sum(storages(held).values())
+        assert not (storages(held).keys() & given_storages) - {0}
+    assert not (storages(region).keys() & storages(longer).keys()) - {0}  # 0: the address of an empty storage
+
+
+@METHODS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_whole_owned_row_is_copied_too(random_row: Row, storages: Storages, name: str, dtype: torch.dtype) -> None:
+    keys, values, queries = (x.contiguous().clone() for x in random_row(96, dtype=dtype))
+    region = make_compressor(name).compress(keys, values, queries)
+    assert not storages(region).keys() & {keys.data_ptr(), values.data_ptr()}
+    before = [x.clone() for x in region.materialize()]
+    keys.zero_(), values.zero_()
+    assert all(map(torch.equal, region.materialize(), before))
+
+
+@METHODS
+def test_extending_leaves_the_old_region_as_it_was(random_row: Row, raw_bytes: RawBytes, name: str) -> None:
+    keys, values, queries = random_row(200)
+    region = make_compressor(name).compress(keys[:, :130], values[:, :130], queries)
+    before, covered, slots = raw_bytes(region), region.covered, region.slots
+
+    region.extend(keys[:, 130:], values[:, 130:], queries).extend(keys, values, queries)
+
+    assert (region.covered, region.slots) == (covered, slots)
+    assert all(map(torch.equal, raw_bytes(region), before))
+
+
+@METHODS
+def test_no_data_is_read_back_to_the_host(name: str) -> None:
+    """On the meta device there is no data to read."""
+    keys, values = torch.empty(2, 130, 16, device="meta"), torch.empty(2, 130, 12, device="meta")
+    queries = torch.empty(4, 8, 16, device="meta")
+    region = make_compressor(name).compress(keys, values, queries).extend(keys, values, queries)
+    assert region.materialize()[0].shape == (2, region.slots, 16)
+    assert region.materialize()[0].device.type == "meta"
+
+
+@METHODS
+def test_every_method_says_what_it_is(name: str) -> None:
+    method = COMPRESSORS[name]
+    assert method.name == name
+    assert set(method.parameters) <= {"keep", "bits"}
+    assert name == "none" or method.paper.startswith("arXiv ")

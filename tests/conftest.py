@@ -1,0 +1,50 @@
+"""Fixtures that the tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from models import plain_tokens_of
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+
+@pytest.fixture(scope="session")
+def plain_tokens() -> Callable[[str, int, int, int], torch.Tensor]:
+    """Plain greedy tokens of a tiny model: (name, prompt tokens, batch, new tokens)."""
+    return plain_tokens_of
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    """Each test compiles on its own."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> PreTrainedModel:
+    """SmolLM2-135M-Instruct in float32, fetched when missing; greedy runs never stop early."""
+    from vericache_compile import demo_model_path
+
+    model = AutoModelForCausalLM.from_pretrained(demo_model_path(), dtype=torch.float32).eval()
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 2
+    return model
+
+
+@pytest.fixture(scope="session")
+def document_ids() -> torch.Tensor:
+    """Real text that ships with Python as SmolLM2 tokens [1, T], at least 8,000 of them."""
+    import argparse
+    import inspect
+
+    from transformers import AutoTokenizer
+
+    from vericache_compile import demo_model_path
+
+    ids = AutoTokenizer.from_pretrained(demo_model_path())(inspect.getsource(argparse), return_tensors="pt").input_ids
+    assert ids.shape[1] >= 8000, "the document is too short"
+    return ids

@@ -1,0 +1,74 @@
+"""Small models, prompts and plain references that the tests share."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel, Qwen3Config
+
+VOCABULARY = 97
+POSITIONS = 4096
+
+
+def _config(name: str, positions: int) -> Any:
+    if name == "llama":
+        return LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=positions,
+            initializer_range=0.2,
+        )
+    if name == "qwen3":
+        return Qwen3Config(
+            vocab_size=VOCABULARY,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            max_position_embeddings=positions,
+            initializer_range=0.2,
+        )
+    return GPT2Config(
+        vocab_size=VOCABULARY,
+        n_embd=64,
+        n_layer=3,
+        n_head=4,
+        n_positions=positions,
+        initializer_range=0.2,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+
+
+def make_tiny(name: str, positions: int = POSITIONS, seed: int = 0) -> PreTrainedModel:
+    """A random model of three layers; a wide initialisation keeps logits far from ties."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(_config(name, positions)).eval()
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def make_prompt(tokens: int, batch: int = 1, vocabulary: int = VOCABULARY, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random input_ids [B, T] and attention_mask; rows after the first are shorter, padded on the left."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, vocabulary, (batch, tokens), generator=generator)
+    mask = torch.ones_like(ids)
+    for b in range(1, batch):
+        pad = tokens * b // (batch + 1)
+        ids[b, :pad], mask[b, :pad] = 0, 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@cache
+def plain_tokens_of(name: str, tokens: int, batch: int, count: int) -> torch.Tensor:
+    """Plain greedy tokens of a tiny model."""
+    return make_tiny(name).generate(**make_prompt(tokens, batch), max_new_tokens=count, do_sample=False)

@@ -1,0 +1,177 @@
+"""A mask is taken when it shows every column from the padding on, however it is spelled, and only then."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from graphs import Toy, Twin, run_until, tiny_decode, toy_decode
+from torch import Tensor
+
+from vericache_compile.errors import UnsupportedGraph
+from vericache_compile.passes.prove_mask import prove_mask
+
+
+@pytest.mark.parametrize(("batch", "masked"), [(1, 0), (3, 3)])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
+def test_the_masks_of_real_models_are_proved(name: str, batch: int, masked: int) -> None:
+    program = run_until(tiny_decode(name, batch), "split_captured", batch=batch)
+    before = program.module.print_readable(False)
+    assert prove_mask(program) == prove_mask(program) == masked
+    assert program.module.print_readable(False) == before, "a proof changes nothing"
+
+
+class Masked(Toy):
+    """Attends under a mask [1, 1, 1, S + 1] of its own."""
+
+    def mask(self, columns: int, *more: Tensor) -> Tensor:
+        return (torch.arange(columns) < columns)[None, None, None]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *more: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, self.mask(k.shape[2], *more), enable_gqa=True)
+
+
+class Small(Masked):
+    """The same in two dimensions."""
+
+    def mask(self, columns: int, *more: Tensor) -> Tensor:
+        return torch.arange(columns)[None] <= columns - 1
+
+
+class Added(Masked):
+    """The same, added to the scores."""
+
+    def mask(self, columns: int, *more: Tensor) -> Tensor:
+        lowest = torch.finfo(torch.float32).min
+        return torch.zeros(1, 1, 1, columns).masked_fill(torch.arange(columns) >= columns, lowest)
+
+
+class Padded(Masked):
+    """Takes a padding mask [B, S + 1]."""
+
+    def mask(self, columns: int, *more: Tensor) -> Tensor:
+        return (more[0] != 0)[:, None, None]
+
+
+class PaddedBias(Masked):
+    """Takes the lowest number off the scores of padding."""
+
+    def mask(self, columns: int, *more: Tensor) -> Tensor:
+        dtype = self.to_q.weight.dtype
+        return ((1 - more[0]).to(dtype) * torch.finfo(dtype).min)[:, None, None]
+
+
+@pytest.mark.parametrize("model", [Masked, Small, Added])
+def test_causal_masks_are_taken(model: type[Toy]) -> None:
+    assert prove_mask(run_until(toy_decode(model()), "split_captured")) == 1
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(
+    ("model", "dtype"), [(Padded, torch.float32), (PaddedBias, torch.float32), (PaddedBias, torch.float16)]
+)
+def test_left_padding_is_taken(model: type[Toy], dtype: torch.dtype, batch: int) -> None:
+    padding = torch.ones(batch, 7, dtype=torch.int64)
+    call = toy_decode(model().to(dtype), padding, batch=batch)
+    assert prove_mask(run_until(call, "split_captured", batch=batch)) == 1
+
+
+class Sliding(Masked):
+    """Sees a window."""
+
+    window = 3
+
+    def mask(self, columns: int, *more: Tensor) -> Tensor:
+        return (torch.arange(columns) > columns - 1 - self.window)[None, None, None]
+
+
+class Wide(Sliding):
+    """Sees a window that no short cache fills."""
+
+    window = 5000
+
+
+class Chunked(Masked):
+    """Sees its own chunk of 2,048 columns."""
+
+    def mask(self, columns: int, *more: Tensor) -> Tensor:
+        chunk = torch.arange(columns) // 2048
+        return (chunk == chunk[-1])[None, None, None]
+
+
+class Banded(Masked):
+    """Sees every other column."""
+
+    def mask(self, columns: int, *more: Tensor) -> Tensor:
+        return (torch.arange(columns) % 2 == (columns - 1) % 2)[None, None, None]
+
+
+class Sloped(Masked):
+    """Adds a bias that grows with distance (ALiBi)."""
+
+    def mask(self, columns: int, *more: Tensor) -> Tensor:
+        return 0.1 * (torch.arange(columns) - columns + 1)[None, None, None]
+
+
+class Faint(Masked):
+    """Hides the first column by a number that a large score overcomes."""
+
+    def mask(self, columns: int, *more: Tensor) -> Tensor:
+        return (torch.arange(columns) == 0)[None, None, None] * -100.0
+
+
+class Late(Masked):
+    """Hides one column too many."""
+
+    def mask(self, columns: int, *more: Tensor) -> Tensor:
+        return (more[0].cumsum(-1) > 1)[:, None, None]
+
+
+class Both(Masked):
+    """Looks at the padding from both sides (bidirectional): columns before it stay visible."""
+
+    def mask(self, columns: int, *more: Tensor) -> Tensor:
+        return (more[0] + more[0].flip(-1) != 0)[:, None, None]
+
+
+class Forgotten(Twin):
+    """Applies the padding mask in one of its two attentions."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *more: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, (more[0] != 0)[:, None, None], enable_gqa=True)
+
+
+NOT_CAUSAL = "an attention mask that is not causal with left padding"
+
+
+@pytest.mark.parametrize(
+    ("model", "line"),
+    [
+        (Sliding, "self.window"),
+        (Wide, "self.window"),
+        (Chunked, "chunk == chunk[-1]"),
+        (Banded, "% 2"),
+        (Sloped, "0.1 *"),
+        (Faint, "-100.0"),
+    ],
+)
+def test_other_masks_are_refused_with_their_source_line(model: type[Toy], line: str) -> None:
+    with pytest.raises(UnsupportedGraph) as error:
+        run_until(toy_decode(model()), "prove_mask")
+    assert error.value.found == NOT_CAUSAL
+    assert line in error.value.where
+
+
+@pytest.mark.parametrize("model", [Late, Both])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_other_uses_of_the_padding_are_refused(model: type[Toy], batch: int) -> None:
+    padding = torch.ones(batch, 7, dtype=torch.int64)
+    with pytest.raises(UnsupportedGraph, match=NOT_CAUSAL):
+        run_until(toy_decode(model(), padding, batch=batch), "prove_mask", batch=batch)
+
+
+def test_an_attention_that_leaves_out_the_padding_is_refused() -> None:
+    padding, k, v = torch.ones(1, 7, dtype=torch.int64), torch.zeros(1, 2, 6, 8), torch.ones(1, 2, 6, 8)
+    call = toy_decode(Forgotten(), k, v, padding)
+    with pytest.raises(UnsupportedGraph, match="an attention that leaves out the padding mask"):
+        run_until(call, "prove_mask")

@@ -1,0 +1,245 @@
+"""Whatever the caller does with the model and its cache, the tokens are those of the uncompiled model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from models import make_prompt, make_tiny
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from vericache_compile import stats
+
+OPTIONS = {"inductor": False, "compressor": "streaming", "keep": 0.2, "window": 8}
+Caller = Callable[[PreTrainedModel], Tensor]
+
+
+def greedy(model: PreTrainedModel, ids: Tensor, count: int = 30, **more: Any) -> Tensor:
+    """model.generate, greedy unless told otherwise."""
+    settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": count, "do_sample": False, **more}
+    return model.generate(ids, **settings)
+
+
+def prompt(tokens: int = 40, batch: int = 1) -> Tensor:
+    return make_prompt(tokens, batch)["input_ids"]
+
+
+@torch.no_grad()
+def step_by_step(model: PreTrainedModel, cache: DynamicCache, ids: Tensor, count: int) -> list[Tensor]:
+    """A hand-written greedy loop that passes no position_ids: `count` tokens, each [B, 1]."""
+    tokens = []
+    for _ in range(count):
+        ids = model(input_ids=ids, past_key_values=cache).logits[:, -1:].argmax(-1)
+        tokens.append(ids)
+    return tokens
+
+
+def greedy_generate(model: PreTrainedModel) -> Tensor:
+    return greedy(model, prompt())
+
+
+def sampling(model: PreTrainedModel) -> Tensor:
+    torch.manual_seed(3)
+    return greedy(model, prompt(), do_sample=True, temperature=0.5)
+
+
+def several_samples(model: PreTrainedModel) -> Tensor:
+    torch.manual_seed(3)
+    return greedy(model, prompt(), do_sample=True, num_return_sequences=3)
+
+
+def logits_processors(model: PreTrainedModel) -> Tensor:
+    return greedy(model, prompt(), repetition_penalty=1.3, no_repeat_ngram_size=2)
+
+
+def second_turn(model: PreTrainedModel) -> Tensor:
+    cache = DynamicCache(config=model.config)
+    first = greedy(model, prompt(), past_key_values=cache)
+    return greedy(model, torch.cat([first, prompt(7)], dim=1), past_key_values=cache)
+
+
+def crop_and_go_on(model: PreTrainedModel) -> Tensor:
+    cache = DynamicCache(config=model.config)
+    first = greedy(model, prompt(), past_key_values=cache)
+    cache.crop(-9)
+    return greedy(model, torch.cat([first[:, : cache.get_seq_length()], prompt(1)], dim=1), past_key_values=cache)
+
+
+def hand_written_loop(model: PreTrainedModel) -> Tensor:
+    return torch.cat(step_by_step(model, DynamicCache(config=model.config), prompt(), 30), dim=1)
+
+
+def two_caches_interleaved(model: PreTrainedModel) -> Tensor:
+    caches = [DynamicCache(config=model.config) for _ in range(2)]
+    fed = [prompt(), prompt(25).flip(1)]
+    out = []
+    for _ in range(30):
+        for i, cache in enumerate(caches):
+            fed[i] = step_by_step(model, cache, fed[i], 1)[0]
+            out.append(fed[i])
+    return torch.cat(out, dim=1)
+
+
+def cache_from_the_uncompiled_model(model: PreTrainedModel) -> Tensor:
+    compiled, model._compiled_call_impl = model._compiled_call_impl, None
+    cache = DynamicCache(config=model.config)
+    first = step_by_step(model, cache, prompt(), 10)
+    model._compiled_call_impl = compiled
+    return torch.cat(first + step_by_step(model, cache, first[-1], 25), dim=1)
+
+
+def reset_half_way(model: PreTrainedModel) -> Tensor:
+    cache = DynamicCache(config=model.config)
+    first = step_by_step(model, cache, prompt(), 15)
+    torch.compiler.reset()
+    return torch.cat(first + step_by_step(model, cache, first[-1], 15), dim=1)
+
+
+def padded_batch_that_ends_early(model: PreTrainedModel) -> Tensor:
+    inputs = make_prompt(40, 3)
+    end = int(model.generate(**inputs, max_new_tokens=12, do_sample=False)[1, 48])
+    return model.generate(**inputs, max_new_tokens=50, do_sample=False, eos_token_id=end)
+
+
+def chunked_prefill(model: PreTrainedModel) -> Tensor:
+    return greedy(model, prompt(), prefill_chunk_size=7)
+
+
+def hidden_states_too(model: PreTrainedModel) -> Tensor:
+    out = greedy(model, prompt(), return_dict_in_generate=True, output_hidden_states=True, output_scores=True)
+    return torch.cat([step[-1][:, -1] for step in out.hidden_states])
+
+
+def early_stop_and_again(model: PreTrainedModel) -> Tensor:
+    stopped = greedy(model, prompt(), count=3)
+    return torch.cat([stopped, greedy(model, prompt())], dim=1)
+
+
+TAKEN: list[Caller] = [
+    greedy_generate, sampling, several_samples, logits_processors, second_turn, crop_and_go_on, hand_written_loop,
+    two_caches_interleaved, cache_from_the_uncompiled_model, reset_half_way, padded_batch_that_ends_early,
+    chunked_prefill, early_stop_and_again,
+]  # fmt: skip
+
+
+def mask_with_holes(model: PreTrainedModel) -> Tensor:
+    ids = prompt().repeat(2, 1)
+    mask = torch.ones_like(ids)
+    mask[1, 5:9] = 0
+    return greedy(model, ids, attention_mask=mask)
+
+
+def right_padding(model: PreTrainedModel) -> Tensor:
+    ids = prompt().repeat(2, 1)
+    mask = torch.ones_like(ids)
+    mask[1, -5:] = 0
+    return greedy(model, ids, attention_mask=mask)
+
+
+def embeddings_in(model: PreTrainedModel) -> Tensor:
+    with torch.no_grad():
+        embedded = model.get_input_embeddings()(prompt())
+    return model.generate(
+        inputs_embeds=embedded, attention_mask=torch.ones_like(prompt()), max_new_tokens=20, do_sample=False
+    )
+
+
+def prompt_lookup(model: PreTrainedModel) -> Tensor:
+    return greedy(model, prompt(), prompt_lookup_num_tokens=3)
+
+
+def no_cache(model: PreTrainedModel) -> Tensor:
+    return greedy(model, prompt(), count=10, use_cache=False)
+
+
+def static_cache(model: PreTrainedModel) -> Tensor:
+    return greedy(model, prompt(), cache_implementation="static")
+
+
+def loop_with_gradients(model: PreTrainedModel) -> Tensor:
+    cache, ids, out = DynamicCache(config=model.config), prompt(), []
+    for _ in range(6):
+        ids = model(input_ids=ids, past_key_values=cache).logits[:, -1:].argmax(-1)
+        out.append(ids)
+    return torch.cat(out, dim=1)
+
+
+LEFT: list[Caller] = [
+    mask_with_holes, right_padding, embeddings_in, prompt_lookup, no_cache, static_cache, loop_with_gradients,
+]  # fmt: skip
+
+
+def both(call: Caller, name: str, **options: Any) -> tuple[Tensor, Tensor, PreTrainedModel]:
+    """What a caller gets from the plain and from the compiled model."""
+    plain = call(make_tiny(name))
+    model = make_tiny(name)
+    model.compile(backend="vericache", options={**OPTIONS, **options})
+    return plain, call(model), model
+
+
+@pytest.mark.parametrize("call", TAKEN, ids=lambda call: call.__name__)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_caller_gets_plain_tokens_from_rounds(name: str, call: Caller) -> None:
+    plain, ours, model = both(call, name)
+    assert torch.equal(ours, plain)
+    assert stats(model)["rounds"] > 0
+    assert stats(model)["graphs"]["not taken"] == 0
+
+
+def test_other_row_outputs_come_from_rounds_too() -> None:
+    """Hidden states of every layer are handed out row by row, like logits."""
+    plain, ours, model = both(hidden_states_too, "llama")
+    torch.testing.assert_close(ours, plain, atol=1e-4, rtol=1e-4)
+    assert stats(model)["rounds"] > 0
+
+
+@pytest.mark.parametrize("call", LEFT, ids=lambda call: call.__name__)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_caller_outside_the_fast_path_gets_plain_tokens(name: str, call: Caller) -> None:
+    plain, ours, _ = both(call, name)
+    assert torch.equal(ours, plain)
+
+
+def test_past_the_last_position_the_plain_error_is_raised() -> None:
+    """gpt2 has 64 positions: vericache serves them all, drafts past them harmlessly, then fails as plain does."""
+    model = make_tiny("gpt2", positions=64)
+    with pytest.raises(IndexError):
+        greedy(make_tiny("gpt2", positions=64), prompt(), count=40)
+    plain = greedy(make_tiny("gpt2", positions=64), prompt(), count=24)
+    model.compile(backend="vericache", options=OPTIONS)
+    assert torch.equal(greedy(model, prompt(), count=24), plain)
+    with pytest.raises(IndexError):
+        greedy(model, prompt(), count=40)
+
+
+def test_the_callers_cache_holds_no_data() -> None:
+    """After prefill and after decoding, all cache tensors together hold one column."""
+    model, cache = make_tiny("llama"), None
+    model.compile(backend="vericache", options=OPTIONS)
+    cache = DynamicCache(config=model.config)
+    for count in (1, 20):
+        greedy(model, prompt(1000), count=count, past_key_values=cache)
+        held = {
+            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+            for layer in cache.layers
+            for t in (layer.keys, layer.values)
+        }
+        assert cache.get_seq_length() >= 1000
+        assert sum(held.values()) <= 3 * 2 * 2 * 16 * 4, "more than one column is allocated"
+        assert all(t.isnan().all() for layer in cache.layers for t in (layer.keys, layer.values))
+        cache = DynamicCache(config=model.config)
+
+
+def test_a_recompile_storm_never_reaches_dynamos_limit() -> None:
+    """Past its limit Dynamo would run the model on hollow caches; the limit is raised before that."""
+    limit = torch._dynamo.config.recompile_limit
+    model = make_tiny("llama")
+    plain = greedy(model, prompt())
+    for keep in (0.1, 0.2, 0.3, 0.4, 0.5):
+        model.compile(backend="vericache", options={**OPTIONS, "keep": keep})
+        assert torch.equal(greedy(model, prompt()), plain)
+        assert stats(model)["rounds"] > 0
+    assert torch._dynamo.config.recompile_limit > limit

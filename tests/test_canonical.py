@@ -1,0 +1,89 @@
+"""Output rows are bit-equal whatever drafts do: compressor, keep ratio, random guesses, guesses never right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from models import VOCABULARY, make_prompt, make_tiny
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from vericache_compile import stats
+from vericache_compile.runtime import rounds
+
+Drafter = Callable[[Any, int, Tensor, int], Tensor]
+CHOICES: list[dict[str, Any]] = [
+    {"compressor": "none"},
+    {"compressor": "streaming", "keep": 0.1},
+    {"compressor": "snapkv", "keep": 0.05},
+    {"compressor": "snapkv", "keep": 0.6},
+    {"compressor": "kivi", "bits": 2},
+    {"compressor": "kivi", "bits": 4},
+]
+
+
+def logits_of(model: PreTrainedModel, inputs: dict[str, Tensor], count: int, **options: Any) -> Tensor:
+    """Greedy logits [count, B, V] under vericache."""
+    torch._dynamo.reset()
+    model.compile(backend="vericache", options=options)
+    out = model.generate(
+        **inputs, max_new_tokens=count, do_sample=False, return_dict_in_generate=True, output_logits=True
+    )
+    model._compiled_call_impl = None
+    return torch.stack(out.logits)
+
+
+def use_drafter(monkeypatch: pytest.MonkeyPatch, guess: Callable[[Tensor, int], Tensor]) -> None:
+    """Replace drafting: `guess(start tokens [B, 1], steps)` gives the drafted tokens [B, steps]."""
+
+    def draft_tokens(sequence: Any, draft: Any, plan: Any, bound: Any, start: rounds.Start, horizon: int) -> Tensor:
+        return torch.cat([start.tokens, guess(start.tokens, horizon)], dim=1)
+
+    monkeypatch.setattr(rounds, "draft_tokens", draft_tokens)
+
+
+def random_guess(vocabulary: int) -> Callable[[Tensor, int], Tensor]:
+    """Guesses drawn at random."""
+    generator = torch.Generator().manual_seed(5)
+    return lambda start, steps: torch.randint(0, vocabulary, (start.shape[0], steps), generator=generator)
+
+
+def wrong_guess(vocabulary: int, logits: Tensor) -> Callable[[Tensor, int], Tensor]:
+    """Guesses that greedy decoding never gives at any step."""
+    seen = set(logits.argmax(-1).flatten().tolist())
+    never = next(token for token in range(vocabulary) if token not in seen)
+    return lambda start, steps: torch.full((start.shape[0], steps), never)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(("name", "window"), [("llama", 2), ("llama", 8), ("llama", 16), ("qwen3", 16), ("gpt2", 16)])
+def test_rows_are_bit_equal_on_tiny_models(name: str, batch: int, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = make_tiny(name), make_prompt(520 - window, batch)
+    settings = {"window": window, "inductor": False}
+    first = logits_of(model, inputs, 40, **CHOICES[0], **settings)
+    for choice in CHOICES[1:]:
+        assert torch.equal(first, logits_of(model, inputs, 40, **choice, **settings)), choice
+    use_drafter(monkeypatch, random_guess(VOCABULARY))
+    assert torch.equal(first, logits_of(model, inputs, 40, **CHOICES[1], **settings)), "random guesses"
+    use_drafter(monkeypatch, wrong_guess(VOCABULARY, first))
+    wrong = {"compressor": "streaming", "keep": 0.5}
+    assert torch.equal(first, logits_of(model, inputs, 40, **wrong, **settings)), "wrong guesses"
+    assert (stats(model)["accepted"], stats(model)["served_rows"]) == (0, 39 * batch)
+
+
+def test_rows_are_bit_equal_on_smollm2(
+    smollm2: PreTrainedModel, document_ids: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Real weights and text, compiled segments, a prompt that ends near a block border."""
+    ids = document_ids[:, :750]
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    first = logits_of(smollm2, inputs, 32, **CHOICES[0])
+    for choice in (CHOICES[1], CHOICES[2], CHOICES[3], CHOICES[4]):
+        assert torch.equal(first, logits_of(smollm2, inputs, 32, **choice)), choice
+    use_drafter(monkeypatch, random_guess(smollm2.config.vocab_size))
+    assert torch.equal(first, logits_of(smollm2, inputs, 32, **CHOICES[1])), "random guesses"
+    use_drafter(monkeypatch, wrong_guess(smollm2.config.vocab_size, first))
+    assert torch.equal(first, logits_of(smollm2, inputs, 32, **CHOICES[2])), "wrong guesses"

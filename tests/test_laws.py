@@ -1,0 +1,84 @@
+"""The laws: rows come from verify or prefill, only they write full KV, and compressed KV is derived from it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from models import make_prompt, make_tiny
+from test_canonical import logits_of
+from torch import Tensor
+
+from vericache_compile import stats
+from vericache_compile.runtime import rounds
+from vericache_compile.runtime.caches import DraftKV
+
+OPTIONS: dict[str, Any] = {"window": 8, "inductor": False}
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("poison", ["nan", "noise"])
+@pytest.mark.parametrize("compressor", ["none", "streaming", "snapkv", "kivi"])
+def test_a_poisoned_draft_never_changes_a_row(
+    compressor: str, poison: str, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Law 1: whatever the compressed cache holds, the rows stay the same to the bit."""
+    model, inputs = make_tiny("llama"), make_prompt(300, batch)
+    expected = logits_of(model, inputs, 30, compressor="none", **OPTIONS)
+    original = rounds.prepare_draft
+    poisoned: list[int] = []
+
+    def prepare_draft(*args: Any, **kwargs: Any) -> DraftKV:
+        draft = original(*args, **kwargs)
+        for layer in draft.layers:
+            for held in (layer.keys, layer.values):
+                held.copy_(torch.full_like(held, float("nan")) if poison == "nan" else torch.randn_like(held) * 100)
+        poisoned.append(len(draft.layers))
+        return draft
+
+    monkeypatch.setattr(rounds, "prepare_draft", prepare_draft)
+    assert torch.equal(expected, logits_of(model, inputs, 30, compressor=compressor, **OPTIONS))
+    assert poisoned, "no draft was poisoned"
+
+
+@pytest.mark.parametrize("compressor", ["none", "streaming", "snapkv", "kivi"])
+def test_drafting_leaves_full_kv_alone(compressor: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law 2: the bytes of the full cache are the same before and after drafting."""
+    model = make_tiny("llama")
+    original = rounds.draft_tokens
+    compared: list[int] = []
+
+    def draft_tokens(sequence: Any, *args: Any) -> Tensor:
+        before = [x.clone() for x in (*sequence.full.keys, *sequence.full.values)]
+        drafted = original(sequence, *args)
+        after = (*sequence.full.keys, *sequence.full.values)
+        assert all(torch.equal(b, a) for b, a in zip(before, after, strict=True))
+        compared.append(len(before))
+        return drafted
+
+    monkeypatch.setattr(rounds, "draft_tokens", draft_tokens)
+    logits_of(model, make_prompt(300), 30, compressor=compressor, **OPTIONS)
+    assert len(compared) == stats(model)["rounds"] > 0
+
+
+@pytest.mark.parametrize("compressor", ["none", "streaming", "snapkv", "kivi"])
+def test_tails_are_exact_copies_of_full_kv(compressor: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law 3: at the start of each round every tail holds the full cache's own keys and values, to the bit."""
+    model = make_tiny("llama")
+    original = rounds.draft_tokens
+    tails: list[int] = []
+
+    def draft_tokens(sequence: Any, draft: DraftKV, *args: Any) -> Tensor:
+        for number, layer in enumerate(draft.layers):
+            for b, (row, start) in enumerate(zip(sequence.rows, layer.starts, strict=True)):
+                tail = slice(layer.offset, layer.offset + row.length - start)
+                own = slice(start, row.length)
+                assert torch.equal(layer.keys[b, :, tail], sequence.full.keys[number][b, :, own])
+                assert torch.equal(layer.values[b, :, tail], sequence.full.values[number][b, :, own])
+                tails.append(row.length - start)
+        return original(sequence, draft, *args)
+
+    monkeypatch.setattr(rounds, "draft_tokens", draft_tokens)
+    logits_of(model, make_prompt(300, 3), 200, compressor=compressor, **OPTIONS)
+    assert max(tails) > 0

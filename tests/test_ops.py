@@ -1,0 +1,122 @@
+"""The canonical operators against plain loops, and their rules for torch and for windows."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from vericache_compile.ops import attend, linear
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def attend_by_loops(
+    q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, lengths: list[int], pads: list[int], scale: float
+) -> Tensor:
+    """One query at a time over the rows that it may see, in float64."""
+    batch, heads, tokens, _ = q.shape
+    group = heads // k.shape[1]
+    out = torch.empty(batch, heads, tokens, v.shape[3], dtype=torch.float64)
+    for b, h, t in ((b, h, t) for b in range(batch) for h in range(heads) for t in range(tokens)):
+        past = slice(pads[b], max(lengths[b], pads[b]))
+        keys = torch.cat([past_k[b, h // group, past], k[b, h // group, : t + 1]]).double()
+        values = torch.cat([past_v[b, h // group, past], v[b, h // group, : t + 1]]).double()
+        out[b, h, t] = (keys @ q[b, h, t].double() * scale).softmax(-1) @ values
+    return out
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    tokens=st.integers(1, 5),
+    columns=st.integers(0, 9),
+    kv_heads=st.sampled_from([1, 2, 4]),
+    value_size=st.sampled_from([3, 8]),
+    data=st.data(),
+)
+def test_attend_sees_a_rows_own_columns_and_the_tokens_before(
+    tokens: int, columns: int, kv_heads: int, value_size: int, data: st.DataObject
+) -> None:
+    lengths = data.draw(st.lists(st.integers(0, columns), min_size=2, max_size=2))
+    pads = [data.draw(st.integers(0, length)) for length in lengths]
+    q, k, v = draw(2, 4, tokens, 8), draw(2, kv_heads, tokens, 8, seed=1), draw(2, kv_heads, tokens, value_size, seed=2)
+    past_k, past_v = draw(2, kv_heads, columns, 8, seed=3), draw(2, kv_heads, columns, value_size, seed=4)
+    expected = attend_by_loops(q, k, v, past_k, past_v, lengths, pads, 0.3)
+    for b in range(2):
+        for past in (past_k, past_v):
+            past[b, :, lengths[b] :] = math.nan
+            past[b, :, : pads[b]] = math.nan
+    made = attend(q, k, v, past_k, past_v, torch.tensor(lengths), torch.tensor(pads), 0.3, 0)
+    torch.testing.assert_close(made, expected.float(), atol=1e-5, rtol=1e-5)
+
+
+CALL = (
+    draw(2, 4, 3, 8),
+    draw(2, 2, 3, 8, seed=1),
+    draw(2, 2, 3, 8, seed=2),
+    draw(2, 2, 7, 8, seed=3),
+    draw(2, 2, 7, 8, seed=4),
+    torch.tensor([7, 4]),
+    torch.tensor([0, 2]),
+    0.5,
+    1,
+)
+PRODUCT = (draw(2, 3, 8), draw(5, 8, seed=1), draw(5, seed=2))
+
+
+@pytest.mark.parametrize(("operator", "inputs"), [(attend, CALL), (linear, PRODUCT), (linear, (*PRODUCT[:2], None))])
+def test_torch_finds_no_fault_with_the_operators(operator: object, inputs: tuple[object, ...]) -> None:
+    torch.library.opcheck(operator, inputs, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_fake_results_have_the_strides_of_real_ones(transposed: bool) -> None:
+    q, k, v, *rest = (x.mT.contiguous().mT if transposed and isinstance(x, Tensor) and x.dim() > 2 else x for x in CALL)
+    x = PRODUCT[0].transpose(0, 1) if transposed else PRODUCT[0]
+    for operator, inputs in ((attend, (q, k, v, *rest)), (linear, (x, *PRODUCT[1:]))):
+        real = operator(*inputs)
+        with FakeTensorMode() as mode:
+            fake = operator(*(mode.from_tensor(x) if isinstance(x, Tensor) else x for x in inputs))
+        assert (real.shape, real.stride(), real.dtype) == (fake.shape, fake.stride(), fake.dtype)
+
+
+def test_a_window_of_one_token_calls_is_one_call_on_its_tokens() -> None:
+    window = 5
+    q, k, v = draw(window, 2, 4, 1, 8), draw(window, 2, 2, 1, 8, seed=1), draw(window, 2, 2, 1, 8, seed=2)
+    rest = CALL[3:]
+    rows = torch.func.vmap(lambda q, k, v: attend(q, k, v, *rest))(q, k, v)
+    tokens = [x.squeeze(3).permute(1, 2, 0, 3) for x in (q, k, v)]
+    assert torch.equal(rows, attend(*tokens, *rest).permute(2, 0, 1, 3).unsqueeze(3))
+
+
+def test_keys_that_do_not_vary_over_a_window_are_repeated() -> None:
+    q, k, v = draw(4, 2, 4, 1, 8), draw(2, 2, 1, 8, seed=1), draw(2, 2, 1, 8, seed=2)
+    made = torch.func.vmap(lambda q: attend(q, k, v, *CALL[3:]))(q)
+    rows = [x.expand(4, *x.shape) for x in (k, v)]
+    assert torch.equal(made, torch.func.vmap(lambda q, k, v: attend(q, k, v, *CALL[3:]))(q, *rows))
+
+
+def test_a_cache_that_varies_over_a_window_is_refused() -> None:
+    past = draw(4, 2, 2, 7, 8)
+    with pytest.raises(NotImplementedError, match="only queries, keys and values differ over a window"):
+        torch.func.vmap(lambda past: attend(*CALL[:3], past, *CALL[4:]))(past)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("bias", [PRODUCT[2], None])
+def test_a_window_of_products_is_one_product(bias: Tensor | None, axis: int) -> None:
+    x, weight = draw(4, 2, 3, 8), PRODUCT[1]
+    made = torch.func.vmap(lambda x: linear(x, weight, bias), in_dims=axis)(x.movedim(0, axis))
+    assert torch.equal(made, linear(x, weight, bias))
+
+
+def test_a_weight_that_varies_over_a_window_is_refused() -> None:
+    with pytest.raises(NotImplementedError, match="a weight differs over the window"):
+        torch.func.vmap(lambda weight: linear(PRODUCT[0], weight, None))(draw(4, 5, 8))

@@ -1,0 +1,265 @@
+"""The torch.compile backend: captured graph in, callable out. The only file that imports both halves."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from vericache_compile import optimized_module
+from vericache_compile.config import DRAFT_DTYPES, Config, make_config
+from vericache_compile.errors import UnsupportedGraph
+from vericache_compile.passes.bind_scalars import scalar_inputs
+from vericache_compile.passes.pipeline import plan_capture
+from vericache_compile.passes.program import Compiled
+from vericache_compile.plan import CapturedPlan, DecodePlan, Site
+from vericache_compile.runtime.ghosts import can_spell
+from vericache_compile.runtime.sequences import SequenceTable
+from vericache_compile.runtime.session import Session
+
+log = logging.getLogger("vericache_compile")
+ATTRIBUTE = "_vericache"
+"""Where a model's state hangs: on the parameters that the caller's model holds."""
+
+
+@dataclass
+class Compilation:
+    """What was compiled for one model under one configuration."""
+
+    config: Config
+    session: Session
+    compiled: dict[str, Compiled]
+    graphs: dict[str, int] = field(default_factory=lambda: {"captured": 0, "decode": 0, "not taken": 0})
+    reasons: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    sites: tuple[Site, ...] = ()
+    told: bool = False
+
+
+class ModelState:
+    """All that is kept for one model; found again through its parameters, and never pickled with them."""
+
+    def __init__(self) -> None:
+        self.table = SequenceTable()
+        self.lock = threading.RLock()
+        self.compilations: dict[Config, Compilation] = {}
+        self.compiled: dict[str, Compiled] = {}
+        """Compiled segments by structure, shared by all configurations."""
+        self.latest: Compilation | None = None
+
+    def compilation(self, config: Config) -> Compilation:
+        """The compilation for a configuration, made on first use."""
+        if config not in self.compilations:
+            session = Session(self.table, config.make_compressor(), self.lock)
+            self.compilations[config] = Compilation(config, session, self.compiled)
+        self.latest = self.compilations[config]
+        return self.latest
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return type(None), ()
+
+
+def state_of(tensors: Sequence[Any]) -> ModelState | None:
+    """The state that hangs on one of these parameters, if any."""
+    return next((held for t in tensors if (held := getattr(t, ATTRIBUTE, None)) is not None), None)
+
+
+def vericache(
+    gm: GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: Mapping[str, Any] | None = None
+) -> Callable[..., Any]:
+    """Compile one captured graph. `mode` is accepted and not used; `options` are the fields of `Config`.
+
+    Raises OptionError for a bad option, and with `strict` UnsupportedGraph where a graph is not taken.
+    """
+    _keep_compiling()
+    config = make_config(options)
+    parameters = [i for i, x in enumerate(example_inputs) if isinstance(x, torch.nn.Parameter)]
+    made = compilation_of(example_inputs, parameters, config)
+    began = time.perf_counter()
+    try:
+        return _take(gm, example_inputs, parameters, config)
+    except UnsupportedGraph as reason:
+        if config.strict:
+            raise
+        return _leave(gm, example_inputs, parameters, config, reason)
+    finally:
+        made.seconds += time.perf_counter() - began
+
+
+def compilation_of(inputs: Sequence[Any], parameters: Sequence[int], config: Config) -> Compilation:
+    """The compilation of the model that the inputs at `parameters` belong to.
+
+    Looked up in every call: Dynamo runs one compiled graph for all models of the same make.
+    """
+    state: ModelState | None = getattr(inputs[parameters[0]], ATTRIBUTE, None) if parameters else None
+    if state is None:
+        own = [inputs[i] for i in parameters]
+        state = state_of(own) or ModelState()
+        for parameter in own:
+            setattr(parameter, ATTRIBUTE, state)
+    return state.compilation(config)
+
+
+def _keep_compiling() -> None:
+    """Raise Dynamo's recompile limits before this frame reaches them.
+
+    Past its limit Dynamo would run the model's own code, uncompiled, on caches whose data only this backend holds.
+    """
+    current = torch._guards.CompileContext.current_compile_id()
+    compiled = (current.frame_compile_id or 0) + 1 if current is not None else 0
+    for name in ("recompile_limit", "accumulated_recompile_limit"):
+        if compiled + 1 >= (limit := getattr(torch._dynamo.config, name)):
+            setattr(torch._dynamo.config, name, 2 * limit)
+            log.debug("raised torch._dynamo.config.%s to %d", name, 2 * limit)
+
+
+def _take(
+    gm: GraphModule, example_inputs: Sequence[Any], parameters: Sequence[int], config: Config
+) -> Callable[..., Any]:
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in example_inputs):
+        raise UnsupportedGraph(
+            "gradients are wanted", "the captured graph", "call under torch.no_grad() or torch.inference_mode()"
+        )
+    if not parameters:
+        raise UnsupportedGraph(
+            "no parameters among the inputs", "the captured graph", "compile the model, not a function of its outputs"
+        )
+    scalars = scalar_inputs(gm)
+    plans: dict[tuple[float, ...], CapturedPlan | DecodePlan] = {}
+
+    def plan_for(inputs: Sequence[Any], batch: int) -> CapturedPlan | DecodePlan:
+        key = (batch, *(float(inputs[i]) for i in scalars))
+        if key not in plans:
+            held = compilation_of(inputs, parameters, config).compiled
+            values = dict(zip(scalars, key[1:], strict=True))
+            plans[key] = plan_capture(
+                gm, batch, config.window, config.inductor, held, values, DRAFT_DTYPES[config.draft_dtype]
+            )
+        return plans[key]
+
+    plan = plan_for(example_inputs, _batch(example_inputs))
+    captured = plan.captured if isinstance(plan, DecodePlan) else plan
+    _check_ghosts(captured.sites)
+    _tell(compilation_of(example_inputs, parameters, config), plan)
+    tokens = captured.roles.tokens
+
+    def run(*inputs: Any) -> Any:
+        chosen = plan_for(inputs, inputs[tokens].shape[0])
+        session = compilation_of(inputs, parameters, config).session
+        if isinstance(chosen, DecodePlan):
+            return session.run_decode(chosen, inputs)
+        return session.run_captured(chosen, inputs)
+
+    return run
+
+
+def _check_ghosts(sites: Sequence[Site]) -> None:
+    for site in sites:
+        if not can_spell(site):
+            raise UnsupportedGraph(
+                f"a cache of {site.dtype} with {site.head_size} elements per head",
+                f"layer {site.layer}",
+                "use float32, bfloat16 or float16, with heads of at least 16 elements",
+            )
+
+
+def _batch(example_inputs: Sequence[Any]) -> int:
+    """Rows of the first two-dimensional integer input: the tokens' batch."""
+    shapes = (x.shape for x in example_inputs if isinstance(x, Tensor) and x.dim() == 2 and not x.is_floating_point())
+    return next((int(shape[0]) for shape in shapes), 1)
+
+
+def _leave(
+    gm: GraphModule, example_inputs: Sequence[Any], parameters: Sequence[int], config: Config, reason: UnsupportedGraph
+) -> Callable[..., Any]:
+    """The graph under plain Inductor, with real data for ghosts, and one warning per reason."""
+    made = compilation_of(example_inputs, parameters, config)
+    made.graphs["not taken"] += 1
+    if reason.found not in made.reasons:
+        made.reasons.append(reason.found)
+        log.warning("vericache: graph not taken, it runs under plain Inductor: %s", reason)
+    if config.inductor:
+        from torch._inductor.compile_fx import compile_fx
+
+        compiled: Any = compile_fx(gm, list(example_inputs))
+    else:
+        compiled = gm.forward
+
+    def run(*inputs: Any) -> Any:
+        session = compilation_of(inputs, parameters, config).session
+        return compiled(*session.with_data(inputs))
+
+    return run
+
+
+def _tell(made: Compilation, plan: CapturedPlan | DecodePlan) -> None:
+    """Count the graph; once a decode step was taken, say in one line what was seen and how it will run."""
+    decode = isinstance(plan, DecodePlan)
+    made.sites = plan.captured.sites if isinstance(plan, DecodePlan) else plan.sites
+    made.graphs["decode" if decode else "captured"] += 1
+    if made.told or not decode:
+        return
+    made.told = True
+    full = sum(site.bytes_per_token for site in made.sites)
+    compressed = _compressed_bytes(made)
+    left = f", not taken: {'; '.join(made.reasons)}" if made.reasons else ""
+    log.info(
+        "vericache: graphs seen %d, attention sites taken %d of %d%s, compressor %s, window %d, "
+        "cache bytes per token %d full, %d compressed",
+        sum(made.graphs.values()),
+        len(made.sites),
+        len(made.sites),
+        left,
+        made.session.compressor,
+        made.config.window,
+        full,
+        compressed,
+    )
+
+
+PROBE = 1024
+"""Tokens compressed to measure a method's bytes per token."""
+
+
+def _compressed_bytes(made: Compilation) -> int:
+    """Bytes per token that the compressor takes at all sites together, measured on a region of PROBE zeros."""
+    measured: dict[tuple[int, ...], float] = {}
+    total = 0.0
+    for site in made.sites:
+        shape = (site.heads, site.kv_heads, site.head_size, site.value_size)
+        if shape not in measured:
+            keys = torch.zeros(site.kv_heads, PROBE, site.head_size, dtype=site.dtype)
+            values = torch.zeros(site.kv_heads, PROBE, site.value_size, dtype=site.dtype)
+            queries = torch.zeros(site.heads, 32, site.head_size, dtype=site.dtype)
+            region = made.session.compressor.compress(keys, values, queries)
+            measured[shape] = region.nbytes / max(region.covered, 1)
+        total += measured[shape]
+    return round(total)
+
+
+def reset() -> None:
+    """Called by torch.compiler.reset(). Sequences live on with the caller's caches; nothing else is global."""
+
+
+vericache.reset = reset  # type: ignore[attr-defined]
+
+
+def _show_log() -> None:
+    """Let the one line reach the terminal where the program has not set up logging."""
+    if log.level == logging.NOTSET and not log.handlers and not logging.getLogger().handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+
+
+_show_log()
+optimized_module.install()

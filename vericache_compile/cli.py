@@ -1,0 +1,111 @@
+"""The `vericache` command: run, check, bench, doctor.
+
+With --json, stdout holds exactly one JSON document; everything else goes to stderr. Exit codes: 0 all well,
+1 tokens differ or something needed is missing, 2 wrong input (three parts on stderr: found, where, fix).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, redirect_stdout
+from typing import Any
+
+import vericache_compile
+from vericache_compile.cli_commands import bench, check, run
+from vericache_compile.doctor import doctor
+from vericache_compile.errors import VericacheError
+
+Command = Callable[[argparse.Namespace], tuple[dict[str, Any], int]]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    args = make_parser().parse_args(argv)
+    command: Command = args.command
+    try:
+        with redirect_stdout(sys.stderr) if args.json else nullcontext():
+            result, code = command(args)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        reason = _find_reason(error)
+        if reason is None:
+            raise
+        print(f"vericache: {reason}", file=sys.stderr)
+        result, code = {"error": {"found": reason.found, "where": reason.where, "fix": reason.fix}}, 2
+    if args.json:
+        print(json.dumps(result, indent=2, default=str))
+    return code
+
+
+def _find_reason(error: BaseException | None) -> VericacheError | None:
+    """Our own error, also where Dynamo has wrapped it in one of its own."""
+    while error is not None and not isinstance(error, VericacheError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all four commands."""
+    parser = argparse.ArgumentParser(prog="vericache", description=vericache_compile.__doc__.splitlines()[0])
+    parser.add_argument("--version", action="version", version=f"%(prog)s {vericache_compile.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    made = commands.add_parser("run", help="answer a prompt, streamed, then a table of what happened")
+    _add_model(made, max_new_tokens=256)
+    made.add_argument("--check", action="store_true", help="then do what `vericache check` does")
+    _finish(made, run)
+
+    made = commands.add_parser("check", help="compare with plain generate; exit code 1 when tokens differ")
+    _add_model(made, max_new_tokens=64)
+    _finish(made, check)
+
+    made = commands.add_parser("bench", help="time plain generate and vericache in turn; medians")
+    _add_model(made, max_new_tokens=128)
+    made.add_argument("--repeat", type=_positive, default=3, help="runs of each (default %(default)s)")
+    made.add_argument("--batch", type=_positive, default=1, help="copies of the prompt (default %(default)s)")
+    _finish(made, bench)
+
+    made = commands.add_parser("doctor", help="versions, devices, what is missing and how to get it")
+    _finish(made, doctor)
+    return parser
+
+
+def _finish(parser: argparse.ArgumentParser, command: Command) -> None:
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout, all else on stderr")
+    parser.set_defaults(command=command)
+
+
+def _add_model(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
+    model = parser.add_argument_group("model and prompt")
+    model.add_argument("--model", default="demo", metavar="demo|PATH|HUB_ID", help="default %(default)s")
+    model.add_argument("--prompt-file", required=True, metavar="F", help="the prompt; - reads stdin")
+    model.add_argument("--max-new-tokens", type=_positive, default=max_new_tokens, metavar="N")
+    model.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    model.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    chat = "put the prompt into the model's chat template (default: when it has one)"
+    model.add_argument("--chat", action=argparse.BooleanOptionalAction, help=chat)
+
+    source = "Those not given come from VERICACHE_<OPTION>, else from the defaults."
+    options = parser.add_argument_group("options of the backend", source)
+    options.add_argument("--compressor", help="snapkv, kivi, streaming or none")
+    options.add_argument("--keep", type=float, help="fraction of the tokens that the draft keeps")
+    options.add_argument("--bits", type=int, help="bits per value of a quantising compressor")
+    options.add_argument("--window", type=int, metavar="W", help="tokens per verify pass, a power of two")
+    options.add_argument("--no-inductor", dest="inductor", action="store_const", const=False, help="run eagerly")
+    options.add_argument("--strict", action="store_const", const=True, help="raise instead of falling back")
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,177 @@
+"""What `vericache run`, `check` and `bench` do: each returns (what --json prints, exit code)."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vericache_compile.errors import VericacheError
+from vericache_compile.terminal import AnswerStream, format_bytes, format_rate, phase, print_table
+
+OPTIONS = ("compressor", "keep", "bits", "window", "inductor", "strict")
+WARM_UP_TOKENS = 32
+
+
+def run(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
+    """Answer the prompt as a user's program would, then say what happened."""
+    from vericache_compile.api import check as self_check
+    from vericache_compile.api import stats
+
+    model, tokenizer, inputs, options = _prepare(args)
+    model.compile(backend="vericache", options=options)
+    with AnswerStream(tokenizer) as stream:
+        model.generate(**inputs, max_new_tokens=args.max_new_tokens, do_sample=False, streamer=stream)
+    numbers = stats(model)
+    print_table("vericache run", _stats_rows(stream, numbers))
+    result = {
+        "model": args.model,
+        "prompt_tokens": stream.prompt_tokens,
+        "text": stream.text,
+        "tokens": stream.tokens,
+        "seconds": stream.seconds[-1] if stream.seconds else 0.0,
+        "stats": numbers,
+        "check": None,
+    }
+    if not args.check:
+        return result, 0
+    with phase("self-check: plain generate and vericache"):
+        report = self_check(model, inputs, max_new_tokens=args.max_new_tokens, **options)
+    print(report)
+    return result | {"check": report.as_dict()}, 0 if report.identical else 1
+
+
+def check(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
+    """Compare with plain generate."""
+    from vericache_compile.api import check as self_check
+
+    model, _, inputs, options = _prepare(args)
+    with phase("self-check: plain generate and vericache"):
+        report = self_check(model, inputs, max_new_tokens=args.max_new_tokens, **options)
+    print(report)
+    return {"model": args.model, **report.as_dict()}, 0 if report.identical else 1
+
+
+def bench(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
+    """Time both in turn, so that a slow moment of the machine meets both; medians."""
+    from vericache_compile.api import check as self_check
+
+    model, _, inputs, options = _prepare(args)
+    inputs = {name: tensor.repeat(args.batch, 1) for name, tensor in inputs.items()}
+    with phase("warm-up: compiling"):
+        self_check(model, inputs, max_new_tokens=min(WARM_UP_TOKENS, args.max_new_tokens), **options)
+    reports = []
+    for number in range(args.repeat):
+        with phase(f"run {number + 1} of {args.repeat}"):
+            reports.append(self_check(model, inputs, max_new_tokens=args.max_new_tokens, **options))
+    plain = statistics.median(report.plain_seconds_per_token for report in reports)
+    ours = statistics.median(report.seconds_per_token for report in reports)
+    result = {
+        "model": args.model,
+        "prompt_tokens": inputs["input_ids"].shape[1],
+        "batch": args.batch,
+        "max_new_tokens": args.max_new_tokens,
+        "options": options,
+        "plain_seconds_per_token": plain,
+        "seconds_per_token": ours,
+        "speedup": plain / ours if ours else None,
+        "tokens_per_round": statistics.median(report.tokens_per_round for report in reports),
+        "identical": all(report.identical for report in reports),
+        "runs": [report.as_dict() for report in reports],
+    }
+    print_table("vericache bench", _bench_rows(result))
+    return result, 0 if result["identical"] else 1
+
+
+def _prepare(args: argparse.Namespace) -> tuple[Any, Any, dict[str, Any], dict[str, Any]]:
+    """Model, tokenizer, inputs and checked options; wrong input is found before anything slow starts."""
+    from vericache_compile.config import make_config
+
+    options = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
+    make_config(options)
+    prompt = _read_prompt(args.prompt_file)
+    model, tokenizer = _load(args)
+    inputs = _encode(tokenizer, prompt, args.chat)
+    return model, tokenizer, {name: tensor.to(model.device) for name, tensor in inputs.items()}, options
+
+
+def _read_prompt(file: str) -> str:
+    try:
+        prompt = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        found = f"the prompt cannot be read: {getattr(error, 'strerror', None) or error}"
+        fix = "name a text file in UTF-8, or - for stdin"
+        raise VericacheError(found, f"--prompt-file {file}", fix) from error
+    if not prompt.strip():
+        raise VericacheError("the prompt is empty", f"--prompt-file {file}", "put some text into it")
+    return prompt
+
+
+def _load(args: argparse.Namespace) -> tuple[Any, Any]:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from vericache_compile.demo_model import demo_model_path
+
+    path = str(demo_model_path()) if args.model == "demo" else args.model
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=args.dtype).eval()
+    except (OSError, ValueError) as error:
+        found = f"the model cannot be loaded: {_first_line(error)}"
+        fix = "name `demo`, a folder with config.json, weights and tokenizer, or a model of the hub"
+        raise VericacheError(found, f"--model {args.model}", fix) from error
+    try:
+        return model.to(device), tokenizer
+    except (RuntimeError, AssertionError) as error:
+        found = f"the model does not go to {device}: {_first_line(error)}"
+        fix = "`vericache doctor` lists the devices; try --device cpu, or --dtype bfloat16"
+        raise VericacheError(found, f"--model {args.model}", fix) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _encode(tokenizer: Any, prompt: str, chat: bool | None) -> dict[str, Any]:
+    """input_ids and attention_mask, [1, T] each."""
+    if chat and not tokenizer.chat_template:
+        raise VericacheError("the model has no chat template", "--chat", "use --no-chat")
+    if tokenizer.chat_template and chat is not False:
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+        )
+        return dict(tokenizer(prompt, return_tensors="pt", add_special_tokens=False))
+    return dict(tokenizer(prompt, return_tensors="pt"))
+
+
+def _stats_rows(stream: AnswerStream, numbers: Mapping[str, Any]) -> dict[str, str]:
+    seconds, sizes = numbers["seconds"], numbers["bytes"]
+    per_token = f"{format_bytes(sizes['per_token_draft'])} of {format_bytes(sizes['per_token_full'])}"
+    return {
+        "prompt / new tokens": f"{stream.prompt_tokens:,} / {len(stream.tokens):,}",
+        "compressor, window": f"{numbers['compressor']}, {numbers['window']}",
+        "attention sites": str(numbers["sites"]),
+        "rounds": f"{numbers['rounds']:,}, {numbers['tokens_per_round']:.1f} tokens each",
+        "drafted / accepted": f"{numbers['drafted']:,} / {numbers['accepted']:,}",
+        "KV bytes, draft / full": f"{format_bytes(sizes['draft'])} / {format_bytes(sizes['full'])}",
+        "KV bytes per token, draft": per_token,
+        **{f"seconds in {name}": f"{value:.2f}" for name, value in seconds.items()},
+    }
+
+
+def _bench_rows(result: Mapping[str, Any]) -> dict[str, str]:
+    plain, ours, batch = result["plain_seconds_per_token"], result["seconds_per_token"], result["batch"]
+    return {
+        "prompt / new tokens": f"{result['prompt_tokens']:,} / {result['max_new_tokens']:,}",
+        "batch": str(batch),
+        "plain generate": f"{1e3 * plain:.1f} ms per step, {format_rate(plain / batch)}",
+        "vericache": f"{1e3 * ours:.1f} ms per step, {format_rate(ours / batch)}",
+        "speedup": f"{result['speedup']:.2f}x" if result["speedup"] else "too few tokens to tell",
+        "tokens per round": f"{result['tokens_per_round']:.1f}",
+        "tokens identical": "yes" if result["identical"] else "NO",
+    }

@@ -1,0 +1,60 @@
+"""The one interface behind which every compression method stands.
+
+A method sees one row of one attention site: real tokens only, no padding. What it does not cover stays in
+the exact tail, which the runtime owns; rollback is lowering the tail's length and no method's business.
+
+Shapes: H query heads, K KV heads, S tokens, N slots kept, D head size, Dv value head size, w queries.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar, Self
+
+from torch import Tensor
+
+
+class CompressedKV(ABC):
+    """An immutable compressed region over the first `covered` tokens of one row of one site."""
+
+    covered: int
+    """Tokens of the row that this region stands for: [0, covered)."""
+
+    @property
+    @abstractmethod
+    def slots(self) -> int:
+        """Keys that attention reads from this region (N)."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes allocated for this region."""
+
+    @abstractmethod
+    def materialize(self) -> tuple[Tensor, Tensor]:
+        """Keys [K, N, D] and values [K, N, Dv], in the dtype of the cache."""
+
+    @abstractmethod
+    def extend(self, keys: Tensor, values: Tensor, queries: Tensor | None) -> Self:
+        """A new region that also covers the next S tokens: keys [K, S, D], values [K, S, Dv].
+
+        May cover fewer than S of them (see `Compressor.compress`). Queries [H, w, D] are the latest.
+        """
+
+
+class Compressor(ABC):
+    """A compression method with its parameters."""
+
+    name: ClassVar[str]
+    parameters: ClassVar[tuple[str, ...]] = ()
+    """Names of the options this method takes, beside the common ones."""
+    paper: ClassVar[str] = ""
+    queries: int = 0
+    """How many of the last queries `compress` reads; 0 when it reads none."""
+
+    @abstractmethod
+    def compress(self, keys: Tensor, values: Tensor, queries: Tensor | None) -> CompressedKV:
+        """Compress keys [K, S, D] and values [K, S, Dv] (post-RoPE, as cached) by the last queries [H, w, D].
+
+        Returns a region with `covered` <= S; tokens [covered, S) stay exact in the tail.
+        """

@@ -1,0 +1,113 @@
+"""Every option of the backend, documented and checked in one place."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, get_args, get_type_hints
+
+import torch
+
+from vericache_compile.compressors.base import Compressor
+from vericache_compile.compressors.table import COMPRESSORS, make_compressor
+from vericache_compile.errors import OptionError
+
+MAX_WINDOW = 256
+PARAMETERS = ("keep", "bits")
+"""Options that belong to some compression methods only."""
+WHERE = "the options of backend 'vericache'"
+DRAFT_DTYPES = {"same": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options of `torch.compile(model, backend="vericache", options={...})`.
+
+    Each can also be set by the environment variable VERICACHE_<OPTION>; an explicit option wins.
+    """
+
+    compressor: str = field(default="snapkv", metadata={"doc": "compression method that the draft attends over"})
+    keep: float | None = field(
+        default=None, metadata={"doc": "fraction of the tokens that a dropping method keeps, in (0, 1]"}
+    )
+    bits: int | None = field(default=None, metadata={"doc": "bits per value of a quantising method"})
+    window: int = field(default=16, metadata={"doc": "tokens per verify pass: a power of two, 2 to 256"})
+    inductor: bool = field(default=True, metadata={"doc": "compile segments with Inductor; off runs them eagerly"})
+    draft_dtype: str = field(
+        default="same",
+        metadata={"doc": "type that draft reads weights in (verify reads the model's own): same, bfloat16 or float16"},
+    )
+    strict: bool = field(
+        default=False, metadata={"doc": "raise where a graph is not taken instead of running it unchanged"}
+    )
+
+    def __post_init__(self) -> None:
+        if self.window < 2 or self.window > MAX_WINDOW or self.window & (self.window - 1):
+            raise OptionError(f"window={self.window!r}", WHERE, f"use a power of two from 2 to {MAX_WINDOW}")
+        if self.draft_dtype not in DRAFT_DTYPES:
+            raise OptionError(f"draft_dtype={self.draft_dtype!r}", WHERE, f"use one of {', '.join(DRAFT_DTYPES)}")
+        self.make_compressor()
+
+    def make_compressor(self) -> Compressor:
+        """The compression method with its parameters; raises OptionError for one that it does not take."""
+        given = {name: getattr(self, name) for name in PARAMETERS}
+        return make_compressor(self.compressor, **{name: value for name, value in given.items() if value is not None})
+
+
+def make_config(options: Mapping[str, Any] | None, environment: Mapping[str, str] | None = None) -> Config:
+    """Config from explicit options over the environment over the defaults; raises OptionError."""
+    environment = os.environ if environment is None else environment
+    options = options or {}
+    hints = get_type_hints(Config)
+    names = [f.name for f in fields(Config)]
+    values: dict[str, Any] = {}
+    for name in names:
+        text = environment.get(f"VERICACHE_{name.upper()}")
+        if text is not None and name not in options:
+            values[name] = _parse(name, text, _kinds(hints[name])[0])
+    for name, value in options.items():
+        if name not in names:
+            near = difflib.get_close_matches(str(name), names, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise OptionError(f"unknown option {name!r}", WHERE, f"{hint}options are {', '.join(names)}")
+        values[name] = _check_type(name, value, _kinds(hints[name]))
+    if "compressor" in options:
+        _drop_foreign_parameters(values, options)
+    return Config(**values)
+
+
+def _drop_foreign_parameters(values: dict[str, Any], options: Mapping[str, Any]) -> None:
+    """An environment's `keep` must not break an explicit compressor that takes none."""
+    taken = COMPRESSORS[values["compressor"]].parameters if values["compressor"] in COMPRESSORS else PARAMETERS
+    for name in PARAMETERS:
+        if name not in taken and name not in options:
+            values.pop(name, None)
+
+
+def _kinds(hint: Any) -> tuple[type, ...]:
+    """The types that a field takes, the one that text is parsed as first."""
+    kinds: tuple[type, ...] = get_args(hint) or (hint,)
+    return (*kinds, int) if float in kinds else kinds
+
+
+def _parse(name: str, text: str, kind: type) -> Any:
+    where = f"the environment variable VERICACHE_{name.upper()}"
+    if kind is bool:
+        if text.lower() in ("1", "true", "on", "yes"):
+            return True
+        if text.lower() in ("0", "false", "off", "no"):
+            return False
+        raise OptionError(f"{text!r}", where, "use 1 or 0")
+    try:
+        return kind(text)
+    except ValueError:
+        raise OptionError(f"{text!r}", where, f"give one {kind.__name__}") from None
+
+
+def _check_type(name: str, value: Any, kinds: tuple[type, ...]) -> Any:
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        allowed = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+        raise OptionError(f"{name}={value!r}", WHERE, f"give {allowed}")
+    return value

@@ -1,0 +1,96 @@
+"""The two canonical operators that passes rewrite a model into: schema, fake and eager kernels, window rule; no state.
+
+Shapes: B batch, T tokens, H query heads, K KV heads, C columns of past, D head size, E value head size, W window.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@torch.library.custom_op("vericache::attend", mutates_args=())
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past_k: Tensor,
+    past_v: Tensor,
+    lengths: Tensor,
+    pads: Tensor,
+    scale: float,
+    layer: int,
+) -> Tensor:
+    """Attend from new tokens over a row's past columns [pads, lengths) and, causally, over the new tokens.
+
+    q [B, H, T, D], k [B, K, T, D], v [B, K, T, E], past_k [B, K, C, D], past_v [B, K, C, E], lengths and pads
+    [B] (int64), scale multiplies the scores. Whatever other columns hold (NaN too) is not read. Returns
+    [B, H, T, E].
+    """
+    batch, heads, tokens, _ = q.shape
+    columns = past_k.shape[2]
+    column = torch.arange(columns, device=q.device)
+    seen = (column >= pads[:, None]) & (column < lengths[:, None])
+    past = seen[:, None, None, :].expand(batch, 1, tokens, columns)
+    new = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).tril()
+    visible = torch.cat([past, new.expand(batch, 1, tokens, tokens)], dim=-1)
+    unseen = ~seen[:, None, :, None]
+    return F.scaled_dot_product_attention(
+        q,
+        torch.cat([past_k.masked_fill(unseen, 0), k], dim=2),
+        torch.cat([past_v.masked_fill(unseen, 0), v], dim=2),
+        attn_mask=visible,
+        scale=scale,
+        enable_gqa=heads != k.shape[1],
+    ).contiguous()
+
+
+@attend.register_fake
+def _attend_fake(q, k, v, past_k, past_v, lengths, pads, scale, layer):  # type: ignore[no-untyped-def]
+    return q.new_empty((q.shape[0], q.shape[1], q.shape[2], v.shape[3]))
+
+
+def _attend_window(info, in_dims, q, k, v, past_k, past_v, lengths, pads, scale, layer):  # type: ignore[no-untyped-def]
+    """W one-token calls become one call on W tokens: the window is the token axis of the canonical operator."""
+    if any(d is not None for d in in_dims[3:]):
+        raise NotImplementedError("only queries, keys and values differ over a window")
+    q, k, v = (_as_tokens(x, d, info.batch_size) for x, d in zip((q, k, v), in_dims[:3], strict=True))
+    out = attend(q, k, v, past_k, past_v, lengths, pads, scale, layer)
+    return out.permute(2, 0, 1, 3).unsqueeze(3), 0
+
+
+def _as_tokens(x: Tensor, dim: int | None, window: int) -> Tensor:
+    """[W, B, H, 1, D] (W at `dim`) to [B, H, W, D]."""
+    if dim is None:
+        return x.expand(-1, -1, window, -1)
+    return x.movedim(dim, 0).squeeze(3).permute(1, 2, 0, 3)
+
+
+torch.library.register_vmap("vericache::attend", _attend_window)
+
+
+@torch.library.custom_op("vericache::linear", mutates_args=())
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """One GEMM over all leading axes: x [..., in], weight [out, in], bias [out] or None. Returns [..., out]."""
+    return F.linear(x, weight, bias).contiguous()
+
+
+@linear.register_fake
+def _linear_fake(x, weight, bias):  # type: ignore[no-untyped-def]
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _linear_window(info, in_dims, x, weight, bias):  # type: ignore[no-untyped-def]
+    """The window is one more leading axis of the same GEMM; the weight is never expanded."""
+    if in_dims[1] is not None or in_dims[2] is not None:
+        raise NotImplementedError("a weight differs over the window")
+    return linear(x.movedim(in_dims[0], 0), weight, bias), 0
+
+
+torch.library.register_vmap("vericache::linear", _linear_window)
+
+ATTEND = torch.ops.vericache.attend.default
+"""The node target of a site."""
+LINEAR = torch.ops.vericache.linear.default
+"""The node target of a product with a weight."""

@@ -1,0 +1,124 @@
+"""The contract: all that compile time hands to run time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+
+class Output(StrEnum):
+    """What one output of a captured graph is."""
+
+    LOGITS = "logits"
+    ROWS = "rows"
+    KEYS = "keys"
+    VALUES = "values"
+
+
+@dataclass(frozen=True)
+class Site:
+    """One attention call, in graph order."""
+
+    layer: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    value_size: int
+    scale: float
+    dtype: torch.dtype
+    past: tuple[int, int] | None
+    """Graph inputs that carry this site's cached keys and values; None where the cache is still empty."""
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of full KV that one token of one sequence takes at this site."""
+        return self.kv_heads * (self.head_size + self.value_size) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Which graph input is what (indices into the captured graph's inputs)."""
+
+    batch: int
+    tokens_per_call: int | None
+    """T; None when it is symbolic."""
+    tokens: int
+    positions: int | None
+    """Input with explicit positions; None when the graph derives them from the past length."""
+    mask: int | None
+    """The two-dimensional padding mask [B, past + T], when there is one."""
+    weights: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class OutputRole:
+    """What an output is, and for a cache tensor the site it belongs to."""
+
+    kind: Output
+    layer: int = -1
+
+
+@dataclass(frozen=True)
+class CapturedPlan:
+    """A graph run as captured, on real KV, with every new key and value handed to the store.
+
+    `module(store, *inputs)` calls `store.append(layer, q, k, v)` at each site and returns the row outputs only.
+    """
+
+    module: GraphModule
+    roles: Roles
+    sites: tuple[Site, ...]
+    outputs: tuple[OutputRole, ...]
+    attends_to_past: bool
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a segmented program: a compiled segment, or (run is None) the attention of one site."""
+
+    run: Callable[[list[Tensor]], Sequence[Tensor]] | None
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    dead: tuple[int, ...]
+    """Slots that nobody reads after this step."""
+    layer: int = -1
+
+
+@dataclass(frozen=True)
+class SegmentedProgram:
+    """A program cut at its attention sites; values live in numbered slots."""
+
+    mode: str
+    steps: tuple[Step, ...]
+    slots: int
+    tokens: int
+    """Slot of the tokens: [B, 1] for draft, [W, B, 1] for verify (int64)."""
+    positions: int
+    """Slot of the positions, shaped as the tokens."""
+    weights: tuple[tuple[int, int, torch.dtype | None], ...]
+    """(slot, captured graph input, type to read it in or None for its own)."""
+    outputs: tuple[int, ...]
+    """Slots of the row outputs, in captured order, then (draft only) of the next token [B, 1]."""
+    distinct: int
+    """Distinct compiled segments."""
+
+
+@dataclass(frozen=True)
+class DecodePlan:
+    """Everything needed to run rounds for one captured decode graph."""
+
+    captured: CapturedPlan
+    draft: SegmentedProgram
+    verify: SegmentedProgram
+    window: int
+    logits: int
+    """Which row output holds the logits."""
+    position_rule: str
+    """given | column | unpadded: where a token's position comes from."""
+    position_limit: int | None
+    """First position that the model cannot embed; None where there is no such limit."""
