@@ -3,44 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from vericache_compile.plan import SegmentedProgram
+from vericache_compile.plan import Cast, SegmentedProgram
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q [B, H, T, D], k [B, K, T, D], v [B, K, T, E]) -> [B, H, T, E]"""
 
 
 class WeightCasts:
-    """Copies of weights in the type that draft reads; made once, and again when a weight was changed in place."""
+    """Copies of weights as draft reads them; made once, and again when a weight was changed in place."""
 
     def __init__(self) -> None:
-        self._held: dict[tuple[int, torch.Size], tuple[int, Tensor]] = {}
+        self._held: dict[tuple[int, torch.Size, Cast], tuple[int, tuple[Tensor, ...]]] = {}
 
     @property
     def nbytes(self) -> int:
         """Bytes of all copies."""
-        return sum(copy.nbytes for _, copy in self._held.values())
+        return sum(part.nbytes for _, parts in self._held.values() for part in parts)
 
-    def get(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """The copy of a weight."""
+    def get(self, weight: Tensor, cast: Cast) -> Tensor:
+        """The copy of a weight, or the scales of that copy."""
         version = 0 if weight.is_inference() else weight._version
-        key = (weight.data_ptr(), weight.shape)
+        whole = replace(cast, scale=False)
+        key = (weight.data_ptr(), weight.shape, whole)
         held = self._held.get(key)
-        if held is None or held[0] != version or held[1].dtype != dtype:
+        if held is None or held[0] != version:
             with torch.inference_mode(False):
-                held = (version, weight.detach().to(dtype))
+                held = (version, _lower(weight.detach(), whole))
             self._held[key] = held
-        return held[1]
+        return held[1][cast.scale]
+
+
+def _lower(weight: Tensor, cast: Cast) -> tuple[Tensor, ...]:
+    """A copy in a smaller floating type; or int8 codes and, in the weight's type, their scales [out].
+
+    Symmetric, round to nearest, one scale per output: w = code * scale, scale = max|w| / 127.
+    """
+    if cast.axis is None:
+        return (weight.to(cast.dtype),)
+    scale = weight.abs().amax(cast.axis, keepdim=True).float().clamp_(min=torch.finfo(torch.float32).tiny) / 127
+    codes = (weight.float() / scale).round_().to(cast.dtype)
+    return codes, scale.squeeze(cast.axis).to(weight.dtype)
 
 
 def bind_weights(program: SegmentedProgram, inputs: Sequence[Tensor], casts: WeightCasts) -> list[Tensor | None]:
     """Slots of a program with the weights of a captured call in place."""
     slots: list[Tensor | None] = [None] * program.slots
-    for slot, index, dtype in program.weights:
-        slots[slot] = inputs[index] if dtype is None else casts.get(inputs[index], dtype)
+    for slot, index, cast in program.weights:
+        slots[slot] = inputs[index] if cast is None else casts.get(inputs[index], cast)
     return slots
 
 

@@ -18,7 +18,7 @@ MAX_WINDOW = 256
 PARAMETERS = ("keep", "bits")
 """Options that belong to some compression methods only."""
 WHERE = "the options of backend 'vericache'"
-DRAFT_DTYPES = {"same": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DRAFT_DTYPES = {"same": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Config:
     inductor: bool = field(default=True, metadata={"doc": "compile segments with Inductor; off runs them eagerly"})
     draft_dtype: str = field(
         default="same",
-        metadata={"doc": "type that draft reads weights in (verify reads the model's own): same, bfloat16 or float16"},
+        metadata={"doc": "type that draft reads weights in (verify reads the model's own): same, bfloat16, float16, int8"},
     )
     strict: bool = field(
         default=False, metadata={"doc": "raise where a graph is not taken instead of running it unchanged"}

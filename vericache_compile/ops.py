@@ -72,8 +72,24 @@ torch.library.register_vmap("vericache::attend", _attend_window)
 
 @torch.library.custom_op("vericache::linear", mutates_args=())
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """One GEMM over all leading axes: x [..., in], weight [out, in], bias [out] or None. Returns [..., out]."""
+    """One GEMM over all leading axes: x [..., in], weight [out, in], bias [out] or None. Returns [..., out].
+
+    By oneDNN where it takes the weight: a row's bits then do not depend on how many rows there are or where it stands
+    among them (seen for 2 to 256 rows in float32 and bfloat16), and at 16 rows it took half of MKL's time.
+    """
+    if has_onednn(weight):
+        made: Tensor = torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
+        return made
     return F.linear(x, weight, bias).contiguous()
+
+
+def has_onednn(weight: Tensor) -> bool:
+    """Whether oneDNN multiplies by a weight [out, in] as it lies in memory."""
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available() or not weight.is_contiguous():
+        return False
+    if weight.dtype is torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return weight.dtype is torch.float32
 
 
 @linear.register_fake

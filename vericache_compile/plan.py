@@ -78,6 +78,17 @@ class CapturedPlan:
 
 
 @dataclass(frozen=True)
+class Cast:
+    """How draft reads a weight: in a copy of lower precision, made once by the runtime."""
+
+    dtype: torch.dtype
+    axis: int | None = None
+    """int8: the axis of the weight that products sum over; every index along the other one has a scale."""
+    scale: bool = False
+    """int8: whether this input is the scales [out] rather than the codes."""
+
+
+@dataclass(frozen=True)
 class Step:
     """One step of a segmented program: a compiled segment, or (run is None) the attention of one site."""
 
@@ -100,8 +111,8 @@ class SegmentedProgram:
     """Slot of the tokens: [B, 1] for draft, [W, B, 1] for verify (int64)."""
     positions: int
     """Slot of the positions, shaped as the tokens."""
-    weights: tuple[tuple[int, int, torch.dtype | None], ...]
-    """(slot, captured graph input, type to read it in or None for its own)."""
+    weights: tuple[tuple[int, int, Cast | None], ...]
+    """(slot, captured graph input, how to read it or None for as it is)."""
     outputs: tuple[int, ...]
     """Slots of the row outputs, in captured order, then (draft only) of the next token [B, 1]."""
     distinct: int

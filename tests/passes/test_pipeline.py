@@ -16,15 +16,16 @@ from vericache_compile.passes.program import Compiled, Program, copy_module
 from vericache_compile.plan import CapturedPlan, DecodePlan
 
 MODELS = ["llama", "qwen3", "gpt2"]
-ROWS = {"atol": 1e-5, "rtol": 1e-5}
+ROWS = {"atol": 1e-4, "rtol": 1e-4}
 
 
 def test_each_pass_is_run_once_in_order_and_says_what_it_did(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG, logger=pipeline.__name__):
         plan = plan_capture(tiny_decode("llama", 1).module, 1, 4, False, {})
     names = [getattr(each, "func", each).__name__ for each in PASSES]
-    assert [record.args[0] for record in caplog.records] == names
-    assert dict(record.args for record in caplog.records)["find_attention"] == 3
+    said = [record.args for record in caplog.records if record.name == pipeline.__name__]
+    assert [name for name, _ in said] == names
+    assert dict(said)["find_attention"] == 3
     assert isinstance(plan, DecodePlan)
 
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from vericache_compile.plan import SegmentedProgram, Step
+from vericache_compile.plan import Cast, SegmentedProgram, Step
 from vericache_compile.runtime.executor import WeightCasts, bind_weights, execute
 
+BFLOAT16 = Cast(torch.bfloat16)
 TOKENS, POSITIONS, WEIGHT, Q, K, V, OUT, ROWS, NEXT = range(9)
 
 
@@ -28,13 +29,13 @@ def project(inputs: list[Tensor]) -> Sequence[Tensor]:
     return out * 10, out.sum().long().view(1, 1)
 
 
-def make_program(dtype: torch.dtype | None = None) -> SegmentedProgram:
+def make_program(cast: Cast | None = None) -> SegmentedProgram:
     steps = (
         Step(embed, (TOKENS, POSITIONS, WEIGHT), (Q, K, V), dead=(TOKENS, POSITIONS, WEIGHT)),
         Step(None, (Q, K, V), (OUT,), dead=(Q, K, V), layer=3),
         Step(project, (OUT,), (ROWS, NEXT), dead=(OUT,)),
     )
-    return SegmentedProgram("draft", steps, 9, TOKENS, POSITIONS, ((WEIGHT, 5, dtype),), (NEXT, ROWS), 2)
+    return SegmentedProgram("draft", steps, 9, TOKENS, POSITIONS, ((WEIGHT, 5, cast),), (NEXT, ROWS), 2)
 
 
 def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -106,35 +107,50 @@ def test_a_freed_output_is_noticed() -> None:
 
 def test_draft_may_read_weights_in_another_type() -> None:
     casts, weight = WeightCasts(), torch.tensor([2.5, 1.0])
-    bound = bind_weights(make_program(torch.bfloat16), [weight] * 6, casts)[WEIGHT]
+    bound = bind_weights(make_program(BFLOAT16), [weight] * 6, casts)[WEIGHT]
     assert bound is not None
     assert bound.dtype == torch.bfloat16
     assert bound.tolist() == [2.5, 1.0]
-    assert bind_weights(make_program(torch.bfloat16), [weight] * 6, casts)[WEIGHT] is bound
+    assert bind_weights(make_program(BFLOAT16), [weight] * 6, casts)[WEIGHT] is bound
     assert bind_weights(make_program(), [weight] * 6, casts)[WEIGHT] is weight
     assert casts.nbytes == 4
 
 
 def test_a_weight_changed_in_place_is_cast_again() -> None:
     casts, weight = WeightCasts(), torch.tensor([2.5, 1.0])
-    first = casts.get(weight, torch.bfloat16)
+    first = casts.get(weight, BFLOAT16)
     weight.mul_(2)
-    assert casts.get(weight, torch.bfloat16).tolist() == [5.0, 2.0]
+    assert casts.get(weight, BFLOAT16).tolist() == [5.0, 2.0]
     assert first.tolist() == [2.5, 1.0]
     assert casts.nbytes == 4, "the outdated copy is gone"
-    assert casts.get(weight, torch.float16).dtype == torch.float16
+    assert casts.get(weight, Cast(torch.float16)).dtype == torch.float16
 
 
 def test_weights_that_begin_at_one_address_are_cast_apart() -> None:
     """A fused weight and its first part."""
     casts, weight = WeightCasts(), torch.arange(6.0)
-    whole, part = casts.get(weight, torch.bfloat16), casts.get(weight[:2], torch.bfloat16)
+    whole, part = casts.get(weight, BFLOAT16), casts.get(weight[:2], BFLOAT16)
     assert (whole.shape, part.shape) == ((6,), (2,))
-    assert casts.get(weight, torch.bfloat16) is whole
+    assert casts.get(weight, BFLOAT16) is whole
 
 
 def test_weights_of_inference_mode_are_cast() -> None:
     with torch.inference_mode():
         weight = torch.ones(3)
-        copy = WeightCasts().get(weight, torch.bfloat16)
+        copy = WeightCasts().get(weight, BFLOAT16)
     assert copy.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_int8_copies_are_codes_and_one_scale_per_output(axis: int) -> None:
+    weight = torch.randn(7, 5)
+    weight.select(1 - axis, 2).zero_()
+    casts = WeightCasts()
+    codes = casts.get(weight, Cast(torch.int8, axis))
+    scale = casts.get(weight, Cast(torch.int8, axis, scale=True))
+    assert (codes.dtype, codes.shape, scale.shape) == (torch.int8, weight.shape, (weight.shape[1 - axis],))
+    assert casts.get(weight, Cast(torch.int8, axis)) is codes
+    restored = codes.float() * scale.unsqueeze(axis)
+    step = weight.abs().amax(axis, keepdim=True) / 127
+    assert bool(((restored - weight).abs() <= step * 0.5001).all())
+    assert casts.nbytes == codes.nbytes + scale.nbytes
