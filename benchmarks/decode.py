@@ -28,7 +28,7 @@ from rich.table import Table
 from vericache_compile import demo_model_path, stats
 
 CASES = ((1, 4096), (1, 7500), (4, 4096))
-PLAIN, STATIC, OURS, LOW = "plain", "static cache, Inductor", "vericache", "vericache, bfloat16 draft"
+PLAIN, STATIC, OURS, LOW = "plain", "static cache, Inductor", "vericache", "vericache, int8 draft"
 SIDES = (PLAIN, STATIC, OURS, LOW)
 NEW = 128
 
@@ -68,7 +68,7 @@ def compile_side(model: Any, side: str, options: dict[str, Any]) -> None:
     """Set the model up for one side."""
     model._compiled_call_impl = None
     if side in (OURS, LOW):
-        model.compile(backend="vericache", options=options | ({"draft_dtype": "bfloat16"} if side == LOW else {}))
+        model.compile(backend="vericache", options=options | ({"draft_dtype": "int8"} if side == LOW else {}))
     elif side != PLAIN:
         model.compile()
 

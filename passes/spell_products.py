@@ -12,7 +12,7 @@ with its neighbours. Drafting needs no exact weights, so with a `draft_dtype` it
 always reads the model's own); the runtime makes the copies once. An int8 copy is codes and one scale per output:
 
     (w * x).sum(-1)  ->  (codes * x).sum(-1) * scale       one row, or sizes that torch has no int8 GEMM for
-    mm(x, w)         ->  _weight_int8pack_mm(x, codes, scale)      many rows
+    mm(x, w)         ->  vericache.linear_int8(x, codes, scale)    many rows
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from vericache_compile.ops import LINEAR, has_onednn
+from vericache_compile.ops import LINEAR, LINEAR_INT8, has_int8_gemm, has_onednn
 from vericache_compile.passes.program import Program
 from vericache_compile.plan import Cast
 
@@ -97,14 +97,13 @@ class _Spelling:
         low, scale = self._lowered(weight, axis=1)
         if low is weight:
             return self._product(x, weight, bias)
-        if scale is not None and not _has_int8_gemm(low):
-            return self.reduction(x, weight, bias)
         if scale is None:
             out = self._product(self._as(x, low.meta["val"].dtype), low, None)
+            out = self._as(out, self.node.meta["val"].dtype)
+        elif has_int8_gemm(low.meta["val"]):
+            out = self.call(LINEAR_INT8, x, low, scale)
         else:
-            given = (self._as(x, torch.bfloat16), low, self._as(scale, torch.bfloat16))
-            out = self.call(aten._weight_int8pack_mm.default, *given)
-        out = self._as(out, self.node.meta["val"].dtype)
+            return self.reduction(x, weight, bias)
         return out if bias is None else self.call(aten.add.Tensor, out, bias)
 
     def _product(self, x: Node, weight: Node, bias: Node | None) -> Node:
@@ -175,12 +174,6 @@ class _Spelling:
         with self.node.meta["val"].fake_mode, torch.no_grad():
             made.meta["val"] = target(*(a.meta["val"] if isinstance(a, Node) else a for a in args))
         return made
-
-
-def _has_int8_gemm(codes: Node) -> bool:
-    """Whether torch's GEMM over int8 weights takes these codes [out, in]."""
-    value = codes.meta["val"]
-    return value.device.type == "cpu" and value.is_contiguous() and value.shape[1] % 32 == 0
 
 
 def _last_placeholder(graph: Graph) -> Node:
