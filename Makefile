@@ -14,6 +14,8 @@ SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# one process per core, each with one thread: most of a test's time is spent in Python
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses=auto --maxprocesses=8 --dist=loadfile
 PYTHON ?=
 PYTHONS := $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11)
 
@@ -37,10 +39,10 @@ lint: $(STAMP)
 	@$(BIN)/mypy examples
 
 test: compiler lint
-	@$(BIN)/pytest -m "not slow"
+	@$(PYTEST) -m "not slow"
 
 test-all: compiler lint
-	@$(BIN)/pytest
+	@$(PYTEST)
 
 bench: compiler $(STAMP)
 	@$(BIN)/python benchmarks/decode.py

@@ -85,9 +85,7 @@ def _attend_blocks(
     return torch.matmul((scores - lse.unsqueeze(-1)).exp().to(v.dtype), v), lse
 
 
-def _flash(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, blocks: slice, scale: float
-) -> tuple[Tensor, Tensor]:
+def _flash(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, blocks: slice, scale: float) -> tuple[Tensor, Tensor]:
     own = None if mask is None else mask[blocks]
     made: tuple[Tensor, Tensor] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q[blocks], k[blocks], v[blocks], attn_mask=own, scale=scale

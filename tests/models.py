@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
 import torch
+from torch.fx import GraphModule
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel, Qwen3Config
+
+from vericache_compile.backend import vericache
 
 VOCABULARY = 97
 POSITIONS = 4096
@@ -66,6 +70,24 @@ def make_prompt(tokens: int, batch: int = 1, vocabulary: int = VOCABULARY, seed:
         pad = tokens * b // (batch + 1)
         ids[b, :pad], mask[b, :pad] = 0, 0
     return {"input_ids": ids, "attention_mask": mask}
+
+
+class Switch:
+    """The backend under options that may change between calls, so that Dynamo captures a model once for all of them."""
+
+    def __init__(self) -> None:
+        self.options: dict[str, Any] = {}
+
+    def __call__(self, module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        made = {str(self.options): vericache(module, example_inputs, options=self.options)}
+
+        def call(*inputs: Any) -> Any:
+            key = str(self.options)
+            if key not in made:
+                made[key] = vericache(module, example_inputs, options=self.options)
+            return made[key](*inputs)
+
+        return call
 
 
 @cache

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from models import VOCABULARY, make_prompt, make_tiny
+from models import VOCABULARY, Switch, make_prompt, make_tiny
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -25,14 +26,19 @@ CHOICES: list[dict[str, Any]] = [
 ]
 
 
-def logits_of(model: PreTrainedModel, inputs: dict[str, Tensor], count: int, **options: Any) -> Tensor:
-    """Greedy logits [count, B, V] under vericache."""
-    torch._dynamo.reset()
-    model.compile(backend="vericache", options=options)
+def compiled(model: PreTrainedModel) -> Switch:
+    """The backend that the model is compiled with."""
+    switch = Switch()
+    model.compile(backend=switch)
+    return switch
+
+
+def logits_of(model: PreTrainedModel, switch: Switch, inputs: dict[str, Tensor], count: int, **options: Any) -> Tensor:
+    """Greedy logits [count, B, V] under these options."""
+    switch.options = options
     out = model.generate(
         **inputs, max_new_tokens=count, do_sample=False, return_dict_in_generate=True, output_logits=True
     )
-    model._compiled_call_impl = None
     return torch.stack(out.logits)
 
 
@@ -62,28 +68,39 @@ def wrong_guess(vocabulary: int, logits: Tensor) -> Callable[[Tensor, int], Tens
 @pytest.mark.parametrize(("name", "window"), [("llama", 2), ("llama", 8), ("llama", 16), ("qwen3", 16), ("gpt2", 16)])
 def test_rows_are_bit_equal_on_tiny_models(name: str, batch: int, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = make_tiny(name), make_prompt(520 - window, batch)
-    settings = {"window": window, "inductor": False}
-    first = logits_of(model, inputs, 40, **CHOICES[0], **settings)
+    switch, settings = compiled(model), {"window": window, "inductor": False}
+    first = logits_of(model, switch, inputs, 40, **CHOICES[0], **settings)
     for choice in CHOICES[1:]:
-        assert torch.equal(first, logits_of(model, inputs, 40, **choice, **settings)), choice
+        assert torch.equal(first, logits_of(model, switch, inputs, 40, **choice, **settings)), choice
     use_drafter(monkeypatch, random_guess(VOCABULARY))
-    assert torch.equal(first, logits_of(model, inputs, 40, **CHOICES[1], **settings)), "random guesses"
+    assert torch.equal(first, logits_of(model, switch, inputs, 40, **CHOICES[1], **settings)), "random guesses"
     use_drafter(monkeypatch, wrong_guess(VOCABULARY, first))
     wrong = {"compressor": "streaming", "keep": 0.5}
-    assert torch.equal(first, logits_of(model, inputs, 40, **wrong, **settings)), "wrong guesses"
+    assert torch.equal(first, logits_of(model, switch, inputs, 40, **wrong, **settings)), "wrong guesses"
     assert (stats(model)["accepted"], stats(model)["served_rows"]) == (0, 39 * batch)
 
 
+@pytest.fixture
+def all_cores() -> Iterator[None]:
+    """The suite gives each of its processes one thread; kernels that split work must keep their bits as well."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("all_cores")
 def test_rows_are_bit_equal_on_smollm2(
     smollm2: PreTrainedModel, document_ids: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Real weights and text, compiled segments, a prompt that ends near a block border."""
-    ids = document_ids[:, :750]
+    """Real weights and text, compiled segments, all cores, a prompt that ends near a block border."""
+    switch, ids = compiled(smollm2), document_ids[:, :750]
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    first = logits_of(smollm2, inputs, 32, **CHOICES[0])
+    first = logits_of(smollm2, switch, inputs, 32, **CHOICES[0])
     for choice in (CHOICES[1], CHOICES[2], CHOICES[3], CHOICES[4]):
-        assert torch.equal(first, logits_of(smollm2, inputs, 32, **choice)), choice
+        assert torch.equal(first, logits_of(smollm2, switch, inputs, 32, **choice)), choice
     use_drafter(monkeypatch, random_guess(smollm2.config.vocab_size))
-    assert torch.equal(first, logits_of(smollm2, inputs, 32, **CHOICES[1])), "random guesses"
+    assert torch.equal(first, logits_of(smollm2, switch, inputs, 32, **CHOICES[1])), "random guesses"
     use_drafter(monkeypatch, wrong_guess(smollm2.config.vocab_size, first))
-    assert torch.equal(first, logits_of(smollm2, inputs, 32, **CHOICES[2])), "wrong guesses"
+    assert torch.equal(first, logits_of(smollm2, switch, inputs, 32, **CHOICES[2])), "wrong guesses"
+    smollm2._compiled_call_impl = None

@@ -6,12 +6,13 @@ from dataclasses import FrozenInstanceError, fields
 from typing import Any
 
 import pytest
+import torch
 
 from vericache_compile.compressors.kivi import Kivi
 from vericache_compile.compressors.none import NoCompression
 from vericache_compile.compressors.snapkv import SnapKV
 from vericache_compile.compressors.streaming import Streaming
-from vericache_compile.config import DRAFT_DTYPES, MAX_WINDOW, Config, make_config
+from vericache_compile.config import AUTO, DRAFT_DTYPES, MAX_WINDOW, Config, make_config
 from vericache_compile.errors import OptionError
 
 NAMES = [f.name for f in fields(Config)]
@@ -103,16 +104,23 @@ def test_other_windows_are_refused(window: int) -> None:
     assert f"window={window}" in refusal(None, window=str(window)).found
 
 
-@pytest.mark.parametrize("name", DRAFT_DTYPES)
+@pytest.mark.parametrize("name", [AUTO, *DRAFT_DTYPES])
 def test_draft_types(name: str) -> None:
     assert config({"draft_dtype": name}).draft_dtype == config(draft_dtype=name).draft_dtype == name
+
+
+def test_draft_reads_int8_on_the_cpu_unless_told_otherwise() -> None:
+    assert config({}).draft_dtype_on(torch.device("cpu")) is torch.int8
+    assert config({}).draft_dtype_on(torch.device("cuda")) is None
+    assert config({"draft_dtype": "same"}).draft_dtype_on(torch.device("cpu")) is None
+    assert config({"draft_dtype": "int8"}).draft_dtype_on(torch.device("cuda")) is torch.int8
 
 
 @pytest.mark.parametrize("name", ["float32", "bf16", ""])
 def test_other_draft_types_are_refused(name: str) -> None:
     error = refusal({"draft_dtype": name})
     assert "draft_dtype" in error.found
-    assert all(allowed in error.fix for allowed in DRAFT_DTYPES)
+    assert all(allowed in error.fix for allowed in (AUTO, *DRAFT_DTYPES))
 
 
 @pytest.mark.parametrize("keep", [0, 0.0, -0.1, 1.01, 2, float("nan"), float("inf")])

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from models import make_prompt, make_tiny
-from test_canonical import logits_of
+from test_canonical import compiled, logits_of
 from torch import Tensor
 
 from vericache_compile import stats
@@ -25,7 +25,8 @@ def test_a_poisoned_draft_never_changes_a_row(
 ) -> None:
     """Law 1: whatever the compressed cache holds, the rows stay the same to the bit."""
     model, inputs = make_tiny("llama"), make_prompt(300, batch)
-    expected = logits_of(model, inputs, 30, compressor="none", **OPTIONS)
+    switch = compiled(model)
+    expected = logits_of(model, switch, inputs, 30, compressor="none", **OPTIONS)
     original = rounds.prepare_draft
     poisoned: list[int] = []
 
@@ -38,7 +39,7 @@ def test_a_poisoned_draft_never_changes_a_row(
         return draft
 
     monkeypatch.setattr(rounds, "prepare_draft", prepare_draft)
-    assert torch.equal(expected, logits_of(model, inputs, 30, compressor=compressor, **OPTIONS))
+    assert torch.equal(expected, logits_of(model, switch, inputs, 30, compressor=compressor, **OPTIONS))
     assert poisoned, "no draft was poisoned"
 
 
@@ -46,6 +47,7 @@ def test_a_poisoned_draft_never_changes_a_row(
 def test_drafting_leaves_full_kv_alone(compressor: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Law 2: the bytes of the full cache are the same before and after drafting."""
     model = make_tiny("llama")
+    switch = compiled(model)
     original = rounds.draft_tokens
     compared: list[int] = []
 
@@ -58,7 +60,7 @@ def test_drafting_leaves_full_kv_alone(compressor: str, monkeypatch: pytest.Monk
         return drafted
 
     monkeypatch.setattr(rounds, "draft_tokens", draft_tokens)
-    logits_of(model, make_prompt(300), 30, compressor=compressor, **OPTIONS)
+    logits_of(model, switch, make_prompt(300), 30, compressor=compressor, **OPTIONS)
     assert len(compared) == stats(model)["rounds"] > 0
 
 
@@ -66,6 +68,7 @@ def test_drafting_leaves_full_kv_alone(compressor: str, monkeypatch: pytest.Monk
 def test_tails_are_exact_copies_of_full_kv(compressor: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Law 3: at the start of each round every tail holds the full cache's own keys and values, to the bit."""
     model = make_tiny("llama")
+    switch = compiled(model)
     original = rounds.draft_tokens
     tails: list[int] = []
 
@@ -80,5 +83,5 @@ def test_tails_are_exact_copies_of_full_kv(compressor: str, monkeypatch: pytest.
         return original(sequence, draft, *args)
 
     monkeypatch.setattr(rounds, "draft_tokens", draft_tokens)
-    logits_of(model, make_prompt(300, 3), 200, compressor=compressor, **OPTIONS)
+    logits_of(model, switch, make_prompt(300, 3), 200, compressor=compressor, **OPTIONS)
     assert max(tails) > 0

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from vericache_compile import optimized_module
-from vericache_compile.config import DRAFT_DTYPES, Config, make_config
+from vericache_compile.config import Config, make_config
 from vericache_compile.errors import UnsupportedGraph
 from vericache_compile.passes.bind_scalars import scalar_inputs
 from vericache_compile.passes.pipeline import plan_capture
@@ -140,9 +140,8 @@ def _take(
         if key not in plans:
             held = compilation_of(inputs, parameters, config).compiled
             values = dict(zip(scalars, key[1:], strict=True))
-            plans[key] = plan_capture(
-                gm, batch, config.window, config.inductor, held, values, DRAFT_DTYPES[config.draft_dtype]
-            )
+            low = config.draft_dtype_on(inputs[parameters[0]].device)
+            plans[key] = plan_capture(gm, batch, config.window, config.inductor, held, values, low)
         return plans[key]
 
     plan = plan_for(example_inputs, _batch(example_inputs))

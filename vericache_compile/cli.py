@@ -96,6 +96,7 @@ def _add_model(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
     options.add_argument("--keep", type=float, help="fraction of the tokens that the draft keeps")
     options.add_argument("--bits", type=int, help="bits per value of a quantising compressor")
     options.add_argument("--window", type=int, metavar="W", help="tokens per verify pass, a power of two")
+    options.add_argument("--draft-dtype", help="type that draft reads weights in: auto, same, bfloat16, float16, int8")
     options.add_argument("--no-inductor", dest="inductor", action="store_const", const=False, help="run eagerly")
     options.add_argument("--strict", action="store_const", const=True, help="raise instead of falling back")
 

@@ -19,6 +19,8 @@ PARAMETERS = ("keep", "bits")
 """Options that belong to some compression methods only."""
 WHERE = "the options of backend 'vericache'"
 DRAFT_DTYPES = {"same": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
+AUTO = "auto"
+"""int8 on the CPU, where drafting is bound by reading weights and memory is plenty; same elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,11 @@ class Config:
     window: int = field(default=16, metadata={"doc": "tokens per verify pass: a power of two, 2 to 256"})
     inductor: bool = field(default=True, metadata={"doc": "compile segments with Inductor; off runs them eagerly"})
     draft_dtype: str = field(
-        default="same",
-        metadata={"doc": "type that draft reads weights in (verify reads the model's own): same, bfloat16, float16, int8"},
+        default=AUTO,
+        metadata={
+            "doc": "type that draft reads weights in (verify reads the model's own): same, bfloat16, float16, int8; "
+            "auto is int8 on the CPU and same elsewhere"
+        },
     )
     strict: bool = field(
         default=False, metadata={"doc": "raise where a graph is not taken instead of running it unchanged"}
@@ -46,9 +51,18 @@ class Config:
     def __post_init__(self) -> None:
         if self.window < 2 or self.window > MAX_WINDOW or self.window & (self.window - 1):
             raise OptionError(f"window={self.window!r}", WHERE, f"use a power of two from 2 to {MAX_WINDOW}")
-        if self.draft_dtype not in DRAFT_DTYPES:
-            raise OptionError(f"draft_dtype={self.draft_dtype!r}", WHERE, f"use one of {', '.join(DRAFT_DTYPES)}")
+        if self.draft_dtype not in (AUTO, *DRAFT_DTYPES):
+            raise OptionError(
+                f"draft_dtype={self.draft_dtype!r}", WHERE, f"use one of {AUTO}, {', '.join(DRAFT_DTYPES)}"
+            )
         self.make_compressor()
+
+    def draft_dtype_on(self, device: torch.device) -> torch.dtype | None:
+        """The type that draft reads weights in on a device; None for the weights' own."""
+        chosen = self.draft_dtype
+        if chosen == AUTO:
+            chosen = "int8" if device.type == "cpu" else "same"
+        return DRAFT_DTYPES[chosen]
 
     def make_compressor(self) -> Compressor:
         """The compression method with its parameters; raises OptionError for one that it does not take."""

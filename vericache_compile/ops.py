@@ -106,6 +106,7 @@ def _linear_window(info, in_dims, x, weight, bias):  # type: ignore[no-untyped-d
 
 torch.library.register_vmap("vericache::linear", _linear_window)
 
+
 @torch.library.custom_op("vericache::linear_int8", mutates_args=())
 def linear_int8(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     """A draft's product: x [M, in], int8 codes [out, in] for which `has_int8_gemm` holds, scale [out]. Returns [M, out].
