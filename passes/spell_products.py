@@ -161,7 +161,7 @@ class _Spelling:
         made.meta.update(weight.meta, cast=cast)
         own = weight.meta["val"]
         with own.fake_mode:
-            if cast.scale:
+            if cast.scale and cast.axis is not None:
                 made.meta["val"] = torch.empty(own.shape[1 - cast.axis], dtype=own.dtype, device=own.device)
             else:
                 made.meta["val"] = torch.empty_like(own, dtype=cast.dtype)

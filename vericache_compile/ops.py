@@ -85,7 +85,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def has_onednn(weight: Tensor) -> bool:
     """Whether oneDNN multiplies by a weight [out, in] as it lies in memory."""
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available() or not weight.is_contiguous():
+    if weight.device.type != "cpu" or not torch._C._has_mkldnn or not weight.is_contiguous():
         return False
     if weight.dtype is torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
@@ -109,7 +109,7 @@ torch.library.register_vmap("vericache::linear", _linear_window)
 
 @torch.library.custom_op("vericache::linear_int8", mutates_args=())
 def linear_int8(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-    """A draft's product: x [M, in], int8 codes [out, in] for which `has_int8_gemm` holds, scale [out]. Returns [M, out].
+    """A draft's product: x [M, in] by int8 codes [out, in] times scale [out], where `has_int8_gemm`. Returns [M, out].
 
     x and scale are rounded to bfloat16, as torch's kernel wants them.
     """
