@@ -28,9 +28,10 @@ from rich.table import Table
 from vericache_compile import demo_model_path, stats
 
 CASES = ((1, 4096), (1, 7500), (4, 4096))
-PLAIN, STATIC, OURS, LOW = "plain", "static cache, Inductor", "vericache", "vericache, int8 draft"
-SIDES = (PLAIN, STATIC, OURS, LOW)
+PLAIN, STATIC, OURS, EXACT = "plain", "static cache, Inductor", "vericache", "vericache, float32 draft"
+SIDES = (PLAIN, STATIC, OURS, EXACT)
 NEW = 128
+WIDTH = 150
 
 
 class Clock:
@@ -67,8 +68,8 @@ def document(batch: int, tokens: int) -> dict[str, torch.Tensor]:
 def compile_side(model: Any, side: str, options: dict[str, Any]) -> None:
     """Set the model up for one side."""
     model._compiled_call_impl = None
-    if side in (OURS, LOW):
-        model.compile(backend="vericache", options=options | ({"draft_dtype": "int8"} if side == LOW else {}))
+    if side in (OURS, EXACT):
+        model.compile(backend="vericache", options=options | ({"draft_dtype": "same"} if side == EXACT else {}))
     elif side != PLAIN:
         model.compile()
 
@@ -105,7 +106,7 @@ def measure(
             seconds[side].append(per_token)
             reference = out if reference is None else reference
             identical[side] &= torch.equal(out, reference)
-            if side in (OURS, LOW):
+            if side in (OURS, EXACT):
                 now = stats(model)
                 rounds[side] = per_round(readings.get(side), now, batch)
                 readings[side] = now
@@ -259,7 +260,7 @@ def main() -> None:
     parser.add_argument("--no-first-call", action="store_true", help="leave the compile times out")
     parser.add_argument("--out", type=Path, help="where the JSON goes")
     arguments = parser.parse_args()
-    console = Console(stderr=True)
+    console = Console(stderr=True, width=WIDTH)
     options = {"compressor": "snapkv", "keep": arguments.keep}
     model = load()
     report: dict[str, Any] = {"machine": machine(), "options": options, "sides": list(SIDES), "cases": []}
@@ -279,7 +280,7 @@ def main() -> None:
     out = arguments.out or Path(__file__).parent / "results" / f"decode-{label}.json"
     out.parent.mkdir(exist_ok=True)
     out.write_text(json.dumps(report, indent=2) + "\n")
-    show(report, Console())
+    show(report, Console(width=WIDTH))
     print(json.dumps({k: report[k] for k in ("served_row", "first_call") if k in report}, indent=2))
     print(f"written to {out}")
 
