@@ -14,6 +14,18 @@ from vericache_compile.backend import vericache
 
 VOCABULARY = 97
 POSITIONS = 4096
+NEW = 40
+"""New tokens per run of the exactness grid: compressors x windows x batches x prompt lengths."""
+COMPRESSORS: dict[str, dict[str, Any]] = {
+    "none": {"compressor": "none"},
+    "streaming": {"compressor": "streaming", "keep": 0.1},
+    "snapkv": {"compressor": "snapkv", "keep": 0.1},
+    "kivi": {"compressor": "kivi", "bits": 2},
+}
+WINDOWS = (2, 4, 8, 16, 32)
+BATCHES = (1, 3)
+"""Rows; those after the first are padded on the left."""
+PROMPTS = (1, 2, 31, 700, 3000)
 
 
 def _config(name: str, positions: int) -> Any:
