@@ -11,8 +11,9 @@ One row makes a matrix-vector product: bound by the weight's bytes, it is fastes
 with its neighbours. Drafting needs no exact weights, so with a `draft_dtype` it reads copies of that type (verify
 always reads the model's own); the runtime makes the copies once. An int8 copy is codes and one scale per output:
 
-    (w * x).sum(-1)  ->  (codes * x).sum(-1) * scale       one row, or sizes that torch has no int8 GEMM for
+    (w * x).sum(-1)  ->  (codes * x).sum(-1) * scale               one row
     mm(x, w)         ->  vericache.linear_int8(x, codes, scale)    many rows
+                         mm(x, codes) * scale                      where torch has no int8 GEMM
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ Lowered = tuple[Node, Node | None]
 
 
 def spell_products(program: Program, *, inductor: bool, draft_dtype: torch.dtype | None) -> int:
-    """Rewrite all `vericache.linear` nodes of both variants; returns how many there were."""
+    """Rewrite the `vericache.linear` nodes of both variants that have to change; returns how many."""
     count = 0
     for mode, module in program.variants.items():
         low: dict[tuple[Node, int], Lowered] = {}
@@ -103,7 +104,8 @@ class _Spelling:
         elif has_int8_gemm(low.meta["val"]):
             out = self.call(LINEAR_INT8, x, low, scale)
         else:
-            return self.reduction(x, weight, bias)
+            out = self._product(x, self._as(low, self.node.meta["val"].dtype), None)
+            out = self.call(aten.mul.Tensor, out, scale)
         return out if bias is None else self.call(aten.add.Tensor, out, bias)
 
     def _product(self, x: Node, weight: Node, bias: Node | None) -> Node:
@@ -115,10 +117,8 @@ class _Spelling:
         return self.call(aten.addmm.default, bias, x, turned)
 
     def reduction(self, x: Node, weight: Node, bias: Node | None) -> Node:
-        """x [M, in] by weight [out, in] as a product and a sum."""
+        """x [1, in] by weight [out, in] as a product and a sum."""
         low, scale = self._lowered(weight, axis=1)
-        if x.meta["val"].shape[0] > 1:
-            x = self.call(aten.unsqueeze.default, x, 1)
         product = self.call(aten.mul.Tensor, self._as(low, self.node.meta["val"].dtype), x)
         total = self.call(aten.sum.dim_IntList, product, [-1])
         if scale is not None:

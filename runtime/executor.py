@@ -15,10 +15,11 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 class WeightCasts:
-    """Copies of weights as draft reads them; made once, and again when a weight was changed in place."""
+    """Copies of weights as draft reads them; made once, and again when autograd's version counter says that a weight
+    was changed in place."""
 
     def __init__(self) -> None:
-        self._held: dict[tuple[int, torch.Size, Cast], tuple[int, tuple[Tensor, ...]]] = {}
+        self._held: dict[tuple[int, torch.Size, torch.dtype, Cast], tuple[int, tuple[Tensor, ...]]] = {}
 
     @property
     def nbytes(self) -> int:
@@ -29,7 +30,7 @@ class WeightCasts:
         """The copy of a weight, or the scales of that copy."""
         version = 0 if weight.is_inference() else weight._version
         whole = replace(cast, scale=False)
-        key = (weight.data_ptr(), weight.shape, whole)
+        key = (weight.data_ptr(), weight.shape, weight.dtype, whole)
         held = self._held.get(key)
         if held is None or held[0] != version:
             with torch.inference_mode(False):

@@ -26,6 +26,8 @@ class Counts:
     """What rounds have done so far."""
 
     rounds: int = 0
+    row_rounds: int = 0
+    """Rounds times rows of the batch."""
     drafted: int = 0
     accepted: int = 0
     served: int = 0
@@ -80,8 +82,9 @@ def run_round(
     sequence.full.reserve(max(start.columns) + plan.window, device)
     draft = prepare_draft(sequence, start, compressor, plan.window, counts)
     horizon = _horizon(sequence, plan.window)
+    low = bind_weights(plan.draft, inputs, casts)
     began = time.perf_counter()
-    drafted = draft_tokens(sequence, draft, plan, bind_weights(plan.draft, inputs, casts), start, horizon)
+    drafted = draft_tokens(sequence, draft, plan, low, start, horizon)
     drafted_at = time.perf_counter()
     outputs, queries = verify_window(sequence, draft, plan, bind_weights(plan.verify, inputs, casts), start, drafted)
     predicted = outputs[plan.logits][:, :, -1].argmax(-1).t().tolist()  # the round's host wait
@@ -201,13 +204,15 @@ def _commit(
 ) -> None:
     """Keep each row's accepted rows; what was written beyond them lies past its length and is overwritten later."""
     counts.rounds += 1
+    counts.row_rounds += len(sequence.rows)
     for b, row in enumerate(sequence.rows):
         if len(row.held) >= plan.window or row.token is None:
             continue
         kept = accept(window[b], predicted[b], row.forced)
         if plan.position_limit is not None:
             kept = min(kept, max(plan.position_limit - (row.length + row.offset), 1))
-        row.held.extend(Held(row.length + i, window[b][i], outputs, i) for i in range(kept))
+        own = outputs if len(sequence.rows) == 1 else tuple(output[:kept, b : b + 1].clone() for output in outputs)
+        row.held.extend(Held(row.length + i, window[b][i], own, i) for i in range(kept))
         row.length += kept
         row.token = window[b][0] if row.forced else predicted[b][kept - 1]
         counts.drafted += horizon

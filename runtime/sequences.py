@@ -34,9 +34,9 @@ class Held:
     column: int
     token: int
     outputs: tuple[Tensor, ...]
-    """Row outputs of the round's verify pass, each [W, B, ...]; shared by the rows of a round."""
+    """Row outputs of one round for one row of the batch, each [accepted, 1, ...]; shared by what the round gave it."""
     index: int
-    """Which of the W rows."""
+    """Which of them."""
 
 
 @dataclass
@@ -112,6 +112,8 @@ class Sequence:
         """(epoch begun, columns kept) per cut of history; cuts that a later, deeper one covers are left out."""
         self.live: dict[int, int] = {}
         """Storage pointers of the ghosts that are still alive, with the columns they show."""
+        self.version = 0
+        """Of the weights that the last call saw: the sum of autograd's version counters."""
         self.regular = True
         """Whether the caller's last mask was causal with left padding."""
         self._templates: list[tuple[list[int], Tensor]] = []
@@ -157,9 +159,10 @@ class Sequence:
         """A new sequence of the given rows (repeats allowed), holding the first `columns` columns."""
         made = Sequence(number, self.full.sites, len(rows))
         made.full = self.full.select(rows, columns)
-        made.regular = self.regular
+        made.regular, made.version, made.horizon = self.regular, self.version, self.horizon
         for new, old in zip(made.rows, (self.rows[r] for r in rows), strict=True):
             new.pad, new.offset, new.length = old.pad, old.offset, min(old.length, columns)
+            new.served = old.served
         for layer, queries in enumerate(self.queries):
             if queries is not None:
                 counts = [queries.counts[r] for r in rows]

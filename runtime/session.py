@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 import weakref
@@ -18,6 +19,7 @@ from vericache_compile.runtime import rounds
 from vericache_compile.runtime.executor import WeightCasts, bind_weights
 from vericache_compile.runtime.sequences import Queries, Row, Sequence, SequenceTable
 
+log = logging.getLogger(__name__)
 FEW = 1
 """Columns up to which Dynamo specialises a length, so that marking it dynamic would be in vain."""
 
@@ -31,7 +33,10 @@ class Store:
     def append(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
         """q [B, H, T, D], k [B, K, T, D], v [B, K, T, E] of the tokens from `column` on."""
         batch = k.shape[0]
-        self.sequence.full.append(layer, k, v, [self.column] * batch)
+        columns = [self.column] * batch
+        self.sequence.full.append(layer, k, v, columns)
+        if self.sequence.draft is not None:
+            self.sequence.draft.layers[layer].write(k, v, columns)
         if self.queries:
             last = q[:, :, -self.queries :].clone()
             self.sequence.queries[layer] = Queries(last, [last.shape[2]] * batch)
@@ -50,16 +55,17 @@ class Footprint:
 class Session:
     """Runs the graphs of one model under one configuration; safe to call from several threads."""
 
-    def __init__(self, table: SequenceTable, compressor: Compressor, lock: threading.RLock) -> None:
+    def __init__(self, table: SequenceTable, compressor: Compressor, casts: WeightCasts, lock: threading.RLock) -> None:
         self.table = table
         self.compressor = compressor
         self.counts = rounds.Counts()
-        self.casts = WeightCasts()
+        self.casts = casts
         self.prefill_seconds = 0.0
         self.last: tuple[DecodePlan, list[Any]] | None = None
         """The last decode plan with its weights (other inputs are None), for `draft_alone`."""
         self.footprint = Footprint()
         self._newest: weakref.ref[Sequence] | None = None
+        self._told = False
         self._lock = lock
 
     def run_captured(self, plan: CapturedPlan, inputs: Rows[Any]) -> list[Tensor]:
@@ -83,6 +89,9 @@ class Session:
             for row in sequence.rows:
                 row.truncate(columns)
         sequence.full.reserve(columns + count, device)
+        draft, starts = sequence.draft, [columns] * batch
+        if draft is not None and (not draft.valid(starts) or draft.room(starts) < count):
+            sequence.draft = None
         arguments = list(inputs)
         for site in plan.sites:
             if site.past is not None:
@@ -106,8 +115,12 @@ class Session:
             fed = self._fed(plan, inputs, self._padding(sequence, roles, inputs), columns)
             if fed is None or not sequence.regular:
                 return self._run_captured(plan.captured, inputs, sequence, roles)
+            version = sum(inputs[i]._version for i in roles.weights if not inputs[i].is_inference())
             for row, (token, offset, pad) in zip(sequence.rows, fed, strict=True):
+                if version != sequence.version:
+                    row.truncate(columns)  # what was computed ahead is the old weights'
                 row.feed(columns, token, offset, pad)
+            sequence.version = version
             if any(not row.held for row in sequence.rows):
                 if self.last is None or self.last[0] is not plan:
                     weights = set(roles.weights)
@@ -152,11 +165,8 @@ class Session:
         for row in rows:
             row.served += 1
         self.counts.served += len(rows)
-        first = taken[0]
-        if all(held.outputs is first.outputs and held.index == first.index for held in taken):
-            return [output[first.index].clone() for output in first.outputs]
-        count = len(first.outputs)
-        return [torch.stack([held.outputs[o][held.index, b] for b, held in enumerate(taken)]) for o in range(count)]
+        parts = zip(*([output[held.index] for output in held.outputs] for held in taken), strict=True)
+        return [torch.cat(part) for part in parts]
 
     def _sequence(self, plan: CapturedPlan, inputs: Rows[Any]) -> Sequence:
         past = [inputs[i] for site in plan.sites if site.past is not None for i in site.past]
@@ -180,10 +190,18 @@ class Session:
     def _padding(self, sequence: Sequence, roles: Roles, inputs: Rows[Any]) -> list[int]:
         """Left padding per row from the caller's mask [B, columns]; notes whether the mask is of that form."""
         if roles.mask is None:
+            sequence.regular = True
             return [0] * len(sequence.rows)
         shown = inputs[roles.mask] != 0
         pads: list[int] = (shown.shape[1] - shown.sum(-1)).tolist()
         sequence.regular = not any(pads) or all(bool(shown[b, pad:].all()) for b, pad in enumerate(pads))
+        if not sequence.regular and not self._told:
+            self._told = True
+            log.warning(
+                "vericache: no rounds for this cache, each step runs as captured: a padding mask with holes or padding "
+                "on the right\n  where: the attention_mask of this call\n  fix: pad on the left "
+                "(tokenizer.padding_side = 'left')"
+            )
         return pads if sequence.regular else [0] * len(pads)
 
     def _assemble(
@@ -211,6 +229,10 @@ class Session:
         places = {i: place for i, x in enumerate(inputs) if (place := self._place(x)) is not None}
         return self._materialize(inputs, places) if places else inputs
 
+    def is_ghost(self, value: Any) -> bool:
+        """Whether an input is a cache tensor without data."""
+        return self._place(value) is not None
+
     def _place(self, value: Any) -> int | None:
         return self.table.place_of(value) if isinstance(value, Tensor) and value.dim() == 4 else None
 
@@ -234,6 +256,7 @@ class Session:
             copy = sequence.fork(-1, range(len(sequence.rows)), min(row.length for row in sequence.rows))
             for row, token in zip(copy.rows, first, strict=True):
                 row.token = token
+                row.offset = 0 if plan.position_rule == "column" else -row.pad
             start = rounds.make_start(copy, device)
             draft = rounds.prepare_draft(copy, start, self.compressor, count, rounds.Counts())
             bound = bind_weights(plan.draft, inputs, self.casts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -243,3 +244,56 @@ def test_a_recompile_storm_never_reaches_dynamos_limit() -> None:
         assert torch.equal(greedy(model, prompt()), plain)
         assert stats(model)["rounds"] > 0
     assert torch._dynamo.config.recompile_limit > limit
+
+
+def test_a_graph_not_taken_runs_under_inductor_on_a_cache_without_data() -> None:
+    """gpt2 at a second batch size is refused in decode steps only: they read real keys and values."""
+    model = make_tiny("gpt2")
+    model.compile(backend="vericache", options={**OPTIONS, "inductor": True})
+    for batch in (1, 3):
+        ids = prompt(batch=batch)
+        assert torch.equal(greedy(model, ids, count=8), greedy(make_tiny("gpt2"), ids, count=8))
+    assert stats(model)["graphs"]["not taken"] > 0
+
+
+@torch.no_grad()
+def weights_that_change(model: PreTrainedModel) -> Tensor:
+    """The last layer's weights are changed in place between two steps of one loop, as by a merged adapter."""
+    cache = DynamicCache(config=model.config)
+    tokens = step_by_step(model, cache, prompt(), 5)
+    for weight in (model.lm_head.weight, model.model.layers[1].mlp.up_proj.weight):
+        weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)))
+    return torch.cat([*tokens, *step_by_step(model, cache, tokens[-1], 10)], dim=1)
+
+
+def test_rows_computed_ahead_are_dropped_when_weights_change() -> None:
+    plain, ours, model = both(weights_that_change, "llama")
+    assert torch.equal(ours, plain)
+    assert stats(model)["rounds"] > 1
+
+
+def test_a_mask_that_gets_no_rounds_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    model, ids = make_tiny("llama"), prompt(batch=2)
+    mask = torch.ones_like(ids)
+    mask[0, 5:9] = 0
+    model.compile(backend="vericache", options=OPTIONS)
+    with caplog.at_level("WARNING", logger="vericache_compile"):
+        ours = greedy(model, ids, attention_mask=mask, count=5)
+    assert torch.equal(ours, greedy(make_tiny("llama"), ids, attention_mask=mask, count=5))
+    said = [record.message for record in caplog.records if "holes" in record.message]
+    assert len(said) == 1
+    assert "where:" in said[0]
+    assert "fix:" in said[0]
+
+
+def test_parameters_of_a_compiled_model_are_saved_as_parameters(tmp_path: Path) -> None:
+    model = make_tiny("llama")
+    model.compile(backend="vericache", options=OPTIONS)
+    greedy(model, prompt(), count=3)
+    torch.save(list(model.parameters()), tmp_path / "parameters.pt")
+    loaded = torch.load(tmp_path / "parameters.pt", weights_only=True)
+    assert all(torch.equal(a, b) for a, b in zip(loaded, model.parameters(), strict=True))
+    fresh = make_tiny("llama")
+    fresh.lm_head.weight = loaded[-1]
+    fresh.compile(backend="vericache", options=OPTIONS)
+    assert greedy(fresh, prompt(), count=3).shape == (1, 43)

@@ -9,6 +9,7 @@ import torch
 from models import make_prompt, make_tiny
 from test_canonical import compiled, logits_of
 from torch import Tensor
+from transformers import DynamicCache
 
 from vericache_compile import stats
 from vericache_compile.runtime import rounds
@@ -85,3 +86,29 @@ def test_tails_are_exact_copies_of_full_kv(compressor: str, monkeypatch: pytest.
     monkeypatch.setattr(rounds, "draft_tokens", draft_tokens)
     logits_of(model, switch, make_prompt(300, 3), 200, compressor=compressor, **OPTIONS)
     assert max(tails) > 0
+
+
+@pytest.mark.parametrize("tokens", [5, 400])
+def test_tails_are_exact_after_a_second_turn(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law 3 where a second turn's tokens, few or many, came between two rounds."""
+    model = make_tiny("llama")
+    model.compile(backend="vericache", options={**OPTIONS, "compressor": "streaming", "keep": 0.2})
+    original = rounds.draft_tokens
+    lengths: list[int] = []
+
+    def draft_tokens(sequence: Any, draft: DraftKV, *args: Any) -> Tensor:
+        for number, layer in enumerate(draft.layers):
+            [row], [start] = sequence.rows, layer.starts
+            tail = slice(layer.offset, layer.offset + row.length - start)
+            assert torch.equal(layer.keys[0, :, tail], sequence.full.keys[number][0, :, start : row.length])
+            lengths.append(row.length)
+        return original(sequence, draft, *args)
+
+    monkeypatch.setattr(rounds, "draft_tokens", draft_tokens)
+    cache, ids = DynamicCache(config=model.config), make_prompt(300)["input_ids"]
+    for _ in range(2):
+        out = model.generate(ids, past_key_values=cache, max_new_tokens=20, do_sample=False)
+        ids = torch.cat([out, make_prompt(tokens, seed=1)["input_ids"]], dim=1)
+    assert min(lengths) < 330 < max(lengths)
+    model._compiled_call_impl = None
+    assert torch.equal(out, model.generate(out[:, :-20], max_new_tokens=20, do_sample=False))

@@ -28,9 +28,11 @@ class CheckReport:
     margin: float | None
     """Plain decoding's gap between its two largest logits at the first difference."""
     lossy_divergence: int | None
-    """First token that the compressed cache alone would get wrong; None when it gets none wrong."""
+    """First token that the compressed cache alone, read with the model's own weights, would get wrong; None when it
+    gets none wrong, or when nothing was drafted (`tokens_per_round` is 0)."""
     plain_tokens: list[list[int]]
     tokens_per_round: float
+    """Per row of the batch: at most the window."""
     plain_seconds_per_token: float
     seconds_per_token: float
 
@@ -40,6 +42,7 @@ class CheckReport:
 
     def __str__(self) -> str:
         alone = "never" if self.lossy_divergence is None else f"at token {self.lossy_divergence}"
+        alone = alone if self.tokens_per_round else "at no token that was measured: nothing was drafted"
         verdict = (
             f"identical: {self.tokens} tokens"
             if self.identical
@@ -58,7 +61,7 @@ def stats(model: torch.nn.Module) -> dict[str, Any]:
         "drafted": counts.drafted,
         "accepted": counts.accepted,
         "served_rows": counts.served,
-        "tokens_per_round": counts.served / counts.rounds if counts.rounds else 0.0,
+        "tokens_per_round": counts.served / counts.row_rounds if counts.row_rounds else 0.0,
         "accepted_by_position": list(counts.positions),
         "seconds": {
             "draft": counts.draft_seconds,
@@ -125,7 +128,8 @@ def check(
         first = _first_difference(plain_tokens, our_tokens)
         if config.draft_dtype_on(inputs["input_ids"].device) is not None:  # the compressed cache is to be judged alone
             compiled = torch.compile(original, backend="vericache", options={**options, "draft_dtype": "same"})
-        lossy = _lossy_divergence(compiled, inputs, plain_tokens)
+        lossy = _lossy_divergence(compiled, inputs, plain_tokens) if rounds else None
+        _make_latest(original, config)
     return CheckReport(
         identical=first is None,
         tokens=plain_tokens.numel(),
@@ -171,7 +175,14 @@ def _rounds(model: torch.nn.Module, config: Config) -> tuple[int, int]:
     if state is None or config not in state.compilations:
         return 0, 0
     counts = state.compilations[config].session.counts
-    return counts.rounds, counts.served
+    return counts.row_rounds, counts.served
+
+
+def _make_latest(model: torch.nn.Module, config: Config) -> None:
+    """`stats` speaks of this configuration again."""
+    state = state_of(list(model.parameters()))
+    if state is not None and config in state.compilations:
+        state.latest = state.compilations[config]
 
 
 def _first_difference(plain: Tensor, ours: Tensor) -> int | None:
@@ -198,7 +209,7 @@ def _lossy_divergence(compiled: Any, inputs: Mapping[str, Tensor], plain: Tensor
     settings = {"do_sample": False, "return_dict_in_generate": True}
     with torch.no_grad(), calls_compiled(compiled):
         few = {name: tensor[:, -8:] for name, tensor in inputs.items()}
-        compiled._orig_mod.generate(**few, max_new_tokens=2, **settings)  # so that there is a decode plan
+        compiled._orig_mod.generate(**few, min_new_tokens=2, max_new_tokens=2, **settings)  # makes a decode plan
         held = compiled._orig_mod.generate(**inputs, max_new_tokens=1, **settings)
     _, made = _compilation(compiled)
     if made.session.last is None:
@@ -206,5 +217,12 @@ def _lossy_divergence(compiled: Any, inputs: Mapping[str, Tensor], plain: Tensor
     assert made.session.newest is not None, "a prefill makes a sequence"
     alone = made.session.draft_alone(made.session.newest, plain[:, 0].tolist(), plain.shape[1] - 1)
     del held
-    differs = (torch.tensor(alone) != plain[:, 1:].cpu()).any(0).nonzero()
-    return int(differs[0]) + 1 if len(differs) else None
+    differs = torch.tensor(alone) != plain[:, 1:].cpu()
+    differs &= ~_ended(plain[:, :-1].cpu(), compiled._orig_mod.generation_config.eos_token_id)
+    first = differs.any(0).nonzero()
+    return int(first[0]) + 1 if len(first) else None
+
+
+def _ended(tokens: Tensor, end: int | list[int] | None) -> Tensor:
+    """Where in tokens [B, T] a row has ended, the token that ends it included: what follows is padding."""
+    return torch.isin(tokens, torch.tensor([] if end is None else end, dtype=tokens.dtype)).cumsum(-1) > 0

@@ -6,6 +6,7 @@ import logging
 import sys
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,7 @@ from vericache_compile.passes.bind_scalars import scalar_inputs
 from vericache_compile.passes.pipeline import plan_capture
 from vericache_compile.passes.program import Compiled
 from vericache_compile.plan import CapturedPlan, DecodePlan, Site
+from vericache_compile.runtime.executor import WeightCasts
 from vericache_compile.runtime.ghosts import can_spell
 from vericache_compile.runtime.sequences import SequenceTable
 from vericache_compile.runtime.session import Session
@@ -49,6 +51,7 @@ class ModelState:
 
     def __init__(self) -> None:
         self.table = SequenceTable()
+        self.casts = WeightCasts()
         self.lock = threading.RLock()
         self.compilations: dict[Config, Compilation] = {}
         self.compiled: dict[str, Compiled] = {}
@@ -58,18 +61,19 @@ class ModelState:
     def compilation(self, config: Config) -> Compilation:
         """The compilation for a configuration, made on first use."""
         if config not in self.compilations:
-            session = Session(self.table, config.make_compressor(), self.lock)
+            session = Session(self.table, config.make_compressor(), self.casts, self.lock)
             self.compilations[config] = Compilation(config, session, self.compiled)
         self.latest = self.compilations[config]
         return self.latest
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
-        return type(None), ()
+        """Saved with a parameter it becomes an empty dictionary, which `torch.load(weights_only=True)` reads."""
+        return OrderedDict, ()
 
 
 def state_of(tensors: Sequence[Any]) -> ModelState | None:
     """The state that hangs on one of these parameters, if any."""
-    return next((held for t in tensors if (held := getattr(t, ATTRIBUTE, None)) is not None), None)
+    return next((held for t in tensors if isinstance(held := getattr(t, ATTRIBUTE, None), ModelState)), None)
 
 
 def vericache(
@@ -99,7 +103,7 @@ def compilation_of(inputs: Sequence[Any], parameters: Sequence[int], config: Con
 
     Looked up in every call: Dynamo runs one compiled graph for all models of the same make.
     """
-    state: ModelState | None = getattr(inputs[parameters[0]], ATTRIBUTE, None) if parameters else None
+    state = state_of([inputs[i] for i in parameters[:1]])
     if state is None:
         own = [inputs[i] for i in parameters]
         state = state_of(own) or ModelState()
@@ -188,7 +192,7 @@ def _leave(
     if config.inductor:
         from torch._inductor.compile_fx import compile_fx
 
-        compiled: Any = compile_fx(gm, list(example_inputs))
+        compiled: Any = compile_fx(gm, _with_room_for_data(gm, example_inputs, made.session))
     else:
         compiled = gm.forward
 
@@ -197,6 +201,20 @@ def _leave(
         return compiled(*session.with_data(inputs))
 
     return run
+
+
+def _with_room_for_data(gm: GraphModule, example_inputs: Sequence[Any], session: Session) -> list[Any]:
+    """Example inputs in which fake tensors with strides of their own stand for ghosts, which have none along S.
+
+    A graph that is not taken gets real, contiguous keys and values in their place.
+    """
+    given = list(example_inputs)
+    for i, node in enumerate(gm.graph.find_nodes(op="placeholder", sort=True)):
+        if session.is_ghost(given[i]):
+            fake = node.meta["example_value"]
+            with fake.fake_mode:
+                given[i] = torch.empty(fake.shape, dtype=fake.dtype, device=fake.device)
+    return given
 
 
 def _tell(made: Compilation, plan: CapturedPlan | DecodePlan) -> None:

@@ -113,7 +113,7 @@ def linear_int8(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
 
     x and scale are rounded to bfloat16, as torch's kernel wants them.
     """
-    out = torch._weight_int8pack_mm(x.to(torch.bfloat16), codes, scale.to(torch.bfloat16))
+    out = torch._weight_int8pack_mm(x.to(torch.bfloat16).contiguous(), codes, scale.to(torch.bfloat16))
     return out if x.dtype is torch.bfloat16 else out.to(x.dtype)
 
 
