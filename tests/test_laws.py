@@ -107,8 +107,10 @@ def test_tails_are_exact_after_a_second_turn(tokens: int, monkeypatch: pytest.Mo
     monkeypatch.setattr(rounds, "draft_tokens", draft_tokens)
     cache, ids = DynamicCache(config=model.config), make_prompt(300)["input_ids"]
     for _ in range(2):
-        out = model.generate(ids, past_key_values=cache, max_new_tokens=20, do_sample=False)
+        shown = torch.ones_like(ids)
+        out = model.generate(ids, attention_mask=shown, past_key_values=cache, max_new_tokens=20, do_sample=False)
         ids = torch.cat([out, make_prompt(tokens, seed=1)["input_ids"]], dim=1)
     assert min(lengths) < 330 < max(lengths)
     model._compiled_call_impl = None
-    assert torch.equal(out, model.generate(out[:, :-20], max_new_tokens=20, do_sample=False))
+    plain = model.generate(out[:, :-20], attention_mask=shown, max_new_tokens=20, do_sample=False)
+    assert torch.equal(out, plain)
