@@ -256,7 +256,9 @@ def main() -> None:
     parser.add_argument(
         "--cases", nargs="*", default=[f"{b}x{t}" for b, t in CASES], help="batch x prompt tokens, as 1x4096"
     )
-    parser.add_argument("--static-cases", nargs="*", default=["1x4096"], help="cases that the static cache runs too")
+    parser.add_argument(
+        "--all-sides", nargs="*", default=["1x4096"], help="cases that the static cache and the float32 draft run too"
+    )
     parser.add_argument("--no-first-call", action="store_true", help="leave the compile times out")
     parser.add_argument("--out", type=Path, help="where the JSON goes")
     arguments = parser.parse_args()
@@ -268,7 +270,7 @@ def main() -> None:
         batch, tokens = (int(part) for part in case.split("x"))
         with console.status(f"batch {batch}, prompt of {tokens} tokens"):
             torch._dynamo.reset()
-            sides = [side for side in SIDES if side != STATIC or case in arguments.static_cases]
+            sides = [side for side in SIDES if side in (PLAIN, OURS) or case in arguments.all_sides]
             report["cases"].append(measure(model, batch, tokens, options, arguments.repeats, sides))
         show(report, console)
     with console.status("served rows"):
