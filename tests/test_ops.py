@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vericache_compile.ops import attend, linear
+from vericache_compile.ops import attend, has_onednn, linear, linear_int8
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -120,3 +120,30 @@ def test_a_window_of_products_is_one_product(bias: Tensor | None, axis: int) -> 
 def test_a_weight_that_varies_over_a_window_is_refused() -> None:
     with pytest.raises(NotImplementedError, match="a weight differs over the window"):
         torch.func.vmap(lambda weight: linear(PRODUCT[0], weight, None))(draw(4, 5, 8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("size", "out"), [(64, 97), (576, 192), (1536, 576)])
+def test_a_rows_product_has_the_same_bits_at_each_place(size: int, out: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(out, size, generator=generator).to(dtype)
+    if not has_onednn(weight):
+        pytest.skip("oneDNN does not take this type here; verify pads its row counts instead")
+    for rows in (*range(2, 33), 48, 64, 96):
+        x = torch.randn(rows, size, generator=generator).to(dtype)
+        places, others = torch.randperm(rows, generator=generator), torch.randn(rows, size).to(dtype)
+        others[places[0]] = x[0]
+        made = linear(x, weight, None)
+        assert torch.equal(linear(x[places], weight, None), made[places]), rows
+        assert torch.equal(linear(others, weight, None)[places[0]], made[0]), rows
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 9])
+def test_int8_products_are_those_of_the_restored_weight(rows: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-127, 128, (17, 96), dtype=torch.int8, generator=generator)
+    scale, x = torch.rand(17, generator=generator), torch.randn(rows, 96, generator=generator)
+    expected = x @ (codes.float() * scale[:, None]).t()
+    found = linear_int8(x, codes, scale)
+    assert found.dtype == torch.float32
+    assert float((found - expected).abs().max() / expected.abs().max()) < 0.02  # bfloat16 has 8 bits

@@ -74,8 +74,8 @@ torch.library.register_vmap("vericache::attend", _attend_window)
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """One GEMM over all leading axes: x [..., in], weight [out, in], bias [out] or None. Returns [..., out].
 
-    By oneDNN where it takes the weight: a row's bits then do not depend on how many rows there are or where it stands
-    among them (seen for 2 to 256 rows in float32 and bfloat16), and at 16 rows it took half of MKL's time.
+    By oneDNN where it takes the weight: a row's bits then do not depend on where it stands among the others, nor on
+    what they hold (`tests/test_ops.py` tries it for many row counts).
     """
     if has_onednn(weight):
         made: Tensor = torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
