@@ -34,21 +34,9 @@ class WeightCasts:
         held = self._held.get(key)
         if held is None or held[0] != version:
             with torch.inference_mode(False):
-                held = (version, _lower(weight.detach(), whole))
+                held = (version, whole.copies(weight.detach()))
             self._held[key] = held
         return held[1][cast.scale]
-
-
-def _lower(weight: Tensor, cast: Cast) -> tuple[Tensor, ...]:
-    """A copy in a smaller floating type; or int8 codes and, in the weight's type, their scales [out].
-
-    Symmetric, round to nearest, one scale per output: w = code * scale, scale = max|w| / 127.
-    """
-    if cast.axis is None:
-        return (weight.to(cast.dtype),)
-    scale = weight.abs().amax(cast.axis, keepdim=True).float().clamp_(min=torch.finfo(torch.float32).tiny) / 127
-    codes = (weight.float() / scale).round_().to(cast.dtype)
-    return codes, scale.squeeze(cast.axis).to(weight.dtype)
 
 
 def bind_weights(program: SegmentedProgram, inputs: Sequence[Tensor], casts: WeightCasts) -> list[Tensor | None]:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vericache_compile.ops import attend, has_onednn, linear, linear_int8
+from vericache_compile.ops import attend, has_onednn, linear
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -136,14 +136,3 @@ def test_a_rows_product_has_the_same_bits_at_each_place(size: int, out: int, dty
         made = linear(x, weight, None)
         assert torch.equal(linear(x[places], weight, None), made[places]), rows
         assert torch.equal(linear(others, weight, None)[places[0]], made[0]), rows
-
-
-@pytest.mark.parametrize("rows", [1, 3, 4, 9])
-def test_int8_products_are_those_of_the_restored_weight(rows: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-    codes = torch.randint(-127, 128, (17, 96), dtype=torch.int8, generator=generator)
-    scale, x = torch.rand(17, generator=generator), torch.randn(rows, 96, generator=generator)
-    expected = x @ (codes.float() * scale[:, None]).t()
-    found = linear_int8(x, codes, scale)
-    assert found.dtype == torch.float32
-    assert float((found - expected).abs().max() / expected.abs().max()) < 0.02  # bfloat16 has 8 bits

@@ -107,29 +107,7 @@ def _linear_window(info, in_dims, x, weight, bias):  # type: ignore[no-untyped-d
 torch.library.register_vmap("vericache::linear", _linear_window)
 
 
-@torch.library.custom_op("vericache::linear_int8", mutates_args=())
-def linear_int8(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-    """A draft's product: x [M, in] by int8 codes [out, in] times scale [out], where `has_int8_gemm`. Returns [M, out].
-
-    x and scale are rounded to bfloat16, as torch's kernel wants them.
-    """
-    out = torch._weight_int8pack_mm(x.to(torch.bfloat16).contiguous(), codes, scale.to(torch.bfloat16))
-    return out if x.dtype is torch.bfloat16 else out.to(x.dtype)
-
-
-@linear_int8.register_fake
-def _linear_int8_fake(x, codes, scale):  # type: ignore[no-untyped-def]
-    return x.new_empty((x.shape[0], codes.shape[0]))
-
-
-def has_int8_gemm(codes: Tensor) -> bool:
-    """Whether torch has a GEMM for int8 weights [out, in] as they lie in memory."""
-    return codes.device.type == "cpu" and codes.is_contiguous() and codes.shape[1] % 32 == 0
-
-
 ATTEND = torch.ops.vericache.attend.default
 """The node target of a site."""
 LINEAR = torch.ops.vericache.linear.default
 """The node target of a product with a weight."""
-LINEAR_INT8 = torch.ops.vericache.linear_int8.default
-"""The node target of a product with int8 codes of a weight."""

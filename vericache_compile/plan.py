@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+GROUP = 32
+"""Inputs of a weight that share the scale of their int8 codes."""
+
 
 class Output(StrEnum):
     """What one output of a captured graph is."""
@@ -82,10 +85,24 @@ class Cast:
     """How draft reads a weight: in a copy of lower precision, made once by the runtime."""
 
     dtype: torch.dtype
-    axis: int | None = None
-    """int8: the axis of the weight that products sum over; every index along the other one has a scale."""
+    turned: bool = False
+    """Whether the weight lies as [in, out]; its copy always lies as [out, in]."""
     scale: bool = False
-    """int8: whether this input is the scales [out] rather than the codes."""
+    """int8: whether this input is the scales rather than the codes."""
+
+    def copies(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """A copy in a smaller floating type; or int8 codes [out, N, in / N] and their scales [out, N, 1] (float32).
+
+        Symmetric, round to nearest, one scale per group of 32 inputs (per output where 32 does not divide them), as
+        GGML's Q8_0: w = code * scale, scale = max|w| / 127.
+        """
+        own = weight.t() if self.turned else weight
+        if self.dtype.is_floating_point:
+            return (own.to(self.dtype).contiguous(),)
+        out, size = own.shape
+        groups = own.reshape(out, -1, GROUP if size % GROUP == 0 else size).float()
+        scale = groups.abs().amax(-1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny) / 127
+        return (groups / scale).round_().to(self.dtype), scale
 
 
 @dataclass(frozen=True)

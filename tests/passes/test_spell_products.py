@@ -13,7 +13,6 @@ from vericache_compile.passes.program import Program, placeholders
 from vericache_compile.passes.spell_products import spell_products
 
 PRODUCTS = {"mm", "addmm", "mul", "sum", "linear"}
-REDUCTIONS = ["mul", "sum"] * 3
 
 
 def spelled(batch: int, *, inductor: bool, draft_dtype: torch.dtype | None = None, window: int = 4) -> Program:
@@ -35,10 +34,12 @@ def no_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vericache_compile.passes.spell_products.has_onednn", lambda weight: False)
 
 
-@pytest.mark.parametrize(("batch", "inductor", "draft"), [(1, True, REDUCTIONS), (1, False, None), (3, True, None)])
-def test_one_row_is_a_reduction_and_many_rows_are_a_gemm(batch: int, inductor: bool, draft: list[str] | None) -> None:
+@pytest.mark.parametrize(("batch", "inductor"), [(1, True), (8, True), (9, True), (1, False)])
+def test_few_rows_are_reductions_and_many_rows_are_a_gemm(batch: int, inductor: bool) -> None:
     program = spelled(batch, inductor=inductor)
-    assert products_of(program, "draft") == (draft or ["linear"] * 3)
+    reductions = [*["mul"] * batch, *["sum"] * batch]
+    found = products_of(program, "draft")
+    assert sorted(found) == (sorted(reductions * 3) if inductor and batch <= 8 else ["linear"] * 3)
     assert products_of(program, "verify") == ["linear"] * 3
 
 
@@ -73,16 +74,32 @@ def test_verify_reads_the_models_own_weights(batch: int, inductor: bool, draft_d
     torch.testing.assert_close(logits, torch.stack([rows[0] for rows in steps.rows]), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("draft_dtype", [torch.bfloat16, torch.int8])
-@pytest.mark.parametrize(("batch", "inductor"), [(1, True), (3, False)])
-def test_draft_reads_copies_of_the_draft_type(batch: int, inductor: bool, draft_dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("batch", "inductor", "draft_dtype", "read_as"),
+    [
+        (1, True, torch.bfloat16, torch.bfloat16),
+        (3, False, torch.bfloat16, torch.bfloat16),
+        (1, True, torch.int8, torch.int8),
+        (3, True, torch.int8, torch.int8),
+        (3, False, torch.int8, torch.bfloat16),
+        (9, True, torch.int8, torch.bfloat16),
+    ],
+)
+def test_draft_reads_copies_of_the_draft_type(
+    batch: int,
+    inductor: bool,
+    draft_dtype: torch.dtype,
+    read_as: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
     program = spelled(batch, inductor=inductor, draft_dtype=draft_dtype)
     partition(program)
     lower(program, inductor=False)
     assert {cast for *_, cast in program.segmented["verify"].weights} == {None}
-    read = [i for _, i, cast in program.segmented["draft"].weights if cast is not None and cast.dtype is draft_dtype]
+    read = [i for _, i, cast in program.segmented["draft"].weights if cast is not None and cast.dtype is read_as]
     names = [program.placeholders[i].name for i in read]
-    assert len(names) == 3 * (2 if draft_dtype is torch.int8 else 1)
+    assert len(names) == 3 * (2 if read_as is torch.int8 else 1)
     assert all("weight" in name and "embed" not in name for name in names)
     captured = toy_decode(Toy(), batch=batch)
     steps = take_steps(program, captured, 1)

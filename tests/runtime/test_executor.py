@@ -141,16 +141,24 @@ def test_weights_of_inference_mode_are_cast() -> None:
     assert copy.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("axis", [0, 1])
-def test_int8_copies_are_codes_and_one_scale_per_output(axis: int) -> None:
-    weight = torch.randn(7, 5)
-    weight.select(1 - axis, 2).zero_()
-    casts = WeightCasts()
-    codes = casts.get(weight, Cast(torch.int8, axis))
-    scale = casts.get(weight, Cast(torch.int8, axis, scale=True))
-    assert (codes.dtype, codes.shape, scale.shape) == (torch.int8, weight.shape, (weight.shape[1 - axis],))
-    assert casts.get(weight, Cast(torch.int8, axis)) is codes
-    restored = codes.float() * scale.unsqueeze(axis)
-    step = weight.abs().amax(axis, keepdim=True) / 127
-    assert bool(((restored - weight).abs() <= step * 0.5001).all())
+@pytest.mark.parametrize(("size", "groups"), [(64, 2), (40, 1)])
+@pytest.mark.parametrize("turned", [False, True])
+def test_int8_copies_are_codes_and_a_scale_per_group_of_inputs(turned: bool, size: int, groups: int) -> None:
+    weight = torch.randn(5, size) * torch.rand(5, size)
+    weight[2].zero_()
+    casts, held = WeightCasts(), weight.t().contiguous() if turned else weight
+    codes = casts.get(held, Cast(torch.int8, turned))
+    scale = casts.get(held, Cast(torch.int8, turned, scale=True))
+    assert (codes.dtype, codes.shape, scale.shape) == (torch.int8, (5, groups, size // groups), (5, groups, 1))
+    assert casts.get(held, Cast(torch.int8, turned)) is codes
+    grouped = weight.view(5, groups, -1)
+    step = grouped.abs().amax(-1, keepdim=True) / 127
+    assert bool(((codes * scale - grouped).abs() <= step * 0.5001).all())
     assert casts.nbytes == codes.nbytes + scale.nbytes
+
+
+def test_copies_of_turned_weights_lie_as_products_read_them() -> None:
+    weight = torch.randn(6, 4)
+    copy = WeightCasts().get(weight, Cast(torch.bfloat16, turned=True))
+    assert torch.equal(copy, weight.t().to(torch.bfloat16))
+    assert copy.is_contiguous()
