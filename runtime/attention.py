@@ -2,25 +2,37 @@
 
 Verify's bits must not depend on where a round starts: keys are taken in blocks of 256 columns anchored at column 0,
 each block is attended on its own, and blocks are merged in order. A block that a row cannot see adds exactly zero.
-On the CPU that is torch's flash kernel. In 16-bit types it chooses how to multiply by the number of blocks it is given,
-so there it gets them one by one; heads whose keys and values differ in size are filled up with zeros, which change no
-sum (plain batched products are not invariant).
+In float32 on the CPU that is a kernel of ours; for other types there it is torch's flash kernel. In 16-bit types flash
+chooses how to multiply by the number of blocks it is given, so it gets them one by one; heads whose keys and values
+differ in size are filled up with zeros, which change no sum (plain batched products are not invariant).
 
 Shapes: B batch, H query heads, K KV heads, G = H / K, W window, D head size, E value head size, N blocks.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK = 256
+from vericache_compile.kernels import block_attention
+from vericache_compile.kernels.block_attention import BLOCK
+
+
+class Visible(NamedTuple):
+    """The slots of a draft cache that each row reads: [lefts[b], rights[b])."""
+
+    lefts: tuple[int, ...]
+    rights: tuple[int, ...]
 
 
 def attend_full(q: Tensor, keys: Tensor, values: Tensor, starts: list[int], pads: list[int], scale: float) -> Tensor:
     """q [B, H, W, D] of tokens at columns starts[b] + (0..W-1), keys [B, K, C, D], values [B, K, C, E] (C a multiple of
     BLOCK, written up to starts[b] + W). Row b sees columns from pads[b] up to its own. Returns [B, H, W, E]."""
+    if block_attention.serves(q):
+        return block_attention.attend(q, keys, values, starts, pads, scale)
     out = q.new_empty((q.shape[0], q.shape[1], q.shape[2], values.shape[3]))
     for b, (start, pad) in enumerate(zip(starts, pads, strict=True)):
         out[b] = _attend_row(q[b], keys[b], values[b], start, pad, scale)
@@ -104,11 +116,31 @@ def _merge(out: Tensor, lse: Tensor) -> Tensor:
     return merged.div_(total).to(out.dtype)
 
 
-def attend_compressed(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """One token per row over its compressed cache: q [B, H, 1, D], keys [B, K, S, D], values [B, K, S, E], additive
-    mask [B, 1, 1, S] or None. Returns [B, H, 1, E]. The group is folded into the query rows, so K/V are read once."""
+def attend_compressed(
+    q: Tensor, keys: Tensor, values: Tensor, visible: Visible, scale: float, masks: dict[Visible, Tensor | None]
+) -> Tensor:
+    """One token per row over its compressed cache: q [B, H, 1, D], keys [B, K, S, D], values [B, K, S, E]; row b reads
+    its visible slots. `masks` keeps what layers share. Returns [B, H, 1, E]."""
+    if block_attention.serves(q):
+        return block_attention.attend(q, keys, values, [end - 1 for end in visible.rights], visible.lefts, scale)
+    if visible not in masks:
+        masks[visible] = _slot_mask(visible, keys)
+    longest = max(visible.rights)
     batch, heads, _, size = q.shape
     groups = keys.shape[1]
-    folded = q.reshape(batch, groups, heads // groups, size)
-    out = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask, scale=scale)
+    folded = q.reshape(batch, groups, heads // groups, size)  # the group as query rows, so K/V are read once
+    out = F.scaled_dot_product_attention(
+        folded, keys[:, :, :longest], values[:, :, :longest], attn_mask=masks[visible], scale=scale
+    )
     return out.reshape(batch, heads, 1, values.shape[3])
+
+
+def _slot_mask(visible: Visible, keys: Tensor) -> Tensor | None:
+    """Additive mask [B, 1, 1, S] over the slots up to the last that any row reads; None where rows read the same."""
+    if not any(visible.lefts) and len(set(visible.rights)) == 1:
+        return None
+    slot = torch.arange(max(visible.rights), device=keys.device)
+    left, right = (torch.tensor(x, device=keys.device)[:, None] for x in visible)
+    hidden = (slot < left) | (slot >= right)
+    mask = torch.zeros(hidden.shape, dtype=keys.dtype, device=keys.device)
+    return mask.masked_fill_(hidden, float("-inf"))[:, None, None, :]

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from vericache_compile.compressors.base import CompressedKV, Compressor
 from vericache_compile.compressors.dense import DenseKV
+from vericache_compile.kernels.block_attention import BLOCK
 from vericache_compile.plan import Site
-from vericache_compile.runtime.attention import BLOCK
+from vericache_compile.runtime.attention import Visible
 
 GROWTH = 1024
 """Columns added when a full cache is out of room."""
@@ -124,20 +125,12 @@ class DraftLayer:
         tail = max(column - start for column, start in zip(columns, self.starts, strict=True))
         return self.keys.shape[2] - self.offset - tail
 
-    def read(
-        self, columns: Sequence[int], masks: dict[tuple[int, ...], Tensor | None]
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Keys and values [B, K, S, *] of rows `columns` long, with an additive mask where rows differ."""
+    def read(self, columns: Sequence[int]) -> tuple[Tensor, Tensor, Visible]:
+        """Keys and values [B, K, S, *], and which slots rows `columns` long read of them."""
         tails = [column - start for column, start in zip(columns, self.starts, strict=True)]
-        longest = max(tails)
-        if self.packed:
-            keys, values = self._materialize(longest)
-        else:
-            keys, values = self.keys[:, :, : self.slots + longest], self.values[:, :, : self.slots + longest]
-        signature = (self.slots, *tails, *(region.slots for region in self.regions))
-        if signature not in masks:
-            masks[signature] = self._mask(tails, keys)
-        return keys, values, masks[signature]
+        keys, values = self._materialize(max(tails)) if self.packed else (self.keys, self.values)
+        lefts = tuple(self.slots - region.slots for region in self.regions)
+        return keys, values, Visible(lefts, tuple(self.slots + tail for tail in tails))
 
     def _materialize(self, longest: int) -> tuple[Tensor, Tensor]:
         parts = [region.materialize() for region in self.regions]
@@ -149,16 +142,6 @@ class DraftLayer:
             joined[:, :, self.slots :] = held[:, :, :longest]
             out.append(joined)
         return out[0], out[1]
-
-    def _mask(self, tails: Sequence[int], keys: Tensor) -> Tensor | None:
-        lefts = [self.slots - region.slots for region in self.regions]
-        if len(set(tails)) == 1 and not any(lefts):
-            return None
-        slot = torch.arange(self.slots + max(tails), device=keys.device)
-        left, right = (torch.tensor(x, device=keys.device)[:, None] for x in (lefts, [self.slots + t for t in tails]))
-        hidden = (slot < left) | (slot >= right)
-        mask = torch.zeros(hidden.shape, dtype=keys.dtype, device=keys.device)
-        return mask.masked_fill_(hidden, float("-inf"))[:, None, None, :]
 
 
 class DraftKV:

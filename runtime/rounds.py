@@ -15,7 +15,7 @@ from torch import Tensor
 from vericache_compile.compressors.base import Compressor
 from vericache_compile.plan import DecodePlan, SegmentedProgram
 from vericache_compile.runtime.acceptance import accept, next_horizon
-from vericache_compile.runtime.attention import attend_compressed, attend_full
+from vericache_compile.runtime.attention import Visible, attend_compressed, attend_full
 from vericache_compile.runtime.caches import CHUNK, DraftKV, compress
 from vericache_compile.runtime.executor import Attend, WeightCasts, bind_weights, execute
 from vericache_compile.runtime.sequences import Held, Queries, Sequence
@@ -148,14 +148,14 @@ def _drafting(draft: DraftKV, program: SegmentedProgram, plan: DecodePlan, start
     """Attention of one draft step: the new token goes to the tail, then over region and tail."""
     columns = [column + step for column in start.columns]
     grown = [column + 1 for column in columns]
-    masks: dict[tuple[int, ...], Tensor | None] = {}
+    masks: dict[Visible, Tensor | None] = {}
     sites = plan.captured.sites
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         held = draft.layers[layer]
         held.write(k, v, columns)
-        keys, values, mask = held.read(grown, masks)
-        return attend_compressed(q, keys, values, mask, sites[layer].scale)
+        keys, values, visible = held.read(grown)
+        return attend_compressed(q, keys, values, visible, sites[layer].scale, masks)
 
     return attend
 

@@ -12,7 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from vericache_compile.runtime.attention import BLOCK, _merge, attend_compressed, attend_full
+from vericache_compile.kernels import block_attention
+from vericache_compile.kernels.block_attention import BLOCK
+from vericache_compile.runtime.attention import Visible, _merge, attend_compressed, attend_full
 
 WINDOWS = (2, 4, 8, 16, 32)
 HEADS = ((4, 4), (4, 2), (9, 3), (8, 1))
@@ -75,6 +77,15 @@ def plain_attention(cache: Cache, starts: list[int], pads: list[int], window: in
             tokens.append((scores.softmax(dim=1) * values[:, pad : column + 1]).sum(dim=1))
         rows.append(torch.stack(tokens, dim=1))
     return torch.stack(rows)
+
+
+@pytest.fixture(params=["kernel", "reference"], autouse=True)
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Our kernel, and what runs where it does not serve."""
+    if request.param == "reference":
+        monkeypatch.setattr(block_attention, "load", lambda: None)
+    chosen: str = request.param
+    return chosen
 
 
 @pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
@@ -205,19 +216,17 @@ def test_blocks_merge_into_the_softmax_over_all_of_them() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
 @pytest.mark.parametrize("value_size", [16, 24])
-def test_compressed_attention_reads_what_the_mask_shows(
+def test_compressed_attention_reads_the_visible_slots(
     heads: int, kv_heads: int, value_size: int, dtype: torch.dtype
 ) -> None:
     """Rows of different lengths, aligned anywhere: only the shown slots count."""
-    cache = make_cache(40, heads, kv_heads, 16, value_size, dtype, batch=3)
-    shown = [(0, 40), (7, 33), (39, 40)]
-    mask = torch.full((3, 1, 1, 40), float("-inf"), dtype=dtype)
-    for b, (left, right) in enumerate(shown):
-        mask[b, :, :, left:right] = 0
+    cache = make_cache(2 * BLOCK, heads, kv_heads, 16, value_size, dtype, batch=3)
+    visible, masks = Visible((0, 7, 300), (2 * BLOCK, 33, 301)), dict[Visible, Tensor | None]()
     q = cache.q[:, :, :1]
-    out = attend_compressed(q, cache.keys, cache.values, mask, cache.scale)
+    out = attend_compressed(q, cache.keys, cache.values, visible, cache.scale, masks)
     assert out.shape == (3, heads, 1, value_size)
-    for b, (left, right) in enumerate(shown):
+    assert torch.equal(out, attend_compressed(q, cache.keys, cache.values, visible, cache.scale, masks))
+    for b, (left, right) in enumerate(zip(*visible, strict=True)):
         keys, values = cache.keys[b : b + 1, :, left:right], cache.values[b : b + 1, :, left:right]
         last = right - left - 1
         queries = q[b : b + 1].expand(-1, -1, last + 1, -1)
@@ -225,7 +234,21 @@ def test_compressed_attention_reads_what_the_mask_shows(
         torch.testing.assert_close(out[b : b + 1].double(), expected, rtol=0, atol=TOLERANCE[dtype])
 
 
-def test_compressed_attention_without_a_mask_reads_all() -> None:
-    cache = make_cache(40, 4, 2, 16, 16, torch.float32)
-    out = attend_compressed(cache.q[:, :, 39:], cache.keys, cache.values, None, cache.scale)
+def test_rows_that_read_the_same_slots_need_no_mask(path: str) -> None:
+    cache, masks = make_cache(60, 4, 2, 16, 16, torch.float32), dict[Visible, Tensor | None]()
+    out = attend_compressed(cache.q[:, :, 39:40], cache.keys, cache.values, Visible((0,), (40,)), cache.scale, masks)
     torch.testing.assert_close(out.double(), plain_attention(cache, [39], [0], 1), rtol=0, atol=2e-6)
+    assert list(masks.values()) == ([] if path == "kernel" else [None])
+
+
+def test_the_kernel_reads_nothing_that_is_not_visible(path: str) -> None:
+    """NaN elsewhere: in the padding, past the window, in a neighbouring row."""
+    if path == "reference":
+        pytest.skip("torch's kernels multiply what they hide by zero; the runtime leaves no NaN where they look")
+    cache = make_cache(3 * BLOCK, 4, 2, 16, 24, torch.float32, batch=2)
+    starts, pads, window = [300, 520], [257, 3], 8
+    clean = cache.attend(starts, pads, window)
+    for b, (start, pad) in enumerate(zip(starts, pads, strict=True)):
+        for held in (cache.keys, cache.values):
+            held[b, :, :pad] = held[b, :, start + window :] = float("nan")
+    assert torch.equal(cache.attend(starts, pads, window, garbage=float("nan")), clean)

@@ -16,7 +16,7 @@ from vericache_compile.compressors.none import NoCompression
 from vericache_compile.compressors.snapkv import SnapKV
 from vericache_compile.compressors.streaming import Streaming
 from vericache_compile.plan import Site
-from vericache_compile.runtime.attention import BLOCK
+from vericache_compile.runtime.attention import BLOCK, Visible
 from vericache_compile.runtime.caches import EXACT, DraftKV, DraftLayer, FullKV, compress
 
 Sites = Callable[..., list[Site]]
@@ -181,15 +181,10 @@ def make_draft(request: pytest.FixtureRequest, make_sites: Sites, fill: Fill) ->
 def read_rows(made: Made) -> list[tuple[Tensor, Tensor]]:
     """The keys and values [K, S, *] that attention sees, site by site and row by row."""
     rows = []
-    masks: dict[tuple[int, ...], Tensor | None] = {}
     for layer in made.draft.layers:
-        keys, values, mask = layer.read(made.columns, masks)
-        if mask is not None:
-            assert mask.shape == (len(made.columns), 1, 1, keys.shape[2])
-            assert ((mask == 0) | (mask == float("-inf"))).all()
-        for b in range(len(made.columns)):
-            shown = slice(None) if mask is None else mask[b, 0, 0] == 0
-            rows.append((keys[b][:, shown], values[b][:, shown]))
+        keys, values, visible = layer.read(made.columns)
+        for b, (left, right) in enumerate(zip(*visible, strict=True)):
+            rows.append((keys[b][:, left:right], values[b][:, left:right]))
     return rows
 
 
@@ -214,22 +209,14 @@ def test_rows_read_their_region_and_an_exact_tail(make_draft: Callable[..., Made
     assert_reads_region_and_tail(make_draft(value_size=24))
 
 
-def test_rows_of_equal_length_need_no_mask(make_draft: Callable[..., Made]) -> None:
-    made = make_draft([5, 5], [205, 205])
-    assert_reads_region_and_tail(made)
-    assert all(layer.read(made.columns, {})[2] is None for layer in made.draft.layers)
-
-
 def test_regions_are_aligned_at_their_right_end(make_draft: Callable[..., Made]) -> None:
     made = make_draft()
     for layer in made.draft.layers:
         assert layer.slots == max(region.slots for region in layer.regions)
         assert layer.starts == [pad + region.covered for pad, region in zip(PADS, layer.regions, strict=True)]
-        mask = layer.read(made.columns, {})[2]
-        assert mask is not None
-        for b, (region, column) in enumerate(zip(layer.regions, made.columns, strict=True)):
-            shown = (mask[b, 0, 0] == 0).nonzero().flatten().tolist()
-            assert shown == list(range(layer.slots - region.slots, layer.slots + column - layer.starts[b]))
+        lefts = tuple(layer.slots - region.slots for region in layer.regions)
+        rights = tuple(layer.slots + column - start for column, start in zip(made.columns, layer.starts, strict=True))
+        assert layer.read(made.columns)[2] == Visible(lefts, rights)
 
 
 def test_only_the_row_itself_is_compressed(make_draft: Callable[..., Made]) -> None:
