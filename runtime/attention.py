@@ -22,9 +22,9 @@ from vericache_compile.kernels.block_attention import BLOCK
 
 
 class Visible(NamedTuple):
-    """The slots of a draft cache that each row reads: [lefts[b], rights[b])."""
+    """The slots of a draft cache that each row's KV heads read: [lefts[b][k], rights[b])."""
 
-    lefts: tuple[int, ...]
+    lefts: tuple[tuple[int, ...], ...]
     rights: tuple[int, ...]
 
 
@@ -32,7 +32,7 @@ def attend_full(q: Tensor, keys: Tensor, values: Tensor, starts: list[int], pads
     """q [B, H, W, D] of tokens at columns starts[b] + (0..W-1), keys [B, K, C, D], values [B, K, C, E] (C a multiple of
     BLOCK, written up to starts[b] + W). Row b sees columns from pads[b] up to its own. Returns [B, H, W, E]."""
     if block_attention.serves(q):
-        return block_attention.attend(q, keys, values, starts, pads, scale)
+        return block_attention.attend(q, keys, values, starts, [[pad] * keys.shape[1] for pad in pads], scale)
     out = q.new_empty((q.shape[0], q.shape[1], q.shape[2], values.shape[3]))
     for b, (start, pad) in enumerate(zip(starts, pads, strict=True)):
         out[b] = _attend_row(q[b], keys[b], values[b], start, pad, scale)
@@ -136,11 +136,14 @@ def attend_compressed(
 
 
 def _slot_mask(visible: Visible, keys: Tensor) -> Tensor | None:
-    """Additive mask [B, 1, 1, S] over the slots up to the last that any row reads; None where rows read the same."""
-    if not any(visible.lefts) and len(set(visible.rights)) == 1:
+    """Additive mask [B, 1 or K, 1, S] over the slots up to the last that is read; None where all read the same."""
+    if not any(map(any, visible.lefts)) and len(set(visible.rights)) == 1:
         return None
+    same = all(len(set(row)) == 1 for row in visible.lefts)
+    lefts = [row[:1] if same else row for row in visible.lefts]
     slot = torch.arange(max(visible.rights), device=keys.device)
-    left, right = (torch.tensor(x, device=keys.device)[:, None] for x in visible)
+    left = torch.tensor(lefts, device=keys.device)[:, :, None]
+    right = torch.tensor(visible.rights, device=keys.device)[:, None, None]
     hidden = (slot < left) | (slot >= right)
     mask = torch.zeros(hidden.shape, dtype=keys.dtype, device=keys.device)
-    return mask.masked_fill_(hidden, float("-inf"))[:, None, None, :]
+    return mask.masked_fill_(hidden, float("-inf"))[:, :, None, :]

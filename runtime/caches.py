@@ -129,7 +129,7 @@ class DraftLayer:
         """Keys and values [B, K, S, *], and which slots rows `columns` long read of them."""
         tails = [column - start for column, start in zip(columns, self.starts, strict=True)]
         keys, values = self._materialize(max(tails)) if self.packed else (self.keys, self.values)
-        lefts = tuple(self.slots - region.slots for region in self.regions)
+        lefts = tuple((self.slots - region.slots,) * keys.shape[1] for region in self.regions)
         return keys, values, Visible(lefts, tuple(self.slots + tail for tail in tails))
 
     def _materialize(self, longest: int) -> tuple[Tensor, Tensor]:

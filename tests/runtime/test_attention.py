@@ -216,27 +216,33 @@ def test_blocks_merge_into_the_softmax_over_all_of_them() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
 @pytest.mark.parametrize("value_size", [16, 24])
+@pytest.mark.parametrize("ragged", [False, True])
 def test_compressed_attention_reads_the_visible_slots(
-    heads: int, kv_heads: int, value_size: int, dtype: torch.dtype
+    heads: int, kv_heads: int, value_size: int, dtype: torch.dtype, ragged: bool
 ) -> None:
-    """Rows of different lengths, aligned anywhere: only the shown slots count."""
+    """Rows of different lengths, aligned anywhere, and heads of different counts: only the shown slots count."""
     cache = make_cache(2 * BLOCK, heads, kv_heads, 16, value_size, dtype, batch=3)
-    visible, masks = Visible((0, 7, 300), (2 * BLOCK, 33, 301)), dict[Visible, Tensor | None]()
+    lefts = tuple(tuple(left + 10 * k * ragged for k in range(kv_heads)) for left in (0, 7, 270))
+    visible, masks = Visible(lefts, (2 * BLOCK, 63, 301)), dict[Visible, Tensor | None]()
     q = cache.q[:, :, :1]
     out = attend_compressed(q, cache.keys, cache.values, visible, cache.scale, masks)
     assert out.shape == (3, heads, 1, value_size)
     assert torch.equal(out, attend_compressed(q, cache.keys, cache.values, visible, cache.scale, masks))
-    for b, (left, right) in enumerate(zip(*visible, strict=True)):
-        keys, values = cache.keys[b : b + 1, :, left:right], cache.values[b : b + 1, :, left:right]
-        last = right - left - 1
-        queries = q[b : b + 1].expand(-1, -1, last + 1, -1)
-        expected = plain_attention(Cache(queries, keys, values, cache.scale), [last], [0], 1)
-        torch.testing.assert_close(out[b : b + 1].double(), expected, rtol=0, atol=TOLERANCE[dtype])
+    group = heads // kv_heads
+    for b, (row, right) in enumerate(zip(*visible, strict=True)):
+        for k, left in enumerate(row):
+            keys, values = cache.keys[b : b + 1, k : k + 1, left:right], cache.values[b : b + 1, k : k + 1, left:right]
+            last, own = right - left - 1, slice(k * group, (k + 1) * group)
+            alone = Cache(q[b : b + 1, own].expand(-1, -1, last + 1, -1), keys, values, cache.scale)
+            expected = plain_attention(alone, [last], [0], 1)
+            torch.testing.assert_close(out[b : b + 1, own].double(), expected, rtol=0, atol=TOLERANCE[dtype])
 
 
 def test_rows_that_read_the_same_slots_need_no_mask(path: str) -> None:
     cache, masks = make_cache(60, 4, 2, 16, 16, torch.float32), dict[Visible, Tensor | None]()
-    out = attend_compressed(cache.q[:, :, 39:40], cache.keys, cache.values, Visible((0,), (40,)), cache.scale, masks)
+    out = attend_compressed(
+        cache.q[:, :, 39:40], cache.keys, cache.values, Visible(((0, 0),), (40,)), cache.scale, masks
+    )
     torch.testing.assert_close(out.double(), plain_attention(cache, [39], [0], 1), rtol=0, atol=2e-6)
     assert list(masks.values()) == ([] if path == "kernel" else [None])
 

@@ -183,7 +183,7 @@ def read_rows(made: Made) -> list[tuple[Tensor, Tensor]]:
     rows = []
     for layer in made.draft.layers:
         keys, values, visible = layer.read(made.columns)
-        for b, (left, right) in enumerate(zip(*visible, strict=True)):
+        for b, ((left, *_), right) in enumerate(zip(*visible, strict=True)):
             rows.append((keys[b][:, left:right], values[b][:, left:right]))
     return rows
 
@@ -214,7 +214,7 @@ def test_regions_are_aligned_at_their_right_end(make_draft: Callable[..., Made])
     for layer in made.draft.layers:
         assert layer.slots == max(region.slots for region in layer.regions)
         assert layer.starts == [pad + region.covered for pad, region in zip(PADS, layer.regions, strict=True)]
-        lefts = tuple(layer.slots - region.slots for region in layer.regions)
+        lefts = tuple((layer.slots - region.slots,) * layer.keys.shape[1] for region in layer.regions)
         rights = tuple(layer.slots + column - start for column, start in zip(made.columns, layer.starts, strict=True))
         assert layer.read(made.columns)[2] == Visible(lefts, rights)
 

@@ -232,8 +232,8 @@ static void attend_one(const float* q, const float* keys, const float* values, c
     for (int64_t site = 0; site < sites; ++site)
       for (int64_t block = 0; block < blocks; ++block) {
         const int64_t b = site / shape.kv_heads, k = site % shape.kv_heads;
-        const int64_t begin = (pads[b] / BLOCK + block) * BLOCK, end = starts[b] + 1;
-        const int64_t from = begin > pads[b] ? begin : pads[b], to = begin + BLOCK < end ? begin + BLOCK : end;
+        const int64_t begin = (pads[site] / BLOCK + block) * BLOCK, end = starts[b] + 1;
+        const int64_t from = begin > pads[site] ? begin : pads[site], to = begin + BLOCK < end ? begin + BLOCK : end;
         if (from >= to) continue;
         for (int64_t g = 0; g < group; g += FEW) {
           const float* query = q + b * shape.q_batch + (k * group + g) * shape.q_head;
@@ -251,7 +251,7 @@ static void attend_one(const float* q, const float* keys, const float* values, c
 #pragma omp for
     for (int64_t h = 0; h < shape.batch * shape.heads; ++h) {
       const int64_t b = h / shape.heads, site = h / group, g = h % group;
-      const int64_t have = starts[b] / BLOCK + 1 - pads[b] / BLOCK;
+      const int64_t have = starts[b] / BLOCK + 1 - pads[site] / BLOCK;
       const float* from = work + (site * blocks * group + g) * stride;
       float* to = out + h * shape.value_size;
       float highest = HIDDEN;
@@ -279,7 +279,7 @@ static void attend_one(const float* q, const float* keys, const float* values, c
   }
 
 // q [B, H, W, D], keys [B, K, C, D], values [B, K, C, E] with the strides in `shape` (innermost 1), out [B, H, W, E].
-// The token at place w of row b sees columns pads[b] .. starts[b] + w.
+// The token at place w of row b sees columns pads[b * K + k] .. starts[b] + w of KV head k.
 extern "C" void attend(const float* q, const float* keys, const float* values, const int64_t* starts,
                        const int64_t* pads, const Shape* given, float scale, int64_t blocks, float* work, float* out,
                        int threads) {
@@ -316,8 +316,8 @@ extern "C" void attend(const float* q, const float* keys, const float* values, c
     for (int64_t site = 0; site < sites; ++site)
       for (int64_t block = 0; block < blocks; ++block) {
         const int64_t b = site / shape.kv_heads, k = site % shape.kv_heads;
-        const int64_t begin = (pads[b] / BLOCK + block) * BLOCK, end = starts[b] + shape.window;
-        const int64_t from = begin > pads[b] ? begin : pads[b], to = begin + BLOCK < end ? begin + BLOCK : end;
+        const int64_t begin = (pads[site] / BLOCK + block) * BLOCK, end = starts[b] + shape.window;
+        const int64_t from = begin > pads[site] ? begin : pads[site], to = begin + BLOCK < end ? begin + BLOCK : end;
         if (from >= to) continue;
         const float* own_keys = keys + b * shape.k_batch + k * shape.k_head;
         const float* own_values = values + b * shape.v_batch + k * shape.v_head;
@@ -335,7 +335,7 @@ extern "C" void attend(const float* q, const float* keys, const float* values, c
     for (int64_t site = 0; site < sites; ++site)
       for (int64_t chunk = 0; chunk < chunks; ++chunk) {
         const int64_t b = site / shape.kv_heads, k = site % shape.kv_heads, rows = width(chunk) * LANES;
-        const int64_t have = (starts[b] + shape.window - 1) / BLOCK + 1 - pads[b] / BLOCK;
+        const int64_t have = (starts[b] + shape.window - 1) / BLOCK + 1 - pads[site] / BLOCK;
         float* from = parts(site, chunk);
 #define CALL(N) merge<N>(from, have, shape.value_size)
         BY_WIDTH(width(chunk), CALL)

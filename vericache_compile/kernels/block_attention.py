@@ -31,8 +31,10 @@ def serves(q: Tensor) -> bool:
     return q.device.type == "cpu" and q.dtype is torch.float32 and load() is not None
 
 
-def attend(q: Tensor, keys: Tensor, values: Tensor, starts: Sequence[int], pads: Sequence[int], scale: float) -> Tensor:
-    """The token at place w of row b attends to columns pads[b] .. starts[b] + w; no other is read.
+def attend(
+    q: Tensor, keys: Tensor, values: Tensor, starts: Sequence[int], pads: Sequence[Sequence[int]], scale: float
+) -> Tensor:
+    """The token at place w of row b attends to columns pads[b][k] .. starts[b] + w of KV head k; no other is read.
 
     q [B, H, W, D], keys [B, K, C, D], values [B, K, C, E], the latter two with any strides but the innermost, which is
     1. Returns [B, H, W, E]. For W > 1 a row's bits do not depend on its place in the window, nor on the batch.
@@ -46,14 +48,14 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, starts: Sequence[int], pads:
     strides = (*q.stride()[:3], *keys.stride()[:3], *values.stride()[:3])
     shape = Shape(batch, heads, keys.shape[1], window, size, values.shape[3], *strides)
     ends = [(start + window - 1) // BLOCK + 1 for start in starts]
-    blocks = max(end - pad // BLOCK for end, pad in zip(ends, pads, strict=True))
+    blocks = max(end - min(row) // BLOCK for end, row in zip(ends, pads, strict=True))
     work = q.new_empty(library.workspace(ctypes.byref(shape), ctypes.c_int64(blocks)))
     out = q.new_empty((batch, heads, window, values.shape[3]))
-    rows = ctypes.c_int64 * batch
+    heads_pads = [pad for row in pads for pad in row]
     library.attend(
         *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (q, keys, values)),
-        rows(*starts),
-        rows(*pads),
+        (ctypes.c_int64 * batch)(*starts),
+        (ctypes.c_int64 * len(heads_pads))(*heads_pads),
         ctypes.byref(shape),
         ctypes.c_float(scale),
         ctypes.c_int64(blocks),
