@@ -49,8 +49,13 @@ class Compressor(ABC):
     parameters: ClassVar[tuple[str, ...]] = ()
     """Names of the options this method takes, beside the common ones."""
     paper: ClassVar[str] = ""
-    queries: int = 0
-    """How many of the last queries `compress` reads; 0 when it reads none."""
+    needs: ClassVar[tuple[str, ...]] = ()
+    """What the method asks for beside keys and values: `queries` (the last ones)."""
+
+    @property
+    def queries(self) -> int:
+        """How many of the last queries `compress` reads; 0 when it reads none."""
+        return 0
 
     @abstractmethod
     def compress(self, keys: Tensor, values: Tensor, queries: Tensor | None) -> CompressedKV:

@@ -8,14 +8,18 @@ from types import MappingProxyType
 from typing import Final
 
 from vericache_compile.compressors.base import Compressor
+from vericache_compile.compressors.keydiff import KeyDiff
 from vericache_compile.compressors.kivi import Kivi
+from vericache_compile.compressors.knorm import Knorm
+from vericache_compile.compressors.lagkv import LagKV
 from vericache_compile.compressors.none import NoCompression
 from vericache_compile.compressors.snapkv import SnapKV
 from vericache_compile.compressors.streaming import Streaming
+from vericache_compile.compressors.tova import Tova
 from vericache_compile.errors import OptionError
 
 COMPRESSORS: Final[Mapping[str, type[Compressor]]] = MappingProxyType(
-    {method.name: method for method in (NoCompression, Streaming, SnapKV, Kivi)}
+    {method.name: method for method in (NoCompression, Streaming, SnapKV, Tova, Knorm, KeyDiff, LagKV, Kivi)}
 )
 
 
