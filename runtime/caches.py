@@ -199,6 +199,7 @@ def compress(
     layers = []
     for layer in range(len(full.sites)):
         regions, starts = [], []
+        own = compressor.for_layer(layer, len(full.sites))
         for b, (pad, column) in enumerate(zip(pads, columns, strict=True)):
             held = before.layers[layer] if before is not None else None
             begin = held.starts[b] if held is not None else pad
@@ -208,7 +209,7 @@ def compress(
             if asked is None and compressor.queries:
                 asked = _stand_in(k, full.sites[layer], compressor.queries)
             if held is None:
-                region = compressor.compress(k, v, asked)
+                region = own.compress(k, v, asked)
             else:
                 region = held.regions[b].extend(k, v, asked) if end > begin else held.regions[b]
             regions.append(region)

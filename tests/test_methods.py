@@ -33,7 +33,7 @@ def switched() -> Iterator[tuple[PreTrainedModel, Switch]]:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("name", sorted(COMPRESSORS))
 def test_tokens_are_plain(
     switched: tuple[PreTrainedModel, Switch], name: str, batch: int, plain_tokens: Any, monkeypatch: pytest.MonkeyPatch

@@ -50,12 +50,20 @@ class Compressor(ABC):
     """Names of the options this method takes, beside the common ones."""
     paper: ClassVar[str] = ""
     needs: ClassVar[tuple[str, ...]] = ()
-    """What the method asks for beside keys and values: `queries` (the last ones)."""
+    """What it asks for: `queries`, the last ones; `layers`, which site of how many it stands at (`for_layer`);
+    `count`, a number that the data decides, and the host waits for it once per site and compression."""
 
     @property
     def queries(self) -> int:
         """How many of the last queries `compress` reads; 0 when it reads none."""
         return 0
+
+    def for_layer(self, layer: int, layers: int) -> Compressor:
+        """The method as it is at site `layer` of `layers`: itself, unless sites have budgets of their own.
+
+        The runtime asks it at every site before `compress`; `queries` is asked of the method as it was given.
+        """
+        return self
 
     @abstractmethod
     def compress(self, keys: Tensor, values: Tensor, queries: Tensor | None) -> CompressedKV:

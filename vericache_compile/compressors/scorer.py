@@ -63,6 +63,10 @@ class Scorer(Compressor):
         [C, S) stay exact; with C = S they come after all of them, or are the last ones themselves.
         """
 
+    def for_layer(self, layer: int, layers: int) -> Scorer:
+        """The method as it is at site `layer` of `layers`: itself, unless sites have budgets of their own."""
+        return self
+
     def covers(self, tokens: int) -> int:
         """How many of a row's first tokens the region stands for; the others stay in the tail."""
         return tokens
