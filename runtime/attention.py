@@ -106,7 +106,7 @@ def _merge(out: Tensor, lse: Tensor) -> Tensor:
 
 def attend_compressed(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """One token per row over its compressed cache: q [B, H, 1, D], keys [B, K, S, D], values [B, K, S, E], additive
-    mask [B, 1, 1, S] or None. Returns [B, H, 1, E]. The group is folded into the query rows, so K/V are read once."""
+    mask [B, 1 or K, 1, S] or None. Returns [B, H, 1, E]. The group is folded into the query rows: K/V are read once."""
     batch, heads, _, size = q.shape
     groups = keys.shape[1]
     folded = q.reshape(batch, groups, heads // groups, size)

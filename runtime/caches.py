@@ -134,7 +134,7 @@ class DraftLayer:
             keys, values = self._materialize(longest)
         else:
             keys, values = self.keys[:, :, : self.slots + longest], self.values[:, :, : self.slots + longest]
-        signature = (self.slots, *tails, *(region.slots for region in self.regions))
+        signature = (self.slots, *tails, *(x for region in self.regions for x in region.head_slots or (region.slots,)))
         if signature not in masks:
             masks[signature] = self._mask(tails, keys)
         return keys, values, masks[signature]
@@ -151,14 +151,17 @@ class DraftLayer:
         return out[0], out[1]
 
     def _mask(self, tails: Sequence[int], keys: Tensor) -> Tensor | None:
-        lefts = [self.slots - region.slots for region in self.regions]
-        if len(set(tails)) == 1 and not any(lefts):
+        """Additive [B, 1, 1, S], or [B, K, 1, S] where heads keep different counts; None where all is to be seen."""
+        heads = keys.shape[1] if any(region.head_slots for region in self.regions) else 1
+        counts = [region.head_slots or (region.slots,) * heads for region in self.regions]
+        if len(set(tails)) == 1 and all(count == self.slots for row in counts for count in row):
             return None
         slot = torch.arange(self.slots + max(tails), device=keys.device)
-        left, right = (torch.tensor(x, device=keys.device)[:, None] for x in (lefts, [self.slots + t for t in tails]))
+        left = self.slots - torch.tensor(counts, device=keys.device)[:, :, None]
+        right = self.slots + torch.tensor(tails, device=keys.device)[:, None, None]
         hidden = (slot < left) | (slot >= right)
         mask = torch.zeros(hidden.shape, dtype=keys.dtype, device=keys.device)
-        return mask.masked_fill_(hidden, float("-inf"))[:, None, None, :]
+        return mask.masked_fill_(hidden, float("-inf"))[:, :, None, :]
 
 
 class DraftKV:

@@ -26,6 +26,14 @@ class CompressedKV(ABC):
         """Keys that attention reads from this region (N)."""
 
     @property
+    def head_slots(self) -> tuple[int, ...] | None:
+        """Slots per KV head [K] where heads keep different counts; None where each has `slots`.
+
+        `materialize` then gives the most of them, with a head's own at the right end; what lies before is not read.
+        """
+        return None
+
+    @property
     @abstractmethod
     def nbytes(self) -> int:
         """Bytes allocated for this region."""

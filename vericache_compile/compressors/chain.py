@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vericache_compile.compressors.base import CompressedKV, Compressor
 from vericache_compile.compressors.quantizer import QuantizedKV, Quantizer
-from vericache_compile.compressors.scorer import Scorer
+from vericache_compile.compressors.scorer import Chooser
 from vericache_compile.errors import OptionError
 
 
@@ -60,7 +60,7 @@ class Chain(Compressor):
     name: ClassVar[str] = "chain"
     paper: ClassVar[str] = "arXiv 2412.12706"
 
-    drop: Scorer
+    drop: Chooser
     quantise: Quantizer
 
     @property
@@ -85,7 +85,7 @@ class Chain(Compressor):
 def make_chain(first: Compressor, second: Compressor) -> Chain:
     """The chain of both; raises OptionError unless the first drops tokens and the second quantises."""
     fix = "write one that drops tokens | one that quantises, as in snapkv(keep=0.5) | kivi(bits=4)"
-    if not isinstance(first, Scorer):
+    if not isinstance(first, Chooser):
         raise OptionError(f"{first.name!r} is not a method that drops tokens", "a compressor before |", fix)
     if not isinstance(second, Quantizer):
         raise OptionError(f"{second.name!r} is not a method that quantises", "a compressor after |", fix)

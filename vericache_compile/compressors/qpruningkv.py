@@ -13,7 +13,7 @@ from vericache_compile.compressors.chain import Chain
 from vericache_compile.compressors.dense import check_keep
 from vericache_compile.compressors.kivi import Kivi
 from vericache_compile.compressors.quantizer import Quantizer
-from vericache_compile.compressors.scorer import Scorer
+from vericache_compile.compressors.scorer import Chooser
 from vericache_compile.compressors.snapkv import SnapKV
 
 
@@ -25,7 +25,7 @@ class QPruningKV(Chain):
     parameters: ClassVar[tuple[str, ...]] = ("keep", "bits")
     needs: ClassVar[tuple[str, ...]] = ("queries",)
 
-    drop: Scorer = field(init=False, repr=False)
+    drop: Chooser = field(init=False, repr=False)
     quantise: Quantizer = field(init=False, repr=False)
     keep: float = 0.5
     bits: int = 4

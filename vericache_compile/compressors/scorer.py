@@ -1,7 +1,7 @@
 """What the methods that drop tokens share: score every token, keep the best, leave the rest out.
 
-A method is a `Scorer` with a `score` of its own. What it holds stays: tokens that join later compete among
-themselves, for the same fraction.
+A method is a `Scorer` with a `score` of its own, or a `Chooser` where no fraction is kept. What it holds stays: tokens
+that join later compete among themselves, for the same fraction.
 
 Shapes: K KV heads, S tokens, C tokens scored (C <= S), N slots kept, D head size, Dv value head size,
 w queries, H query heads.
@@ -23,14 +23,14 @@ from vericache_compile.compressors.dense import DenseKV, budget, check_count, ch
 class SelectedKV(DenseKV):
     """The tokens of [0, covered) that a method chose: per KV head its own, in ascending order."""
 
-    def __init__(self, keys: Tensor, values: Tensor, covered: int, method: Scorer) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, covered: int, method: Chooser) -> None:
         super().__init__(keys, values, covered)
         self.method = method
 
     def extend(self, keys: Tensor, values: Tensor, queries: Tensor | None) -> Self:
         """Also cover keys [K, S, D] and values [K, S, Dv], scored by later queries [H, w, D].
 
-        What the region holds already stays; the chunk competes only with itself, for keep * S slots.
+        What the region holds already stays; the chunk competes only with itself.
         """
         tokens = self.method.covers_more(keys.shape[1])
         keys, values = self.method.keep_best(keys, values, queries, tokens)
@@ -42,28 +42,20 @@ class SelectedKV(DenseKV):
         )
 
 
-@dataclass(frozen=True)
-class Scorer(Compressor):
-    """Keep the fraction `keep` of the tokens: those that score highest."""
+class Chooser(Compressor):
+    """A method that keeps some tokens as they are."""
 
-    parameters: ClassVar[tuple[str, ...]] = ("keep",)
     region: ClassVar[type[SelectedKV]] = SelectedKV
 
-    keep: float = 0.2
-    """Fraction of the covered tokens that stay, in (0, 1]."""
-
-    def __post_init__(self) -> None:
-        check_keep(self.keep, self.name)
-
     @abstractmethod
-    def score(self, keys: Tensor, values: Tensor, queries: Tensor | None, covered: int) -> Tensor:
-        """Scores [K, C] of the first C = `covered` >= 1 tokens of keys [K, S, D] and values [K, S, Dv].
+    def choose(self, keys: Tensor, values: Tensor, queries: Tensor | None, covered: int) -> Tensor:
+        """Indices [K, N], ascending, of those that stay of the first C = `covered` >= 1 tokens.
 
-        Queries [H, w, D] are the latest. With C < S they belong to the last w tokens of the S, and tokens
-        [C, S) stay exact; with C = S they come after all of them, or are the last ones themselves.
+        Of keys [K, S, D] and values [K, S, Dv], by the latest queries [H, w, D]. With C < S these belong to the last
+        w tokens of the S, and tokens [C, S) stay exact; with C = S they come after all, or are the last themselves.
         """
 
-    def for_layer(self, layer: int, layers: int) -> Scorer:
+    def for_layer(self, layer: int, layers: int) -> Chooser:
         """The method as it is at site `layer` of `layers`: itself, unless sites have budgets of their own."""
         return self
 
@@ -75,20 +67,12 @@ class Scorer(Compressor):
         """How many of the tokens that have gathered in the tail join the region."""
         return tokens
 
-    def slots(self, tokens: int) -> int:
-        """Slots for `tokens` covered tokens (N for C)."""
-        return budget(self.keep, tokens)
-
-    def select(self, scores: Tensor) -> Tensor:
-        """Indices [K, N], ascending, of the tokens that stay, by scores [K, C]."""
-        return top_tokens(scores, self.slots(scores.shape[1]))
-
     def keep_best(self, keys: Tensor, values: Tensor, queries: Tensor | None, covered: int) -> tuple[Tensor, Tensor]:
         """Owned keys [K, N, D] and values [K, N, Dv]: the best of the first `covered` tokens."""
         assert queries is not None or not self.queries, f"{self.name} scores tokens by the last queries: pass them"
         if covered == 0:
             return keys[:, :0].clone(), values[:, :0].clone()
-        kept = self.select(self.score(keys, values, queries, covered))
+        kept = self.choose(keys, values, queries, covered)
         return take_tokens(keys, kept), take_tokens(values, kept)
 
     def compress(self, keys: Tensor, values: Tensor, queries: Tensor | None) -> SelectedKV:
@@ -98,6 +82,35 @@ class Scorer(Compressor):
         """
         covered = self.covers(keys.shape[1])
         return self.region(*self.keep_best(keys, values, queries, covered), covered, self)
+
+
+@dataclass(frozen=True)
+class Scorer(Chooser):
+    """Keep the fraction `keep` of the tokens: those that score highest."""
+
+    parameters: ClassVar[tuple[str, ...]] = ("keep",)
+
+    keep: float = 0.2
+    """Fraction of the covered tokens that stay, in (0, 1]."""
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep, self.name)
+
+    @abstractmethod
+    def score(self, keys: Tensor, values: Tensor, queries: Tensor | None, covered: int) -> Tensor:
+        """Scores [K, C] of the first C = `covered` >= 1 tokens; the arguments are those of `choose`."""
+
+    def slots(self, tokens: int) -> int:
+        """Slots for `tokens` covered tokens (N for C)."""
+        return budget(self.keep, tokens)
+
+    def select(self, scores: Tensor) -> Tensor:
+        """Indices [K, N], ascending, of the tokens that stay, by scores [K, C]."""
+        return top_tokens(scores, self.slots(scores.shape[1]))
+
+    def choose(self, keys: Tensor, values: Tensor, queries: Tensor | None, covered: int) -> Tensor:
+        """Indices [K, N], ascending, of the best of the first `covered` tokens."""
+        return self.select(self.score(keys, values, queries, covered))
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ from vericache_compile.compressors.scorer import Scorer, SelectedKV, take_tokens
 class StreamingKV(SelectedKV):
     """The first `sinks` tokens of [0, covered) and the most recent ones."""
 
+    method: Streaming
+
     def extend(self, keys: Tensor, values: Tensor, queries: Tensor | None) -> Self:
         """Cover keys [K, S, D] and values [K, S, Dv] too; queries are not read.
 

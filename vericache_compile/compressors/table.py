@@ -13,7 +13,9 @@ from importlib.metadata import EntryPoint, entry_points
 from types import MappingProxyType
 from typing import Final, TypeVar
 
+from vericache_compile.compressors.adakv import AdaKV
 from vericache_compile.compressors.base import Compressor
+from vericache_compile.compressors.chunkkv import ChunkKV
 from vericache_compile.compressors.fp8 import Fp8
 from vericache_compile.compressors.int8 import Int8
 from vericache_compile.compressors.keydiff import KeyDiff
@@ -21,17 +23,37 @@ from vericache_compile.compressors.kivi import Kivi
 from vericache_compile.compressors.knorm import Knorm
 from vericache_compile.compressors.lagkv import LagKV
 from vericache_compile.compressors.none import NoCompression
+from vericache_compile.compressors.pyramidkv import PyramidKV
 from vericache_compile.compressors.qpruningkv import QPruningKV
+from vericache_compile.compressors.refreekv import ReFreeKV
 from vericache_compile.compressors.snapkv import SnapKV
 from vericache_compile.compressors.streaming import Streaming
 from vericache_compile.compressors.tova import Tova
+from vericache_compile.compressors.turboquant import TurboQuant
 from vericache_compile.errors import OptionError
 
 GROUP: Final = "vericache_compressors"
 COMPRESSORS: Final[Mapping[str, type[Compressor]]] = MappingProxyType(
     {
         method.name: method
-        for method in (NoCompression, Streaming, SnapKV, Tova, Knorm, KeyDiff, LagKV, Int8, Fp8, Kivi, QPruningKV)
+        for method in (
+            NoCompression,
+            Streaming,
+            SnapKV,
+            PyramidKV,
+            AdaKV,
+            ChunkKV,
+            Tova,
+            ReFreeKV,
+            Knorm,
+            KeyDiff,
+            LagKV,
+            Int8,
+            Fp8,
+            Kivi,
+            TurboQuant,
+            QPruningKV,
+        )
     }
 )
 """Our own methods."""
