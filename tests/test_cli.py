@@ -274,4 +274,5 @@ def test_compressors_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert (snapkv["needs"], snapkv["paper"]) == (["queries"], "arXiv 2404.14469")
 
     assert main(["compressors"]) == 0
-    assert "keep=0.2, window=32, kernel=7" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in COMPRESSORS)

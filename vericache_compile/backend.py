@@ -252,7 +252,7 @@ def _compressed_bytes(made: Compilation) -> int:
     total = 0.0
     for site in made.sites:
         method = made.session.compressor.for_layer(site.layer, len(made.sites))
-        shape = (method, site.heads, site.kv_heads, site.head_size, site.value_size)
+        shape = (repr(method), site.heads, site.kv_heads, site.head_size, site.value_size)
         if shape not in measured:
             keys = torch.zeros(site.kv_heads, PROBE, site.head_size, dtype=site.dtype)
             values = torch.zeros(site.kv_heads, PROBE, site.value_size, dtype=site.dtype)
