@@ -63,7 +63,7 @@ def rows(numbers: dict[str, Any], report: vericache_compile.CheckReport) -> dict
 def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--compressor", help="snapkv (default), kivi, streaming or none")
+    parser.add_argument("--compressor", help="a method that `vericache compressors` lists (default: snapkv)")
     parser.add_argument("--keep", type=float, help="fraction of the tokens that the draft keeps (default 0.25)")
     return parser.parse_args()
 

@@ -129,7 +129,9 @@ class DraftLayer:
         """Keys and values [B, K, S, *], and which slots rows `columns` long read of them."""
         tails = [column - start for column, start in zip(columns, self.starts, strict=True)]
         keys, values = self._materialize(max(tails)) if self.packed else (self.keys, self.values)
-        lefts = tuple((self.slots - region.slots,) * keys.shape[1] for region in self.regions)
+        heads = keys.shape[1]
+        kept = [region.head_slots or (region.slots,) * heads for region in self.regions]
+        lefts = tuple(tuple(self.slots - count for count in row) for row in kept)
         return keys, values, Visible(lefts, tuple(self.slots + tail for tail in tails))
 
     def _materialize(self, longest: int) -> tuple[Tensor, Tensor]:
@@ -182,6 +184,7 @@ def compress(
     layers = []
     for layer in range(len(full.sites)):
         regions, starts = [], []
+        own = compressor.for_layer(layer, len(full.sites))
         for b, (pad, column) in enumerate(zip(pads, columns, strict=True)):
             held = before.layers[layer] if before is not None else None
             begin = held.starts[b] if held is not None else pad
@@ -191,7 +194,7 @@ def compress(
             if asked is None and compressor.queries:
                 asked = _stand_in(k, full.sites[layer], compressor.queries)
             if held is None:
-                region = compressor.compress(k, v, asked)
+                region = own.compress(k, v, asked)
             else:
                 region = held.regions[b].extend(k, v, asked) if end > begin else held.regions[b]
             regions.append(region)

@@ -15,6 +15,7 @@ import torch
 
 from vericache_compile import cli_commands
 from vericache_compile.cli import main, make_parser
+from vericache_compile.compressors.table import COMPRESSORS
 from vericache_compile.doctor import Finding, find_all
 from vericache_compile.errors import VericacheError
 from vericache_compile.terminal import AnswerStream, format_bytes, format_rate
@@ -262,3 +263,16 @@ def test_numbers_read_well() -> None:
     assert [format_bytes(n) for n in (0, 1023, 1536, 3 << 30)] == ["0 B", "1023 B", "1.5 KiB", "3.0 GiB"]
     assert format_rate(0.05) == "20.0 tokens/s"
     assert format_rate(0.0) == "too few tokens to tell"
+
+
+def test_compressors_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compressors", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert [method["name"] for method in listed] == list(COMPRESSORS)
+    snapkv = next(method for method in listed if method["name"] == "snapkv")
+    assert snapkv["parameters"] == {"keep": 0.2, "window": 32, "kernel": 7}
+    assert (snapkv["needs"], snapkv["paper"]) == (["queries"], "arXiv 2404.14469")
+
+    assert main(["compressors"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in COMPRESSORS)

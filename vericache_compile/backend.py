@@ -248,15 +248,16 @@ PROBE = 1024
 
 def _compressed_bytes(made: Compilation) -> int:
     """Bytes per token that the compressor takes at all sites together, measured on a region of PROBE zeros."""
-    measured: dict[tuple[int, ...], float] = {}
+    measured: dict[tuple[object, ...], float] = {}
     total = 0.0
     for site in made.sites:
-        shape = (site.heads, site.kv_heads, site.head_size, site.value_size)
+        method = made.session.compressor.for_layer(site.layer, len(made.sites))
+        shape = (repr(method), site.heads, site.kv_heads, site.head_size, site.value_size)
         if shape not in measured:
             keys = torch.zeros(site.kv_heads, PROBE, site.head_size, dtype=site.dtype)
             values = torch.zeros(site.kv_heads, PROBE, site.value_size, dtype=site.dtype)
             queries = torch.zeros(site.heads, 32, site.head_size, dtype=site.dtype)
-            region = made.session.compressor.compress(keys, values, queries)
+            region = method.compress(keys, values, queries)
             measured[shape] = region.nbytes / max(region.covered, 1)
         total += measured[shape]
     return round(total)

@@ -1,4 +1,4 @@
-"""The `vericache` command: run, check, bench, doctor.
+"""The `vericache` command: run, check, bench, compressors, doctor.
 
 With --json, stdout holds exactly one JSON document; everything else goes to stderr. Exit codes: 0 all well,
 1 tokens differ or something needed is missing, 2 wrong input (three parts on stderr: found, where, fix).
@@ -14,11 +14,11 @@ from contextlib import nullcontext, redirect_stdout
 from typing import Any
 
 import vericache_compile
-from vericache_compile.cli_commands import bench, check, run
+from vericache_compile.cli_commands import bench, check, compressors, run
 from vericache_compile.doctor import doctor
 from vericache_compile.errors import VericacheError
 
-Command = Callable[[argparse.Namespace], tuple[dict[str, Any], int]]
+Command = Callable[[argparse.Namespace], tuple[Any, int]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,7 +50,7 @@ def _find_reason(error: BaseException | None) -> VericacheError | None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of all four commands."""
+    """The parser of all commands."""
     parser = argparse.ArgumentParser(prog="vericache", description=vericache_compile.__doc__.splitlines()[0])
     parser.add_argument("--version", action="version", version=f"%(prog)s {vericache_compile.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -69,6 +69,9 @@ def make_parser() -> argparse.ArgumentParser:
     made.add_argument("--repeat", type=_positive, default=3, help="runs of each (default %(default)s)")
     made.add_argument("--batch", type=_positive, default=1, help="copies of the prompt (default %(default)s)")
     _finish(made, bench)
+
+    made = commands.add_parser("compressors", help="the compression methods: parameters, what they need, the paper")
+    _finish(made, compressors)
 
     made = commands.add_parser("doctor", help="versions, devices, what is missing and how to get it")
     _finish(made, doctor)
@@ -92,7 +95,7 @@ def _add_model(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
 
     source = "Those not given come from VERICACHE_<OPTION>, else from the defaults."
     options = parser.add_argument_group("options of the backend", source)
-    options.add_argument("--compressor", help="snapkv, kivi, streaming or none")
+    options.add_argument("--compressor", help="a method that `vericache compressors` lists (default: snapkv)")
     options.add_argument("--keep", type=float, help="fraction of the tokens that the draft keeps")
     options.add_argument("--bits", type=int, help="bits per value of a quantising compressor")
     options.add_argument("--window", type=int, metavar="W", help="tokens per verify pass, a power of two")

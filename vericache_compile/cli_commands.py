@@ -1,4 +1,4 @@
-"""What `vericache run`, `check` and `bench` do: each returns (what --json prints, exit code)."""
+"""What `vericache run`, `check`, `bench` and `compressors` do: each returns (what --json prints, exit code)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vericache_compile.errors import VericacheError
-from vericache_compile.terminal import AnswerStream, format_bytes, format_rate, phase, print_table
+from vericache_compile.terminal import AnswerStream, format_bytes, format_rate, phase, print_columns, print_table
 
 OPTIONS = ("compressor", "keep", "bits", "window", "draft_dtype", "inductor", "strict")
 WARM_UP_TOKENS = 32
@@ -84,6 +84,25 @@ def bench(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
     }
     print_table("vericache bench", _bench_rows(result))
     return result, 0 if result["identical"] else 1
+
+
+def compressors(args: argparse.Namespace) -> tuple[list[dict[str, Any]], int]:
+    """List the compression methods: ours, those of other packages, those that this process registered."""
+    from vericache_compile.compressors.table import all_parameters, find_method, method_names
+
+    found = []
+    for name in method_names():
+        method = find_method(name)
+        parameters = all_parameters(method)
+        needs = list(method.needs)
+        found.append({"name": name, "parameters": parameters, "needs": needs, "paper": method.paper})
+    print_columns("vericache compressors", ("name", "parameters", "needs", "paper"), map(_method_row, found))
+    return found, 0
+
+
+def _method_row(method: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    parameters = ", ".join(f"{name}={default}" for name, default in method["parameters"].items())
+    return method["name"], parameters, ", ".join(method["needs"]), method["paper"]
 
 
 def _prepare(args: argparse.Namespace) -> tuple[Any, Any, dict[str, Any], dict[str, Any]]:

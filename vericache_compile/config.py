@@ -11,7 +11,7 @@ from typing import Any, get_args, get_type_hints
 import torch
 
 from vericache_compile.compressors.base import Compressor
-from vericache_compile.compressors.table import COMPRESSORS, make_compressor
+from vericache_compile.compressors.spec import options_of, parse
 from vericache_compile.errors import OptionError
 
 MAX_WINDOW = 256
@@ -67,7 +67,7 @@ class Config:
     def make_compressor(self) -> Compressor:
         """The compression method with its parameters; raises OptionError for one that it does not take."""
         given = {name: getattr(self, name) for name in PARAMETERS}
-        return make_compressor(self.compressor, **{name: value for name, value in given.items() if value is not None})
+        return parse(self.compressor, {name: value for name, value in given.items() if value is not None})
 
 
 def make_config(options: Mapping[str, Any] | None, environment: Mapping[str, str] | None = None) -> Config:
@@ -94,7 +94,10 @@ def make_config(options: Mapping[str, Any] | None, environment: Mapping[str, str
 
 def _drop_foreign_parameters(values: dict[str, Any], options: Mapping[str, Any]) -> None:
     """An environment's `keep` must not break an explicit compressor that takes none."""
-    taken = COMPRESSORS[values["compressor"]].parameters if values["compressor"] in COMPRESSORS else PARAMETERS
+    try:
+        taken = options_of(values["compressor"])
+    except OptionError:  # raised where the compressor is made
+        return
     for name in PARAMETERS:
         if name not in taken and name not in options:
             values.pop(name, None)

@@ -10,14 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vericache_compile.compressors.kivi import (
-    Kivi,
-    channel_group,
-    dequantize_keys,
-    dequantize_values,
-    pack,
-    unpack,
-)
+from vericache_compile.compressors.kivi import Kivi, dequantize_keys, dequantize_values
+from vericache_compile.compressors.quantizer import channel_group, pack, unpack
 from vericache_compile.errors import OptionError
 
 Row = Callable[..., tuple[Tensor, Tensor, Tensor]]

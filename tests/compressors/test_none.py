@@ -30,5 +30,5 @@ def test_every_token_is_kept_exactly(random_row: Row, tokens: int, more: int) ->
 
 
 def test_it_reads_no_queries_and_takes_no_parameters() -> None:
-    assert NoCompression.queries == 0
+    assert NoCompression().queries == 0
     assert NoCompression.parameters == ()

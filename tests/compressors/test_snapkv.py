@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vericache_compile.compressors.dense import budget
-from vericache_compile.compressors.snapkv import SelectedKV, SnapKV, score_tokens
+from vericache_compile.compressors.scorer import SelectedKV
+from vericache_compile.compressors.snapkv import SnapKV, score_tokens
 from vericache_compile.errors import OptionError
 
 Row = Callable[..., tuple[Tensor, Tensor, Tensor]]
@@ -158,7 +159,7 @@ def test_missing_queries_are_named(random_row: Row) -> None:
     with pytest.raises(AssertionError, match="last queries"):
         SnapKV().compress(keys, values, None)
     region = SnapKV().compress(keys, values, queries)
-    with pytest.raises(AssertionError, match="recent queries"):
+    with pytest.raises(AssertionError, match="last queries"):
         region.extend(keys, values, None)
 
 

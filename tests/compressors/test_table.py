@@ -22,17 +22,15 @@ Row = Callable[..., tuple[Tensor, Tensor, Tensor]]
 Storages = Callable[[CompressedKV], dict[int, int]]
 RawBytes = Callable[[CompressedKV], list[Tensor]]
 METHODS = pytest.mark.parametrize("name", sorted(COMPRESSORS))
-SIZES = {"tokens": st.integers(0, 140), "more": st.integers(0, 70)}
+DROPPING = pytest.mark.parametrize("name", sorted(n for n, m in COMPRESSORS.items() if m.parameters == ("keep",)))
+SIZES = {"tokens": st.integers(0, 300), "more": st.integers(0, 300)}
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 
 
 def test_methods_are_found_by_name() -> None:
-    assert dict(COMPRESSORS) == {
-        "none": NoCompression,
-        "streaming": Streaming,
-        "snapkv": SnapKV,
-        "kivi": Kivi,
-    }
+    expected = {"none": NoCompression, "streaming": Streaming, "snapkv": SnapKV, "kivi": Kivi}
+    assert {name: COMPRESSORS[name] for name in expected} == expected
+    assert all(method.name == name for name, method in COMPRESSORS.items())
 
 
 def test_the_table_cannot_be_changed() -> None:
@@ -51,7 +49,7 @@ def test_an_unknown_name_is_told_the_nearest_and_all() -> None:
     with pytest.raises(OptionError) as caught:
         make_compressor("snapvk")
     assert caught.value.found == "compressor='snapvk'"
-    assert caught.value.fix == "did you mean 'snapkv'? choose from: none, streaming, snapkv, kivi"
+    assert caught.value.fix == f"did you mean 'snapkv'? choose from: {', '.join(COMPRESSORS)}"
     with pytest.raises(OptionError, match=r"fix: choose from: none"):
         make_compressor("zzzz")
 
@@ -126,6 +124,28 @@ def test_a_whole_owned_row_is_copied_too(random_row: Row, storages: Storages, na
     assert all(map(torch.equal, region.materialize(), before))
 
 
+@DROPPING
+@settings(max_examples=30, deadline=None)
+@given(**SIZES, dtype=DTYPES)
+def test_keeping_all_is_the_full_cache(random_row: Row, name: str, tokens: int, more: int, dtype: torch.dtype) -> None:
+    keys, values, queries = random_row(tokens + more, dtype=dtype)
+    region: CompressedKV = make_compressor(name, keep=1.0).compress(keys[:, :tokens], values[:, :tokens], queries)
+    longer = region.extend(keys[:, region.covered :], values[:, region.covered :], queries)
+    for held in (region, longer):
+        assert held.slots == held.covered
+        assert torch.equal(held.materialize()[0], keys[:, : held.covered])
+        assert torch.equal(held.materialize()[1], values[:, : held.covered])
+
+
+@DROPPING
+def test_a_tenth_is_kept_of_what_is_covered(random_row: Row, name: str) -> None:
+    keys, values, queries = random_row(1000)
+    region = make_compressor(name, keep=0.1).compress(keys, values, queries)
+    assert region.covered >= 700
+    full = 2 * region.covered * (16 + 12) * keys.element_size()
+    assert 0.08 * full <= region.nbytes <= 0.12 * full
+
+
 @METHODS
 def test_extending_leaves_the_old_region_as_it_was(random_row: Row, raw_bytes: RawBytes, name: str) -> None:
     keys, values, queries = random_row(200)
@@ -138,9 +158,9 @@ def test_extending_leaves_the_old_region_as_it_was(random_row: Row, raw_bytes: R
     assert all(map(torch.equal, raw_bytes(region), before))
 
 
-@METHODS
+@pytest.mark.parametrize("name", sorted(name for name in COMPRESSORS if "count" not in COMPRESSORS[name].needs))
 def test_no_data_is_read_back_to_the_host(name: str) -> None:
-    """On the meta device there is no data to read."""
+    """On the meta device there is no data to read. Methods that need a count say so."""
     keys, values = torch.empty(2, 130, 16, device="meta"), torch.empty(2, 130, 12, device="meta")
     queries = torch.empty(4, 8, 16, device="meta")
     region = make_compressor(name).compress(keys, values, queries).extend(keys, values, queries)
@@ -153,4 +173,7 @@ def test_every_method_says_what_it_is(name: str) -> None:
     method = COMPRESSORS[name]
     assert method.name == name
     assert set(method.parameters) <= {"keep", "bits"}
-    assert name == "none" or method.paper.startswith("arXiv ")
+    assert set(method.needs) <= {"queries", "layers", "count"}
+    assert ("queries" in method.needs) == (method().queries > 0)
+    assert method.__doc__
+    assert name in ("none", "int8") or method.paper.startswith("arXiv ")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vericache_compile.compressors.base import Compressor
+from vericache_compile.compressors.chain import Chain
 from vericache_compile.compressors.dense import DenseKV
 from vericache_compile.compressors.kivi import Kivi
 from vericache_compile.compressors.none import NoCompression
@@ -22,7 +23,14 @@ from vericache_compile.runtime.caches import EXACT, DraftKV, DraftLayer, FullKV,
 Sites = Callable[..., list[Site]]
 Fill = Callable[..., None]
 CPU = torch.device("cpu")
-COMPRESSORS: list[Compressor] = [NoCompression(), Streaming(keep=0.2), SnapKV(keep=0.2), Kivi(bits=2), Kivi(bits=4)]
+COMPRESSORS: list[Compressor] = [
+    NoCompression(),
+    Streaming(keep=0.2),
+    SnapKV(keep=0.2),
+    Kivi(bits=2),
+    Kivi(bits=4),
+    Chain(SnapKV(keep=0.5), Kivi()),
+]
 PADS, COLUMNS = [0, 10, 60], [300, 290, 75]
 """Rows of 300, 280 and 15 tokens: the last is too short for SnapKV and KIVI to cover anything."""
 

@@ -26,6 +26,14 @@ class CompressedKV(ABC):
         """Keys that attention reads from this region (N)."""
 
     @property
+    def head_slots(self) -> tuple[int, ...] | None:
+        """Slots per KV head [K] where heads keep different counts; None where each has `slots`.
+
+        `materialize` then gives the most of them, with a head's own at the right end; what lies before is not read.
+        """
+        return None
+
+    @property
     @abstractmethod
     def nbytes(self) -> int:
         """Bytes allocated for this region."""
@@ -49,8 +57,21 @@ class Compressor(ABC):
     parameters: ClassVar[tuple[str, ...]] = ()
     """Names of the options this method takes, beside the common ones."""
     paper: ClassVar[str] = ""
-    queries: int = 0
-    """How many of the last queries `compress` reads; 0 when it reads none."""
+    needs: ClassVar[tuple[str, ...]] = ()
+    """What it asks for: `queries`, the last ones; `layers`, which site of how many it stands at (`for_layer`);
+    `count`, a number that the data decides, and the host waits for it once per site and compression."""
+
+    @property
+    def queries(self) -> int:
+        """How many of the last queries `compress` reads; 0 when it reads none."""
+        return 0
+
+    def for_layer(self, layer: int, layers: int) -> Compressor:
+        """The method as it is at site `layer` of `layers`: itself, unless sites have budgets of their own.
+
+        The runtime asks it at every site before `compress`; `queries` is asked of the method as it was given.
+        """
+        return self
 
     @abstractmethod
     def compress(self, keys: Tensor, values: Tensor, queries: Tensor | None) -> CompressedKV:

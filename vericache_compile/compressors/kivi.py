@@ -4,23 +4,19 @@ Liu et al., arXiv 2402.02750, section 3 and algorithm 1: outliers of keys sit in
 values do not. So a group of tokens of one key channel shares a scale, and a group of channels of one value
 token does. Asymmetric, round to nearest: scale = (max - min) / (2^bits - 1), x = code * scale + min.
 
-Layout, the same for keys and values: a byte holds 8 / bits tokens of one channel, those that lie g * bits / 8
-apart in a group of tokens. Unpacking is then one shift with the channels innermost and contiguous, for reads
-and writes alike: no interleaving, full vectors, and Inductor fuses it with the scaling into one loop.
-
 Shapes: K KV heads, S tokens, D head size, Dv value head size, g tokens in a group, c channels in a group.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Self
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from vericache_compile.compressors.base import CompressedKV, Compressor
 from vericache_compile.compressors.dense import check_count
+from vericache_compile.compressors.quantizer import Codes, Quantizer, channel_group, pack, unpack
 from vericache_compile.errors import OptionError
 
 
@@ -34,52 +30,9 @@ class Quantized(NamedTuple):
     zero: Tensor
     """Shaped as the scale."""
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the three tensors."""
-        return self.packed.nbytes + self.scale.nbytes + self.zero.nbytes
-
-    def append(self, other: Quantized) -> Quantized:
-        """Both, one after the other along the tokens, in new storages."""
-        return Quantized(*(torch.cat(pair, dim=1) for pair in zip(self, other, strict=True)))
-
-
-class QuantizedKV(CompressedKV):
-    """Every token of [0, covered), in `bits` bits per number."""
-
-    def __init__(self, keys: Quantized, values: Quantized, covered: int, method: Kivi) -> None:
-        self.keys, self.values, self.covered, self.method = keys, values, covered, method
-
-    @property
-    def slots(self) -> int:
-        """Keys that attention reads from this region: every covered token."""
-        return self.covered
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes allocated for codes, scales and zeros."""
-        return self.keys.nbytes + self.values.nbytes
-
-    def materialize(self) -> tuple[Tensor, Tensor]:
-        """Keys [K, covered, D] and values [K, covered, Dv], dequantised anew at each call."""
-        bits = self.method.bits
-        return dequantize_keys(*self.keys, bits), dequantize_values(*self.values, bits)
-
-    def extend(self, keys: Tensor, values: Tensor, queries: Tensor | None) -> Self:
-        """Cover the whole groups of keys [K, S, D] and values [K, S, Dv] too; queries are not read.
-
-        The S % g last tokens are left to the tail. Groups are independent: the region is bit for bit what
-        quantising all tokens at once would have given.
-        """
-        tokens = keys.shape[1] // self.method.group * self.method.group
-        more_keys, more_values = self.method.quantize(keys[:, :tokens], values[:, :tokens])
-        return type(self)(
-            self.keys.append(more_keys), self.values.append(more_values), self.covered + tokens, self.method
-        )
-
 
 @dataclass(frozen=True)
-class Kivi(Compressor):
+class Kivi(Quantizer):
     """Quantise whole groups of tokens; at least the last `residual` stay exact in the tail."""
 
     name: ClassVar[str] = "kivi"
@@ -101,13 +54,10 @@ class Kivi(Compressor):
             fix = f"give a multiple of {8 // self.bits}: so many {self.bits}-bit codes fill a byte"
             raise OptionError(f"group={self.group}", f"compressor {self.name!r}", fix)
 
-    def compress(self, keys: Tensor, values: Tensor, queries: Tensor | None) -> QuantizedKV:
-        """Compress keys [K, S, D] and values [K, S, Dv]; queries are not read.
-
-        Covers the largest multiple of the group that is at most S - residual, so none of a short row.
-        """
-        covered = max(keys.shape[1] - self.residual, 0) // self.group * self.group
-        return QuantizedKV(*self.quantize(keys[:, :covered], values[:, :covered]), covered, self)
+    @property
+    def multiple(self) -> int:
+        """The group."""
+        return self.group
 
     def quantize(self, keys: Tensor, values: Tensor) -> tuple[Quantized, Quantized]:
         """Quantise keys [K, S, D] and values [K, S, Dv]; S is a multiple of the group."""
@@ -116,10 +66,9 @@ class Kivi(Compressor):
             quantize_values(values, self.bits, self.group, channel_group(values.shape[2], self.group)),
         )
 
-
-def channel_group(channels: int, group: int) -> int:
-    """Channels that share a value scale: the largest divisor of `channels` that is at most `group`."""
-    return max(size for size in range(1, min(channels, group) + 1) if channels % size == 0)
+    def dequantize(self, keys: Codes, values: Codes) -> tuple[Tensor, Tensor]:
+        """Keys [K, S, D] and values [K, S, Dv] from their codes."""
+        return dequantize_keys(*Quantized(*keys), self.bits), dequantize_values(*Quantized(*values), self.bits)
 
 
 def quantize_keys(keys: Tensor, bits: int, group: int) -> Quantized:
@@ -153,25 +102,6 @@ def dequantize_values(packed: Tensor, scale: Tensor, zero: Tensor, bits: int) ->
     channels = packed.shape[3] // scale.shape[2]
     codes = unpack(packed, bits).view(*scale.shape, channels)
     return (codes * scale.unsqueeze(3)).add_(zero.unsqueeze(3)).flatten(2, 3)
-
-
-def pack(codes: Tensor, bits: int) -> Tensor:
-    """Codes, uint8 [K, S / g, g, D] below 2^bits, packed into uint8 [K, S / g, g * bits / 8, D]."""
-    kv_heads, groups, group, size = codes.shape
-    per_byte = 8 // bits
-    parts = codes.view(kv_heads, groups, per_byte, group // per_byte, size)
-    return (parts << _shifts(bits, codes.device)).sum(dim=2, dtype=torch.uint8)
-
-
-def unpack(packed: Tensor, bits: int) -> Tensor:
-    """Codes, uint8 [K, S / g, g, D], from packed uint8 [K, S / g, g * bits / 8, D]."""
-    parts: Tensor = (packed.unsqueeze(2) >> _shifts(bits, packed.device)) & (2**bits - 1)
-    return parts.flatten(2, 3)
-
-
-def _shifts(bits: int, device: torch.device) -> Tensor:
-    """Where each code of a byte starts: uint8 [8 / bits, 1, 1]."""
-    return torch.arange(0, 8, bits, dtype=torch.uint8, device=device).view(-1, 1, 1)
 
 
 def _round_to_nearest(x: Tensor, dim: int, bits: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,7 +3,7 @@
 Xiao et al., arXiv 2309.17453, section 3.2. The paper renumbers positions inside its cache; here keys stay as
 they were cached (post-RoPE, true positions): a draft has to resemble the model that reads the full KV.
 
-Shapes: K KV heads, S tokens, N slots kept, D head size, Dv value head size, w queries, H query heads.
+Shapes: K KV heads, S tokens, C tokens scored, D head size, Dv value head size, w queries, H query heads.
 """
 
 from __future__ import annotations
@@ -14,16 +14,14 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from vericache_compile.compressors.base import Compressor
-from vericache_compile.compressors.dense import DenseKV, budget, check_count, check_keep
+from vericache_compile.compressors.dense import budget, check_count
+from vericache_compile.compressors.scorer import Scorer, SelectedKV, take_tokens, top_tokens
 
 
-class StreamingKV(DenseKV):
+class StreamingKV(SelectedKV):
     """The first `sinks` tokens of [0, covered) and the most recent ones."""
 
-    def __init__(self, keys: Tensor, values: Tensor, covered: int, method: Streaming) -> None:
-        super().__init__(keys, values, covered)
-        self.method = method
+    method: Streaming
 
     def extend(self, keys: Tensor, values: Tensor, queries: Tensor | None) -> Self:
         """Cover keys [K, S, D] and values [K, S, Dv] too; queries are not read.
@@ -32,43 +30,33 @@ class StreamingKV(DenseKV):
         would have kept.
         """
         covered = self.covered + keys.shape[1]
-        slots = self.method.slots(covered)
-        return type(self)(
-            _keep_ends(torch.cat([self.keys, keys], dim=1), slots, self.method.sinks),
-            _keep_ends(torch.cat([self.values, values], dim=1), slots, self.method.sinks),
-            covered,
-            self.method,
-        )
+        keys, values = torch.cat([self.keys, keys], dim=1), torch.cat([self.values, values], dim=1)
+        scores = self.method.score(keys, values, queries, keys.shape[1])
+        kept = top_tokens(scores, self.method.slots(covered))
+        return type(self)(take_tokens(keys, kept), take_tokens(values, kept), covered, self.method)
 
 
 @dataclass(frozen=True)
-class Streaming(Compressor):
+class Streaming(Scorer):
     """Keep a fraction of the tokens: the first `sinks`, the rest from the end."""
 
     name: ClassVar[str] = "streaming"
-    parameters: ClassVar[tuple[str, ...]] = ("keep",)
     paper: ClassVar[str] = "arXiv 2309.17453"
+    region: ClassVar[type[SelectedKV]] = StreamingKV
 
-    keep: float = 0.2
     sinks: int = 4
+    """First tokens, which always stay."""
 
     def __post_init__(self) -> None:
-        check_keep(self.keep, self.name)
+        super().__post_init__()
         check_count("sinks", self.sinks, 0, self.name)
 
     def slots(self, tokens: int) -> int:
         """Slots for `tokens` tokens: the fraction kept, at least the sinks and one recent token."""
         return min(tokens, max(self.sinks + 1, budget(self.keep, tokens)))
 
-    def compress(self, keys: Tensor, values: Tensor, queries: Tensor | None) -> StreamingKV:
-        """Compress keys [K, S, D] and values [K, S, Dv]; covers all S tokens, queries are not read."""
-        tokens = keys.shape[1]
-        slots = self.slots(tokens)
-        return StreamingKV(_keep_ends(keys, slots, self.sinks), _keep_ends(values, slots, self.sinks), tokens, self)
-
-
-def _keep_ends(x: Tensor, slots: int, sinks: int) -> Tensor:
-    """The first min(sinks, slots) tokens of x [K, S, D] and the last ones, [K, slots, D], in order."""
-    first = min(sinks, slots)
-    last = x.shape[1] - (slots - first)
-    return torch.cat([x[:, :first], x[:, last:]], dim=1)
+    def score(self, keys: Tensor, values: Tensor, queries: Tensor | None, covered: int) -> Tensor:
+        """Scores [K, C], int64: later tokens above earlier ones, sinks above all."""
+        positions = torch.arange(covered, device=keys.device)
+        ranks = positions + covered * (positions < self.sinks)
+        return ranks.expand(keys.shape[0], covered)

@@ -1,48 +1,147 @@
-"""Every compression method by its name. A new method is one file and one line here."""
+"""Every compression method by its name: ours, those of other packages, those that a program registers.
+
+A package offers a method as an entry point of the group `vericache_compressors`, whose name is the method's; a
+program decorates its class with `register`. A name belongs to one method, and ours come first.
+"""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from importlib.metadata import EntryPoint, entry_points
 from types import MappingProxyType
-from typing import Final
+from typing import Final, TypeVar
 
+from vericache_compile.compressors.adakv import AdaKV
 from vericache_compile.compressors.base import Compressor
+from vericache_compile.compressors.chunkkv import ChunkKV
+from vericache_compile.compressors.fp8 import Fp8
+from vericache_compile.compressors.int8 import Int8
+from vericache_compile.compressors.keydiff import KeyDiff
 from vericache_compile.compressors.kivi import Kivi
+from vericache_compile.compressors.knorm import Knorm
+from vericache_compile.compressors.lagkv import LagKV
 from vericache_compile.compressors.none import NoCompression
+from vericache_compile.compressors.pyramidkv import PyramidKV
+from vericache_compile.compressors.qpruningkv import QPruningKV
+from vericache_compile.compressors.refreekv import ReFreeKV
 from vericache_compile.compressors.snapkv import SnapKV
 from vericache_compile.compressors.streaming import Streaming
+from vericache_compile.compressors.tova import Tova
+from vericache_compile.compressors.turboquant import TurboQuant
 from vericache_compile.errors import OptionError
 
+GROUP: Final = "vericache_compressors"
 COMPRESSORS: Final[Mapping[str, type[Compressor]]] = MappingProxyType(
-    {method.name: method for method in (NoCompression, Streaming, SnapKV, Kivi)}
+    {
+        method.name: method
+        for method in (
+            NoCompression,
+            Streaming,
+            SnapKV,
+            PyramidKV,
+            AdaKV,
+            ChunkKV,
+            Tova,
+            ReFreeKV,
+            Knorm,
+            KeyDiff,
+            LagKV,
+            Int8,
+            Fp8,
+            Kivi,
+            TurboQuant,
+            QPruningKV,
+        )
+    }
 )
+"""Our own methods."""
+_registered: dict[str, type[Compressor]] = {}
+
+Method = TypeVar("Method", bound=type[Compressor])
+
+
+def register(method: Method) -> Method:
+    """Class decorator: make a method known by its `name`, for the life of the process.
+
+    Registering a class of the same module and name again replaces it, so a notebook cell can be run twice.
+    Raises OptionError where the name is ours or another class's.
+    """
+    where = f"{method.__module__}.{method.__qualname__}"
+    taken = COMPRESSORS.get(method.name) or _registered.get(method.name)
+    if taken is not None and f"{taken.__module__}.{taken.__qualname__}" != where:
+        raise OptionError(f"the name {method.name!r} is taken by {taken.__qualname__}", where, "choose another name")
+    _registered[method.name] = method
+    return method
+
+
+def method_names() -> list[str]:
+    """Names of all methods, ours first; loads none."""
+    return list(dict.fromkeys([*COMPRESSORS, *_registered, *(point.name for point in _entry_points())]))
+
+
+def find_method(name: str) -> type[Compressor]:
+    """The method's class; raises OptionError for an unknown name and an entry point that gives no method."""
+    found = COMPRESSORS.get(name) or _registered.get(name)
+    if found is not None:
+        return found
+    for point in _entry_points():
+        if point.name == name:
+            return _load(point)
+    raise OptionError(f"compressor={name!r}", "the compressor's name", suggest(name, method_names()))
 
 
 def make_compressor(name: str, **parameters: object) -> Compressor:
-    """The method `name` with its parameters (those listed in its class's `parameters`).
+    """The method `name` with the options of the backend that it takes (those in its class's `parameters`).
 
-    Raises OptionError for a name that is not in the table, a parameter that the method does not take, or a
-    value out of range.
+    Raises OptionError for an unknown name, an option that the method does not take, or a value out of range.
     """
-    if name not in COMPRESSORS:
-        raise OptionError(f"compressor={name!r}", "the compressor's name", _suggest(name, list(COMPRESSORS)))
-    method: Callable[..., Compressor] = COMPRESSORS[name]
-    taken = COMPRESSORS[name].parameters
-    for parameter in parameters:
-        if parameter not in taken:
-            raise OptionError(
-                f"{parameter}={parameters[parameter]!r}",
-                f"compressor {name!r}",
-                _suggest(parameter, list(taken)),
-            )
-    return method(**parameters)
+    method = find_method(name)
+    return _build(method, parameters, method.parameters)
 
 
-def _suggest(found: str, names: list[str]) -> str:
+def make_with_all(name: str, **parameters: object) -> Compressor:
+    """As `make_compressor`, but every parameter that `all_parameters` lists may be given."""
+    method = find_method(name)
+    return _build(method, parameters, tuple(all_parameters(method)))
+
+
+def all_parameters(method: type[Compressor]) -> dict[str, object]:
+    """A method's parameters with their defaults."""
+    if not is_dataclass(method):
+        return dict.fromkeys(method.parameters)
+    return {field.name: field.default for field in fields(method) if field.init}
+
+
+def suggest(found: str, names: list[str]) -> str:
     """What to write instead: the nearest of `names`, and all of them."""
     if not names:
         return "leave it out: this method takes no parameters"
     near = difflib.get_close_matches(found, names, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return f"{hint}choose from: {', '.join(names)}"
+
+
+def _build(method: type[Compressor], parameters: Mapping[str, object], taken: tuple[str, ...]) -> Compressor:
+    for parameter, value in parameters.items():
+        if parameter not in taken:
+            where = f"compressor {method.name!r}"
+            raise OptionError(f"{parameter}={value!r}", where, suggest(parameter, list(taken)))
+    return method(**parameters)
+
+
+def _entry_points() -> Iterator[EntryPoint]:
+    return iter(entry_points(group=GROUP))
+
+
+def _load(point: EntryPoint) -> type[Compressor]:
+    where = f"entry point {point.name!r} = {point.value!r} of group {GROUP}"
+    try:
+        method = point.load()
+    except (ImportError, AttributeError) as error:
+        raise OptionError(f"it cannot be loaded: {error}", where, "repair or remove the package") from error
+    if not (isinstance(method, type) and issubclass(method, Compressor) and method.name == point.name):
+        fix = f"let it name a Compressor class whose name is {point.name!r}"
+        raise OptionError(f"it gives {method!r}", where, fix)
+    return method

@@ -1,0 +1,88 @@
+"""Drop, then quantise: the first method's choice, in the second one's bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from vericache_compile.compressors.chain import Chain, make_chain
+from vericache_compile.compressors.int8 import Int8
+from vericache_compile.compressors.kivi import Kivi
+from vericache_compile.compressors.knorm import Knorm
+from vericache_compile.compressors.qpruningkv import QPruningKV
+from vericache_compile.compressors.snapkv import SnapKV
+from vericache_compile.compressors.streaming import Streaming
+from vericache_compile.errors import OptionError
+
+Row = Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+def through(method: Kivi, x: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Keys and values, quantised and read back."""
+    return method.dequantize(*method.quantize(*x))
+
+
+def test_whole_groups_are_quantised_and_the_rest_waits(random_row: Row) -> None:
+    keys, values, queries = random_row(112, queries=12)
+    drop, quantise = SnapKV(keep=0.5, window=12), Kivi(bits=2, group=16)
+    region = Chain(drop, quantise).compress(keys, values, queries)
+    chosen = drop.compress(keys, values, queries)
+    assert (region.covered, region.slots) == (100, 50)
+    for read, plain, coded in zip(
+        region.materialize(),
+        (chosen.keys, chosen.values),
+        through(quantise, (chosen.keys[:, :48], chosen.values[:, :48])),
+        strict=True,
+    ):
+        assert torch.equal(read[:, :48], coded)
+        assert torch.equal(read[:, 48:], plain[:, 48:])
+
+
+def test_what_waits_is_quantised_when_more_joins(random_row: Row) -> None:
+    keys, values, _ = random_row(160)
+    drop, quantise = Knorm(keep=0.5, window=0), Kivi(bits=4, group=16)
+    region = Chain(drop, quantise).compress(keys[:, :100], values[:, :100], None)
+    longer = region.extend(keys[:, 100:], values[:, 100:], None)
+    chosen = drop.compress(keys[:, :100], values[:, :100], None).extend(keys[:, 100:], values[:, 100:], None)
+    assert (longer.covered, longer.slots) == (160, 80)
+    for read, coded in zip(longer.materialize(), through(quantise, (chosen.keys, chosen.values)), strict=True):
+        assert torch.equal(read, coded)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 5, 40])
+def test_short_rows(random_row: Row, tokens: int) -> None:
+    keys, values, _ = random_row(tokens)
+    region = Chain(Streaming(), Kivi()).compress(keys, values, None)
+    assert (region.covered, region.slots) == (tokens, Streaming().slots(tokens))
+
+
+def test_a_byte_quantiser_takes_every_token(random_row: Row) -> None:
+    keys, values, _ = random_row(45)
+    region = Chain(Knorm(keep=0.2, window=0), Int8()).compress(keys, values, None)
+    assert region.keys.shape[1] == 0
+    assert region.nbytes == 2 * 9 * (16 + 4 + 12 + 4)
+
+
+def test_qpruningkv_is_snapkv_and_kivi(random_row: Row) -> None:
+    keys, values, queries = random_row(160, queries=32)
+    named, built = QPruningKV(keep=0.3, bits=2), Chain(SnapKV(keep=0.3), Kivi(bits=2))
+    assert named.queries == built.queries == 32
+    regions = [method.compress(keys, values, queries) for method in (named, built)]
+    assert all(map(torch.equal, regions[0].materialize(), regions[1].materialize()))
+    assert regions[0].nbytes == regions[1].nbytes
+
+
+def test_methods_in_the_wrong_place_are_option_errors() -> None:
+    with pytest.raises(OptionError, match="'kivi' is not a method that drops tokens"):
+        make_chain(Kivi(), SnapKV())
+    with pytest.raises(OptionError, match="'snapkv' is not a method that quantises"):
+        make_chain(SnapKV(), SnapKV())
+
+
+@pytest.mark.parametrize("wrong", [{"keep": 0.0}, {"bits": 3}])
+def test_values_out_of_range_are_option_errors(wrong: dict[str, float]) -> None:
+    with pytest.raises(OptionError, match=next(iter(wrong))):
+        QPruningKV(**wrong)  # type: ignore[arg-type]

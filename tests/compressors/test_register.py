@@ -1,0 +1,80 @@
+"""Methods of other packages and programs are found by name like ours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint
+from typing import ClassVar
+
+import pytest
+from torch import Tensor
+
+from vericache_compile.compressors import table
+from vericache_compile.compressors.scorer import WindowScorer
+from vericache_compile.compressors.snapkv import SnapKV
+from vericache_compile.compressors.spec import parse
+from vericache_compile.errors import OptionError
+
+
+@dataclass(frozen=True)
+class Newest(WindowScorer):
+    """A method of a few lines."""
+
+    name: ClassVar[str] = "newest"
+
+    def score(self, keys: Tensor, values: Tensor, queries: Tensor | None, covered: int) -> Tensor:
+        """Later tokens above earlier ones."""
+        return keys.new_ones(keys.shape[0], covered).cumsum(dim=1)
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(table, "_registered", {})
+    return
+
+
+def offer(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    """As if a package with this entry point were installed."""
+    points = [EntryPoint(name=name, value=value, group=table.GROUP)]
+    monkeypatch.setattr(table, "entry_points", lambda group: points)
+
+
+def test_a_registered_method_is_found() -> None:
+    assert table.register(Newest) is Newest
+    assert table.find_method("newest") is Newest
+    assert parse("newest(keep=0.5, window=3)", {}) == Newest(keep=0.5, window=3)
+    assert "newest" in table.method_names()
+    table.register(Newest)
+
+
+def test_a_name_belongs_to_one_method() -> None:
+    class Mine(SnapKV):
+        """Takes a name of ours."""
+
+    with pytest.raises(OptionError, match="'snapkv' is taken by SnapKV"):
+        table.register(Mine)
+
+
+def test_an_entry_point_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    offer(monkeypatch, "snapkv2", "vericache_compile.compressors.snapkv:SnapKV")
+    assert "snapkv2" in table.method_names()
+    with pytest.raises(OptionError, match="whose name is 'snapkv2'"):
+        table.find_method("snapkv2")
+
+    monkeypatch.setattr(SnapKV, "name", "snapkv2")
+    assert table.find_method("snapkv2") is SnapKV
+
+
+@pytest.mark.parametrize("value", ["no_such_module:Method", "vericache_compile.errors:Method"])
+def test_a_broken_entry_point_is_an_option_error(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    offer(monkeypatch, "broken", value)
+    assert table.find_method("knorm").name == "knorm"
+    with pytest.raises(OptionError, match="entry point 'broken'"):
+        table.find_method("broken")
+
+
+def test_ours_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    offer(monkeypatch, "snapkv", "no_such_module:Method")
+    assert table.find_method("snapkv") is SnapKV
+    assert table.method_names().count("snapkv") == 1

@@ -1,0 +1,24 @@
+"""int8: every token stays, a byte per number. Symmetric, round to nearest: scale = max |x| / 127."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vericache_compile.compressors.rounding import ByteQuantizer
+
+
+@dataclass(frozen=True)
+class Int8(ByteQuantizer):
+    """Whole numbers from -127 to 127."""
+
+    name: ClassVar[str] = "int8"
+    largest: ClassVar[float] = 127.0
+    code_dtype: ClassVar[torch.dtype] = torch.int8
+
+    def encode(self, steps: Tensor) -> Tensor:
+        """Nearest whole numbers, int8, of float32 steps."""
+        return steps.round().to(self.code_dtype)

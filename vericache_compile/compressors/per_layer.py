@@ -1,0 +1,40 @@
+"""A choice per attention site: one method here, another there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from vericache_compile.compressors.base import CompressedKV, Compressor
+from vericache_compile.errors import OptionError
+
+
+@dataclass(frozen=True)
+class PerLayer(Compressor):
+    """The first entry that names a site chooses its method; None names every site."""
+
+    name: ClassVar[str] = "per-layer"
+    needs: ClassVar[tuple[str, ...]] = ("layers",)
+
+    entries: tuple[tuple[range | None, Compressor], ...]
+    """Sites and their method, e.g. ((range(0, 2), NoCompression()), (None, SnapKV()))."""
+
+    def __post_init__(self) -> None:
+        if not any(sites is None for sites, _ in self.entries):
+            raise OptionError("sites without a method", "a compressor per layer", "end with `rest: method`")
+
+    @property
+    def queries(self) -> int:
+        """The most that one of the methods reads."""
+        return max(method.queries for _, method in self.entries)
+
+    def for_layer(self, layer: int, layers: int) -> Compressor:
+        """The method of site `layer` of `layers`."""
+        chosen = next(method for sites, method in self.entries if sites is None or layer in sites)
+        return chosen.for_layer(layer, layers)
+
+    def compress(self, keys: Tensor, values: Tensor, queries: Tensor | None) -> CompressedKV:
+        """Never called: `for_layer` hands out the methods."""
+        raise AssertionError("ask for_layer first")

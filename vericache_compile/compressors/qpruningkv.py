@@ -1,0 +1,40 @@
+"""QPruningKV: more tokens in lower precision. SnapKV's choice, stored by KIVI.
+
+Zhang et al., arXiv 2412.12706: at equal bytes four times the tokens in 4 bits beat the tokens in 16. Their budget for
+16 bits, times 16 / bits, is the `keep` here. Any other pair is written `one | another`, see `Chain`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from vericache_compile.compressors.chain import Chain
+from vericache_compile.compressors.dense import check_keep
+from vericache_compile.compressors.kivi import Kivi
+from vericache_compile.compressors.quantizer import Quantizer
+from vericache_compile.compressors.scorer import Chooser
+from vericache_compile.compressors.snapkv import SnapKV
+
+
+@dataclass(frozen=True)
+class QPruningKV(Chain):
+    """Keep a fraction of the tokens, in 2 or 4 bits per number."""
+
+    name: ClassVar[str] = "qpruningkv"
+    parameters: ClassVar[tuple[str, ...]] = ("keep", "bits")
+    needs: ClassVar[tuple[str, ...]] = ("queries",)
+
+    drop: Chooser = field(init=False, repr=False)
+    quantise: Quantizer = field(init=False, repr=False)
+    keep: float = 0.5
+    bits: int = 4
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep, self.name)
+        object.__setattr__(self, "drop", SnapKV(keep=self.keep))
+        object.__setattr__(self, "quantise", Kivi(bits=self.bits))
+
+    def for_layer(self, layer: int, layers: int) -> QPruningKV:
+        """Itself: the same at every site."""
+        return self

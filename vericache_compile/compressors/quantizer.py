@@ -1,0 +1,118 @@
+"""What the methods that quantise share: regions of codes that grow by whole groups, and packing below a byte.
+
+Layout of packed codes: a byte holds 8 / bits tokens of one channel, those that lie g * bits / 8 apart in a group of
+tokens. Unpacking is then one shift with the channels innermost and contiguous, for reads and writes alike: no
+interleaving, full vectors, and Inductor fuses it with the scaling into one loop.
+
+Shapes: K KV heads, S tokens, D head size, Dv value head size, g tokens in a group.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from vericache_compile.compressors.base import CompressedKV, Compressor
+
+Codes = tuple[Tensor, ...]
+"""Tensors that hold one side, codes and scales: the first dimension is the KV head, the second grows with the tokens.
+A NamedTuple, where its parts are worth names."""
+
+
+class QuantizedKV(CompressedKV):
+    """Every token of [0, covered), as codes."""
+
+    def __init__(self, keys: Codes, values: Codes, covered: int, method: Quantizer) -> None:
+        self.keys, self.values, self.covered, self.method = keys, values, covered, method
+
+    @property
+    def slots(self) -> int:
+        """Keys that attention reads from this region: every covered token."""
+        return self.covered
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated for codes and scales."""
+        return sum(part.nbytes for part in (*self.keys, *self.values))
+
+    def materialize(self) -> tuple[Tensor, Tensor]:
+        """Keys [K, covered, D] and values [K, covered, Dv], dequantised anew at each call."""
+        return self.method.dequantize(self.keys, self.values)
+
+    def extend(self, keys: Tensor, values: Tensor, queries: Tensor | None) -> Self:
+        """Cover the whole groups of keys [K, S, D] and values [K, S, Dv] too; queries are not read.
+
+        Tokens short of a group are left to the tail. Groups are independent: the region is bit for bit what
+        quantising all tokens at once would have given.
+        """
+        tokens = keys.shape[1] // self.method.multiple * self.method.multiple
+        more_keys, more_values = self.method.quantize(keys[:, :tokens], values[:, :tokens])
+        return type(self)(
+            _join(self.keys, more_keys), _join(self.values, more_values), self.covered + tokens, self.method
+        )
+
+
+class Quantizer(Compressor):
+    """A method that keeps every token, in fewer bits."""
+
+    residual: int = 0
+    """Least number of recent tokens left to the tail."""
+
+    needs: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def multiple(self) -> int:
+        """Tokens are quantised by so many (g)."""
+        return 1
+
+    @abstractmethod
+    def quantize(self, keys: Tensor, values: Tensor) -> tuple[Codes, Codes]:
+        """Codes of keys [K, S, D] and of values [K, S, Dv], in storages of their own; g divides S, which may be 0."""
+
+    @abstractmethod
+    def dequantize(self, keys: Codes, values: Codes) -> tuple[Tensor, Tensor]:
+        """Keys [K, S, D] and values [K, S, Dv], in the dtype of the cache, from their codes."""
+
+    def compress(self, keys: Tensor, values: Tensor, queries: Tensor | None) -> QuantizedKV:
+        """Compress keys [K, S, D] and values [K, S, Dv]; queries are not read.
+
+        Covers the largest multiple of the group that is at most S - residual, so none of a short row.
+        """
+        covered = max(keys.shape[1] - self.residual, 0) // self.multiple * self.multiple
+        return QuantizedKV(*self.quantize(keys[:, :covered], values[:, :covered]), covered, self)
+
+
+def channel_group(channels: int, group: int) -> int:
+    """Channels that share a scale: the largest divisor of `channels` that is at most `group`."""
+    return max(size for size in range(1, min(channels, group) + 1) if channels % size == 0)
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Codes, uint8 [K, S / g, g, D] below 2^bits, packed into uint8 [K, S / g, g * bits / 8, D]."""
+    kv_heads, groups, group, size = codes.shape
+    per_byte = 8 // bits
+    parts = codes.view(kv_heads, groups, per_byte, group // per_byte, size)
+    return (parts << _shifts(bits, codes.device)).sum(dim=2, dtype=torch.uint8)
+
+
+def unpack(packed: Tensor, bits: int) -> Tensor:
+    """Codes, uint8 [K, S / g, g, D], from packed uint8 [K, S / g, g * bits / 8, D]."""
+    parts: Tensor = (packed.unsqueeze(2) >> _shifts(bits, packed.device)) & (2**bits - 1)
+    return parts.flatten(2, 3)
+
+
+def _shifts(bits: int, device: torch.device) -> Tensor:
+    """Where each code of a byte starts: uint8 [8 / bits, 1, 1]."""
+    return torch.arange(0, 8, bits, dtype=torch.uint8, device=device).view(-1, 1, 1)
+
+
+def _join(held: Codes, more: Codes) -> Codes:
+    """Both, one after the other along the tokens, in new storages; as the kind of tuple that `held` is."""
+    joined: Iterable[Tensor] = (torch.cat(pair, dim=1) for pair in zip(held, more, strict=True))
+    make = getattr(type(held), "_make", tuple)
+    made: Codes = make(joined)
+    return made

@@ -1,0 +1,100 @@
+"""What a user may write as `compressor`: a method, a method of a method, a choice per layer.
+
+    snapkv                                            a method with its defaults
+    snapkv(keep=0.3, window=16)                       with parameters: all that `vericache compressors` lists
+    snapkv(keep=0.5) | kivi(bits=4)                   drop, then quantise what stays
+    0-1: none, rest: snapkv(keep=0.2) | kivi(bits=4)  per attention site: numbers, ranges, `rest`
+
+The options `keep` and `bits` beside it reach every method that takes them and does not say its own.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator, Mapping
+
+from vericache_compile.compressors.base import Compressor
+from vericache_compile.compressors.chain import make_chain
+from vericache_compile.compressors.per_layer import PerLayer
+from vericache_compile.compressors.table import find_method, make_compressor, make_with_all
+from vericache_compile.errors import OptionError
+
+METHOD = re.compile(r"\s*(?P<name>\w+)\s*(?:\((?P<inside>[^()]*)\))?\s*")
+SITES = re.compile(r"\s*(?:(?P<rest>rest)|(?P<first>\d+)(?:\s*-\s*(?P<last>\d+))?)\s*:(?P<text>.*)", re.DOTALL)
+FORM = "write name, name(parameter=value, ...), one | another, or 0-1: one, rest: another"
+
+
+def parse(text: str, options: Mapping[str, object]) -> Compressor:
+    """The compressor that `text` describes, under the backend's options (those that were given).
+
+    Raises OptionError for what is not of the form, an unknown name or parameter, a value out of range, and an
+    option that no method in `text` takes.
+    """
+    if re.fullmatch(r"\w+", text):
+        return make_compressor(text, **options)
+    taken = options_of(text)
+    for name, value in options.items():
+        if name not in taken:
+            fix = f"the methods in it take: {', '.join(sorted(taken)) or 'no options'}"
+            raise OptionError(f"{name}={value!r}", f"compressor {text!r}", fix)
+    parts = _split(text)
+    if SITES.fullmatch(parts[0]) is None:
+        return _parse_chain(text, options)
+    return PerLayer(tuple(_parse_sites(part, options) for part in parts))
+
+
+def options_of(text: str) -> set[str]:
+    """The backend's options that some method in `text` takes; raises OptionError for an unknown method."""
+    names = (match.group(1) for match in re.finditer(r"([A-Za-z_]\w*)(?=\s*(?:\(|\||,|$))", _outside(text)))
+    return {option for name in names for option in find_method(name).parameters}
+
+
+def _parse_sites(text: str, options: Mapping[str, object]) -> tuple[range | None, Compressor]:
+    found = SITES.fullmatch(text)
+    if found is None:
+        raise OptionError(f"{text.strip()!r}", "a compressor per layer", FORM)
+    method = _parse_chain(found["text"], options)
+    if found["rest"]:
+        return None, method
+    first = int(found["first"])
+    return range(first, int(found["last"] or first) + 1), method
+
+
+def _parse_chain(text: str, options: Mapping[str, object]) -> Compressor:
+    made = [_parse_method(part, options) for part in text.split("|")]
+    if len(made) == 1:
+        return made[0]
+    if len(made) > 2:
+        raise OptionError(f"{text.strip()!r}", "a compressor", "join two methods: one that drops | one that quantises")
+    return make_chain(*made)
+
+
+def _parse_method(text: str, options: Mapping[str, object]) -> Compressor:
+    found = METHOD.fullmatch(text)
+    if found is None:
+        raise OptionError(f"{text.strip()!r}", "a compressor", FORM)
+    given = dict(_parse_parameters(found["inside"] or "", text.strip()))
+    taken = find_method(found["name"]).parameters
+    return make_with_all(found["name"], **{k: v for k, v in options.items() if k in taken} | given)
+
+
+def _parse_parameters(text: str, where: str) -> Iterator[tuple[str, object]]:
+    for part in filter(str.strip, text.split(",")):
+        name, equals, value = part.partition("=")
+        try:
+            if not equals:
+                raise ValueError
+            yield name.strip(), ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError):
+            raise OptionError(f"{part.strip()!r}", f"compressor {where!r}", "write parameter=number") from None
+
+
+def _split(text: str) -> list[str]:
+    """Parts between the commas that stand outside parentheses."""
+    return re.split(r",(?![^()]*\))", text)
+
+
+def _outside(text: str) -> str:
+    """The text without what stands in parentheses, and without the sites before colons."""
+    return re.sub(r"\w[\w\s-]*:", "", re.sub(r"\([^()]*\)", "", text))
