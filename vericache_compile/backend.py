@@ -18,8 +18,9 @@ from torch.fx import GraphModule
 from vericache_compile import optimized_module
 from vericache_compile.config import Config, make_config
 from vericache_compile.errors import UnsupportedGraph
+from vericache_compile.observers import make_observers
 from vericache_compile.passes.bind_scalars import scalar_inputs
-from vericache_compile.passes.pipeline import plan_capture
+from vericache_compile.passes.pipeline import Observer, plan_capture
 from vericache_compile.passes.program import Compiled
 from vericache_compile.plan import CapturedPlan, DecodePlan, Site
 from vericache_compile.runtime.executor import WeightCasts
@@ -44,6 +45,8 @@ class Compilation:
     seconds: float = 0.0
     sites: tuple[Site, ...] = ()
     told: bool = False
+    dumps_failed: set[str] = field(default_factory=set)
+    """Dump folders that could not be written to, each said once."""
 
 
 class ModelState:
@@ -87,10 +90,13 @@ def vericache(
     config = make_config(options)
     parameters = [i for i, x in enumerate(example_inputs) if isinstance(x, torch.nn.Parameter)]
     made = compilation_of(example_inputs, parameters, config)
+    observers = make_observers(config, made.dumps_failed)
     began = time.perf_counter()
     try:
-        return _take(gm, example_inputs, parameters, config)
+        return _take(gm, example_inputs, parameters, config, observers)
     except UnsupportedGraph as reason:
+        for observer in observers:
+            observer.refused(gm, reason)
         if config.strict:
             raise
         return _leave(gm, example_inputs, parameters, config, reason)
@@ -126,7 +132,11 @@ def _keep_compiling() -> None:
 
 
 def _take(
-    gm: GraphModule, example_inputs: Sequence[Any], parameters: Sequence[int], config: Config
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    parameters: Sequence[int],
+    config: Config,
+    observers: Sequence[Observer],
 ) -> Callable[..., Any]:
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in example_inputs):
         raise UnsupportedGraph(
@@ -142,10 +152,12 @@ def _take(
     def plan_for(inputs: Sequence[Any], batch: int) -> CapturedPlan | DecodePlan:
         key = (batch, *(float(inputs[i]) for i in scalars))
         if key not in plans:
-            held = compilation_of(inputs, parameters, config).compiled
+            made = compilation_of(inputs, parameters, config)
             values = dict(zip(scalars, key[1:], strict=True))
             low = config.draft_dtype_on(inputs[parameters[0]].device)
-            plans[key] = plan_capture(gm, batch, config.window, config.inductor, held, values, low)
+            watching = make_observers(config, made.dumps_failed) if plans else observers
+            window, inductor = config.window, config.inductor
+            plans[key] = plan_capture(gm, batch, window, inductor, made.compiled, values, low, watching)
         return plans[key]
 
     plan = plan_for(example_inputs, _batch(example_inputs))
