@@ -118,6 +118,12 @@ def returned(module: GraphModule) -> list[Any]:
     return list(value) if isinstance(value, (tuple, list)) else [value]
 
 
+def batch_of(example_inputs: Sequence[Any]) -> int:
+    """Rows of the first two-dimensional integer input: the tokens' batch."""
+    shapes = (x.shape for x in example_inputs if isinstance(x, Tensor) and x.dim() == 2 and not x.is_floating_point())
+    return next((int(shape[0]) for shape in shapes), 1)
+
+
 def copy_graph(module: GraphModule) -> tuple[Graph, dict[Node, Node]]:
     """A copy of a module's graph, and which node of it stands for which of the original."""
     graph, node_of = Graph(), dict[Node, Node]()

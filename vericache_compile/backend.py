@@ -18,10 +18,11 @@ from torch.fx import GraphModule
 from vericache_compile import optimized_module
 from vericache_compile.config import Config, make_config
 from vericache_compile.errors import UnsupportedGraph
+from vericache_compile.estimate import compressed_bytes
 from vericache_compile.observers import make_observers
 from vericache_compile.passes.bind_scalars import scalar_inputs
 from vericache_compile.passes.pipeline import Observer, plan_capture
-from vericache_compile.passes.program import Compiled
+from vericache_compile.passes.program import Compiled, batch_of
 from vericache_compile.plan import CapturedPlan, DecodePlan, Site
 from vericache_compile.runtime.executor import WeightCasts
 from vericache_compile.runtime.ghosts import can_spell
@@ -160,7 +161,7 @@ def _take(
             plans[key] = plan_capture(gm, batch, window, inductor, made.compiled, values, low, watching)
         return plans[key]
 
-    plan = plan_for(example_inputs, _batch(example_inputs))
+    plan = plan_for(example_inputs, batch_of(example_inputs))
     captured = plan.captured if isinstance(plan, DecodePlan) else plan
     _check_ghosts(captured.sites)
     _tell(compilation_of(example_inputs, parameters, config), plan)
@@ -184,12 +185,6 @@ def _check_ghosts(sites: Sequence[Site]) -> None:
                 f"layer {site.layer}",
                 "use float32, bfloat16 or float16, with heads of at least 16 elements",
             )
-
-
-def _batch(example_inputs: Sequence[Any]) -> int:
-    """Rows of the first two-dimensional integer input: the tokens' batch."""
-    shapes = (x.shape for x in example_inputs if isinstance(x, Tensor) and x.dim() == 2 and not x.is_floating_point())
-    return next((int(shape[0]) for shape in shapes), 1)
 
 
 def _leave(
@@ -238,7 +233,7 @@ def _tell(made: Compilation, plan: CapturedPlan | DecodePlan) -> None:
         return
     made.told = True
     full = sum(site.bytes_per_token for site in made.sites)
-    compressed = _compressed_bytes(made)
+    compressed = round(compressed_bytes(made.session.compressor, made.sites))
     left = f", not taken: {'; '.join(made.reasons)}" if made.reasons else ""
     log.info(
         "vericache: graphs seen %d, attention sites taken %d of %d%s, compressor %s, window %d, "
@@ -252,26 +247,6 @@ def _tell(made: Compilation, plan: CapturedPlan | DecodePlan) -> None:
         full,
         compressed,
     )
-
-
-PROBE = 1024
-"""Tokens compressed to measure a method's bytes per token."""
-
-
-def _compressed_bytes(made: Compilation) -> int:
-    """Bytes per token that the compressor takes at all sites together, measured on a region of PROBE zeros."""
-    measured: dict[tuple[int, ...], float] = {}
-    total = 0.0
-    for site in made.sites:
-        shape = (site.heads, site.kv_heads, site.head_size, site.value_size)
-        if shape not in measured:
-            keys = torch.zeros(site.kv_heads, PROBE, site.head_size, dtype=site.dtype)
-            values = torch.zeros(site.kv_heads, PROBE, site.value_size, dtype=site.dtype)
-            queries = torch.zeros(site.heads, 32, site.head_size, dtype=site.dtype)
-            region = made.session.compressor.compress(keys, values, queries)
-            measured[shape] = region.nbytes / max(region.covered, 1)
-        total += measured[shape]
-    return round(total)
 
 
 def reset() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
@@ -36,6 +36,19 @@ def print_table(title: str, rows: Mapping[str, Any], file: TextIO | None = None)
     table.add_column(overflow="fold")
     for name, value in rows.items():
         table.add_row(name, str(value))
+    Console(file=file).print(table)
+
+
+def print_grid(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], file: TextIO | None = None) -> None:
+    """A table with named columns."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for name in header:
+        table.add_column(name)
+    for row in rows:
+        table.add_row(*row)
     Console(file=file).print(table)
 
 
