@@ -14,12 +14,14 @@ if TYPE_CHECKING:
 
 def make_observers(config: Config, failed: set[str]) -> tuple[Observer, ...]:
     """The observers of one captured graph; `failed` holds dump folders that could not be written to."""
+    from vericache_compile.dump.trace import Trace
+
     root = dump_root(config)
     if root is None:
-        return ()
+        return (Trace(),)
     from vericache_compile.dump.folder import Dump
 
-    return (Dump(root, failed),)
+    return Trace(), Dump(root, failed)
 
 
 def dump_root(config: Config) -> str | None:
