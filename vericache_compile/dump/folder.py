@@ -4,6 +4,7 @@
         00_captured.py  01_bind_scalars.py  01_bind_scalars.diff  ...     the graphs after each pass
         program.json  program.draft.graphml  program.draft.dot  ...       what came of it
         not_taken.txt                                                     or why nothing did
+        index.html                                                        all of it, to look at in a browser
 
 No file holds weights or tokens: everything is made from names, shapes and source lines. A folder that cannot be
 written to is said once, and nothing else changes.
@@ -23,6 +24,7 @@ from torch.fx import GraphModule
 
 from vericache_compile.dump.describe import describe_program, graphs_of
 from vericache_compile.dump.graph_files import dot, graphml
+from vericache_compile.dump.page import Page
 from vericache_compile.dump.source import module_source, program_source
 from vericache_compile.errors import UnsupportedGraph
 from vericache_compile.passes.program import Program
@@ -43,10 +45,16 @@ class Dump:
         self._passes = 0
         self._before = ("", "")
         """Name and text of the file before."""
+        self._page = Page()
 
     def after(self, name: str, count: int, program: Program) -> None:
         """Write the graphs after a pass, and what changed in them."""
-        self._try(lambda: self._write_stage(name, program_source(name, count, program)))
+
+        def write() -> None:
+            self._write_stage(name, program_source(name, count, program))
+            self._page.add(name, count, program)
+
+        self._try(write)
 
     def done(self, program: Program) -> None:
         """Write what came of it."""
@@ -69,11 +77,18 @@ class Dump:
         for name, module in graphs_of(program).items():
             self._write(f"program.{name}.graphml", graphml(module.graph))
             self._write(f"program.{name}.dot", dot(module.graph))
+        self._write_page()
 
     def _write_refusal(self, module: GraphModule, reason: UnsupportedGraph) -> None:
         if not self._passes:
             self._write_stage("captured", module_source("captured", module) + "\n")
         self._write("not_taken.txt", f"{reason}\n")
+        if self._page.stages:
+            self._write_page(str(reason))
+
+    def _write_page(self, refusal: str = "") -> None:
+        assert self.folder is not None, "a page is written after the passes"
+        self._write("index.html", self._page.html(self.folder.name, refusal))
 
     def _write(self, name: str, text: str) -> None:
         if self.folder is None:
