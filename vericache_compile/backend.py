@@ -28,6 +28,7 @@ from vericache_compile.runtime.executor import WeightCasts
 from vericache_compile.runtime.ghosts import can_spell
 from vericache_compile.runtime.sequences import SequenceTable
 from vericache_compile.runtime.session import Session
+from vericache_compile.runtime.timeline import Timeline
 
 log = logging.getLogger("vericache_compile")
 ATTRIBUTE = "_vericache"
@@ -91,6 +92,8 @@ def vericache(
     config = make_config(options)
     parameters = [i for i, x in enumerate(example_inputs) if isinstance(x, torch.nn.Parameter)]
     made = compilation_of(example_inputs, parameters, config)
+    if config.trace is not None and made.session.timeline is None:
+        made.session.timeline = Timeline(config.trace)
     observers = make_observers(config, made.dumps_failed)
     began = time.perf_counter()
     try:
@@ -170,9 +173,7 @@ def _take(
     def run(*inputs: Any) -> Any:
         chosen = plan_for(inputs, inputs[tokens].shape[0])
         session = compilation_of(inputs, parameters, config).session
-        if isinstance(chosen, DecodePlan):
-            return session.run_decode(chosen, inputs)
-        return session.run_captured(chosen, inputs)
+        return session.run(chosen, inputs)
 
     return run
 

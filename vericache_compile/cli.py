@@ -115,6 +115,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     options.add_argument("--draft-dtype", help="type that draft reads weights in: auto, same, bfloat16, float16, int8")
     options.add_argument("--no-inductor", dest="inductor", action="store_const", const=False, help="run eagerly")
     options.add_argument("--dump", metavar="DIR", help="write each graph after each pass to a folder of its own")
+    options.add_argument("--trace", metavar="FILE", help="write a Chrome trace of calls and rounds")
     options.add_argument("--strict", action="store_const", const=True, help="raise instead of falling back")
 
 

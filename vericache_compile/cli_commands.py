@@ -12,7 +12,7 @@ from typing import Any
 from vericache_compile.errors import VericacheError
 from vericache_compile.terminal import AnswerStream, format_bytes, format_rate, phase, print_table
 
-OPTIONS = ("compressor", "keep", "bits", "window", "draft_dtype", "inductor", "strict", "dump")
+OPTIONS = ("compressor", "keep", "bits", "window", "draft_dtype", "inductor", "strict", "dump", "trace")
 WARM_UP_TOKENS = 32
 
 

@@ -52,6 +52,11 @@ class Config:
         compare=False,  # what is written down makes no other configuration
         metadata={"doc": "folder for one folder per captured graph: the graph after each pass, and what came of it"},
     )
+    trace: str | None = field(
+        default=None,
+        compare=False,
+        metadata={"doc": "file for a Chrome trace of calls and rounds, which Perfetto opens"},
+    )
 
     def __post_init__(self) -> None:
         if self.window < 2 or self.window > MAX_WINDOW or self.window & (self.window - 1):
@@ -60,8 +65,9 @@ class Config:
             raise OptionError(
                 f"draft_dtype={self.draft_dtype!r}", WHERE, f"use one of {AUTO}, {', '.join(DRAFT_DTYPES)}"
             )
-        if self.dump is not None and not self.dump.strip():
-            raise OptionError(f"dump={self.dump!r}", WHERE, "name a folder, or leave it out")
+        for name, kind in (("dump", "folder"), ("trace", "file")):
+            if (path := getattr(self, name)) is not None and not path.strip():
+                raise OptionError(f"{name}={path!r}", WHERE, f"name a {kind}, or leave it out")
         self.make_compressor()
 
     def draft_dtype_on(self, device: torch.device) -> torch.dtype | None:
