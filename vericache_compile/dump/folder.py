@@ -3,6 +3,7 @@
     graph_0_1_pid4711/
         00_captured.py  01_bind_scalars.py  01_bind_scalars.diff  ...     the graphs after each pass
         program.json  program.draft.graphml  program.draft.dot  ...       what came of it
+        repro_verify.py  repro_draft.py                                   each variant as a program on random inputs
         not_taken.txt                                                     or why nothing did
         index.html                                                        all of it, to look at in a browser
 
@@ -25,6 +26,7 @@ from torch.fx import GraphModule
 from vericache_compile.dump.describe import describe_program, graphs_of
 from vericache_compile.dump.graph_files import dot, graphml
 from vericache_compile.dump.page import Page
+from vericache_compile.dump.repro import repro
 from vericache_compile.dump.source import module_source, program_source
 from vericache_compile.errors import UnsupportedGraph
 from vericache_compile.passes.program import Program
@@ -77,6 +79,8 @@ class Dump:
         for name, module in graphs_of(program).items():
             self._write(f"program.{name}.graphml", graphml(module.graph))
             self._write(f"program.{name}.dot", dot(module.graph))
+        for name in program.variants:
+            self._write(f"repro_{name}.py", repro(program, name))
         self._write_page()
 
     def _write_refusal(self, module: GraphModule, reason: UnsupportedGraph) -> None:
