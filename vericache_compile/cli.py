@@ -1,4 +1,4 @@
-"""The `vericache` command: run, check, bench, explain, doctor.
+"""The `vericache` command: run, check, bench, explain, plot, doctor.
 
 With --json, stdout holds exactly one JSON document; everything else goes to stderr. Exit codes: 0 all well,
 1 tokens differ or something needed is missing, 2 wrong input (three parts on stderr: found, where, fix).
@@ -18,6 +18,7 @@ from vericache_compile.cli_commands import bench, check, run
 from vericache_compile.cli_explain import explain
 from vericache_compile.doctor import doctor
 from vericache_compile.errors import VericacheError
+from vericache_compile.plot import plot
 
 Command = Callable[[argparse.Namespace], tuple[dict[str, Any], int]]
 
@@ -78,6 +79,11 @@ def make_parser() -> argparse.ArgumentParser:
     _add_device(made)
     _add_options(made)
     _finish(made, explain)
+
+    made = commands.add_parser("plot", help="draw a run's statistics: acceptance, tokens per round, time")
+    made.add_argument("stats", metavar="STATS.json", help="what `vericache run --json` printed")
+    made.add_argument("--output", default="vericache.png", metavar="F", help=".png, .svg or .pdf (default %(default)s)")
+    _finish(made, plot)
 
     made = commands.add_parser("doctor", help="versions, devices, what is missing and how to get it")
     _finish(made, doctor)
