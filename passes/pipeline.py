@@ -71,6 +71,18 @@ def run(program: Program, passes: tuple[Pass, ...], observers: Sequence[Observer
             observer.after(name, count, program)
 
 
+def run_all(program: Program, decode: tuple[Pass, ...], observers: Sequence[Observer] = ()) -> bool:
+    """Run FIND and, on a decode step, the passes `decode`; returns whether it is one. Raises UnsupportedGraph."""
+    for observer in observers:
+        observer.after("captured", len(program.module.graph.nodes), program)
+    run(program, FIND, observers)
+    if taken := is_decode(program):
+        run(program, decode, observers)
+    for observer in observers:
+        observer.done(program)
+    return taken
+
+
 def plan_capture(
     module: GraphModule,
     batch: int,
@@ -88,15 +100,8 @@ def plan_capture(
     refusal, which may also have reasons that the caller alone knows.
     """
     program = Program(copy_module(module), batch, window, scalars or {}, compiled)
-    for observer in observers:
-        observer.after("captured", len(program.module.graph.nodes), program)
-    run(program, FIND, observers)
+    decode = run_all(program, decode_passes(inductor, draft_dtype), observers)
     captured = _captured_plan(program)
-    decode = is_decode(program)
-    if decode:
-        run(program, decode_passes(inductor, draft_dtype), observers)
-    for observer in observers:
-        observer.done(program)
     if not decode:
         return captured
     return DecodePlan(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -64,6 +65,13 @@ def test_nothing_is_compiled_and_nothing_is_left_behind() -> None:
     assert state_of(list(model.parameters())) is None
     assert model._compiled_call_impl is None
     assert torch.equal(model.generate(**make_prompt(7), max_new_tokens=5, do_sample=False), plain)
+
+
+def test_it_can_be_dumped(tmp_path: Path) -> None:
+    explain(make_tiny("llama"), **make_prompt(7), options=OPTIONS | {"dump": str(tmp_path)})
+    decode = sorted(tmp_path.iterdir())[-1]
+    assert (decode / "10_partition.py").exists()
+    assert not (decode / "11_lower.py").exists()
 
 
 def test_a_graph_break_is_named_with_its_line() -> None:

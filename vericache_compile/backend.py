@@ -152,6 +152,7 @@ def _take(
         )
     scalars = scalar_inputs(gm)
     plans: dict[tuple[float, ...], CapturedPlan | DecodePlan] = {}
+    first = list(observers)
 
     def plan_for(inputs: Sequence[Any], batch: int) -> CapturedPlan | DecodePlan:
         key = (batch, *(float(inputs[i]) for i in scalars))
@@ -159,7 +160,7 @@ def _take(
             made = compilation_of(inputs, parameters, config)
             values = dict(zip(scalars, key[1:], strict=True))
             low = config.draft_dtype_on(inputs[parameters[0]].device)
-            watching = make_observers(config, made.dumps_failed) if plans else observers
+            watching = first or make_observers(config, made.dumps_failed)
             window, inductor = config.window, config.inductor
             plans[key] = plan_capture(gm, batch, window, inductor, made.compiled, values, low, watching)
         return plans[key]
@@ -169,6 +170,7 @@ def _take(
     _check_ghosts(captured.sites)
     _tell(compilation_of(example_inputs, parameters, config), plan)
     tokens = captured.roles.tokens
+    first.clear()
 
     def run(*inputs: Any) -> Any:
         chosen = plan_for(inputs, inputs[tokens].shape[0])

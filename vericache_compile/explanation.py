@@ -14,11 +14,11 @@ from vericache_compile.config import Config, make_config
 from vericache_compile.dump.describe import describe_segments, describe_sites
 from vericache_compile.errors import UnsupportedGraph
 from vericache_compile.estimate import compressed_bytes, weight_bytes
+from vericache_compile.observers import make_observers
 from vericache_compile.passes import pipeline
 from vericache_compile.passes.bind_scalars import scalar_inputs
 from vericache_compile.passes.lower import lower
 from vericache_compile.passes.program import Program, batch_of, copy_module
-from vericache_compile.passes.split_modes import is_decode
 
 AT_TOKENS = 4096
 """Cached tokens for which bytes per step are given."""
@@ -96,15 +96,19 @@ class _Recorder:
         self.refusals: list[dict[str, Any]] = []
         self.decode: Program | None = None
         self.captured: Program | None = None
+        self.dumps_failed: set[str] = set()
 
     def __call__(self, module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         number = len(self.graphs)
         self._note_break(number, module)
         graph = {"graph": number, "nodes": len(module.graph.nodes), "runs_as": "not taken"}
         self.graphs.append(graph)
+        observers = make_observers(self.config, self.dumps_failed)
         try:
-            program = take(module, example_inputs, self.config)
+            program = take(module, example_inputs, self.config, observers)
         except UnsupportedGraph as reason:
+            for observer in observers:
+                observer.refused(module, reason)
             self.refusals.append(_row(number, reason))
         else:
             graph["runs_as"] = "decode" if program.variants else "captured"
@@ -140,15 +144,15 @@ class _Recorder:
         return made
 
 
-def take(module: GraphModule, example_inputs: Sequence[Any], config: Config) -> Program:
+def take(
+    module: GraphModule, example_inputs: Sequence[Any], config: Config, observers: Sequence[pipeline.Observer] = ()
+) -> Program:
     """A captured graph after all passes but `lower`, which compiles; raises UnsupportedGraph."""
     scalars = {i: float(example_inputs[i]) for i in scalar_inputs(module)}
     program = Program(copy_module(module), batch_of(example_inputs), config.window, scalars)
-    pipeline.run(program, pipeline.FIND)
-    if is_decode(program):
-        device = next((x.device for x in example_inputs if isinstance(x, torch.Tensor)), torch.device("cpu"))
-        passes = pipeline.decode_passes(config.inductor, config.draft_dtype_on(device))
-        pipeline.run(program, tuple(each for each in passes if getattr(each, "func", each) is not lower))
+    device = next((x.device for x in example_inputs if isinstance(x, torch.Tensor)), torch.device("cpu"))
+    passes = pipeline.decode_passes(config.inductor, config.draft_dtype_on(device))
+    pipeline.run_all(program, tuple(each for each in passes if getattr(each, "func", each) is not lower), observers)
     return program
 
 

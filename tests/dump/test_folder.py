@@ -7,8 +7,10 @@ import errno
 import itertools
 import json
 import logging
+import os
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ import torch
 from graphs import PASSES, Toy, tiny_decode, toy_decode
 from models import make_prompt, make_tiny
 
-from vericache_compile.dump.folder import Dump, unified_diff
+from vericache_compile.dump.folder import Dump, _make_folder, unified_diff
 from vericache_compile.errors import UnsupportedGraph
 from vericache_compile.passes.pipeline import plan_capture
 
@@ -109,6 +111,14 @@ def test_no_two_captures_share_a_folder(tmp_path: Path) -> None:
     first, second = dump_of(tmp_path, "gpt2", 3), dump_of(tmp_path, "gpt2", 3)
     assert first != second
     assert first.parent == second.parent == tmp_path
+
+
+def test_whoever_asks_first_gets_a_name(tmp_path: Path) -> None:
+    """Making the folder claims its name, so it does not matter who asks: a thread here, a process elsewhere."""
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda _: _make_folder(tmp_path / "root"), range(64)))
+    assert len(set(made)) == 64
+    assert all(f"pid{os.getpid()}" in folder.name for folder in made)
 
 
 def test_a_graph_that_is_not_taken_says_why(tmp_path: Path) -> None:
