@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from vericache_compile.errors import UnsupportedGraph
 from vericache_compile.passes.evaluate import concrete
 from vericache_compile.passes.program import (
     Program,
     SiteNodes,
+    ancestors,
     example,
     is_weight,
     output_node,
@@ -86,9 +88,23 @@ def attention_calls(program: Program) -> list[Node]:
     """The attention calls of a graph in order; raises UnsupportedGraph where there is none."""
     calls = [node for node in program.module.graph.nodes if node.target is ATTENTION]
     if not calls:
-        fix = 'load the model with attn_implementation="sdpa", and compile the whole model'
-        raise unsupported("no scaled_dot_product_attention call", None, fix)
+        raise _no_attention(program)
     return calls
+
+
+def _no_attention(program: Program) -> UnsupportedGraph:
+    """Why a graph without an attention call has none, as far as its softmax tells."""
+    found, fix = "no scaled_dot_product_attention call", "compile the whole model"
+    softmax = next(
+        (n for n in program.module.graph.nodes if target_name(n).strip("_") in ("softmax", "_softmax")), None
+    )
+    if softmax is None:
+        return unsupported(found, None, f'load the model with attn_implementation="sdpa", and {fix}')
+    if any(target_name(node) == "baddbmm" for node in ancestors([softmax])):
+        fix = "use a model with rotary or learned positions, or run this one without vericache"
+        return unsupported(f"a bias added to attention scores (ALiBi, say), and {found}", softmax, fix)
+    fix = f'load the model with attn_implementation="sdpa", and {fix}'
+    return unsupported(f"attention spelled out as a softmax, and {found}", softmax, fix)
 
 
 def mask_of(call: Node) -> Node | None:

@@ -9,6 +9,8 @@ segment that reads it. Inputs are numbered in the order of first use, so that eq
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -26,7 +28,7 @@ def partition(program: Program) -> int:
 
 def cut(variant: GraphModule) -> list[SegmentGraph]:
     """Segments of a variant in order; attention i runs between segments i and i + 1. A segment may be empty."""
-    level = _levels(variant)
+    level = levels(variant.graph)
     free = _weight_only(variant)
     sites = sum(node.target is ATTEND for node in variant.graph.nodes)
     members: list[list[Node]] = [[] for _ in range(sites + 1)]
@@ -36,13 +38,14 @@ def cut(variant: GraphModule) -> list[SegmentGraph]:
     return [_segment(variant, nodes, [n for n in nodes if _is_needed(n, level)], free) for nodes in members]
 
 
-def _levels(variant: GraphModule) -> dict[Node, int]:
-    """For each node the number of the segment in which all that it reads is there."""
+def levels(graph: Graph, sites: Collection[Any] = (ATTEND,)) -> dict[Node, int]:
+    """For each node the number of the segment in which all that it reads is there; `sites` are attention's targets."""
     level: dict[Node, int] = {}
-    sites = 0
-    for node in variant.graph.nodes:
-        sites += node.target is ATTEND
-        level[node] = sites if node.target is ATTEND else max((level[i] for i in node.all_input_nodes), default=0)
+    seen = 0
+    for node in graph.nodes:
+        is_site = node.target in sites
+        seen += is_site
+        level[node] = seen if is_site else max((level[i] for i in node.all_input_nodes), default=0)
     return level
 
 

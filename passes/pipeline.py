@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch.fx import GraphModule
 
+from vericache_compile.errors import UnsupportedGraph
 from vericache_compile.passes.bind_scalars import bind_scalars
 from vericache_compile.passes.check import check
 from vericache_compile.passes.expand_window import expand_window
@@ -26,6 +28,21 @@ from vericache_compile.plan import CapturedPlan, DecodePlan
 log = logging.getLogger(__name__)
 
 Pass = Callable[[Program], int]
+
+
+class Observer(Protocol):
+    """Who is shown the program on its way; passes know nothing of it, and it changes nothing."""
+
+    def after(self, name: str, count: int, program: Program) -> None:
+        """Called with the captured graph ("captured", its number of nodes), then after each pass with its count."""
+
+    def done(self, program: Program) -> None:
+        """Called once, after the last pass."""
+
+    def refused(self, module: GraphModule, reason: UnsupportedGraph) -> None:
+        """Called instead, with the graph as Dynamo gave it, where it is not taken."""
+
+
 FIND: tuple[Pass, ...] = (bind_scalars, find_roles, find_attention, split_captured)
 """What every captured graph goes through."""
 
@@ -43,13 +60,27 @@ def decode_passes(inductor: bool, draft_dtype: torch.dtype | None = None) -> tup
     )
 
 
-def run(program: Program, passes: tuple[Pass, ...]) -> None:
-    """Run passes in order; after each, lint and check the program."""
+def run(program: Program, passes: tuple[Pass, ...], observers: Sequence[Observer] = ()) -> None:
+    """Run passes in order; after each, lint and check the program, and show it to the observers."""
     for each in passes:
         name = each.func.__name__ if isinstance(each, partial) else getattr(each, "__name__", str(each))
         count = each(program)
         check(program, name)
         log.debug("%s: %d", name, count)
+        for observer in observers:
+            observer.after(name, count, program)
+
+
+def run_all(program: Program, decode: tuple[Pass, ...], observers: Sequence[Observer] = ()) -> bool:
+    """Run FIND and, on a decode step, the passes `decode`; returns whether it is one. Raises UnsupportedGraph."""
+    for observer in observers:
+        observer.after("captured", len(program.module.graph.nodes), program)
+    run(program, FIND, observers)
+    if taken := is_decode(program):
+        run(program, decode, observers)
+    for observer in observers:
+        observer.done(program)
+    return taken
 
 
 def plan_capture(
@@ -60,18 +91,19 @@ def plan_capture(
     compiled: dict[str, Compiled],
     scalars: dict[int, float] | None = None,
     draft_dtype: torch.dtype | None = None,
+    observers: Sequence[Observer] = (),
 ) -> CapturedPlan | DecodePlan:
     """Run the pipeline on a captured graph; raises UnsupportedGraph where a graph cannot be taken.
 
     `compiled` holds compiled segments by structure and is added to; `scalars` are the values of scalar
-    inputs; `draft_dtype` is the type that draft reads weights in (None: as they are).
+    inputs; `draft_dtype` is the type that draft reads weights in (None: as they are). Observers are told all but a
+    refusal, which may also have reasons that the caller alone knows.
     """
     program = Program(copy_module(module), batch, window, scalars or {}, compiled)
-    run(program, FIND)
+    decode = run_all(program, decode_passes(inductor, draft_dtype), observers)
     captured = _captured_plan(program)
-    if not is_decode(program):
+    if not decode:
         return captured
-    run(program, decode_passes(inductor, draft_dtype))
     return DecodePlan(
         captured=captured,
         draft=program.segmented["draft"],

@@ -118,6 +118,12 @@ def returned(module: GraphModule) -> list[Any]:
     return list(value) if isinstance(value, (tuple, list)) else [value]
 
 
+def batch_of(example_inputs: Sequence[Any]) -> int:
+    """Rows of the first two-dimensional integer input: the tokens' batch."""
+    shapes = (x.shape for x in example_inputs if isinstance(x, Tensor) and x.dim() == 2 and not x.is_floating_point())
+    return next((int(shape[0]) for shape in shapes), 1)
+
+
 def copy_graph(module: GraphModule) -> tuple[Graph, dict[Node, Node]]:
     """A copy of a module's graph, and which node of it stands for which of the original."""
     graph, node_of = Graph(), dict[Node, Node]()
@@ -169,14 +175,19 @@ def row_width(value: object) -> int:
 def source_line(node: Node) -> str:
     """The user's source line that a node came from (for an input: that first reads it), for messages."""
     kind = "input" if node.op == "placeholder" else "node"
-    where = next(iter(node.users), node) if node.op == "placeholder" else node
-    lines = [line.strip() for line in str(where.meta.get("stack_trace") or "").splitlines() if line.strip()]
+    frame = user_frame(next(iter(node.users), node) if node.op == "placeholder" else node)
+    return f"{kind} {node.name}, {frame}" if frame else f"{kind} {node.name}"
+
+
+def user_frame(node: Node) -> str:
+    """The innermost frame of the user's code that made a node: file, line and code; empty where none is known."""
+    lines = [line.strip() for line in str(node.meta.get("stack_trace") or "").splitlines() if line.strip()]
     files = [i for i, line in enumerate(lines) if line.startswith("File ")]
     if not files:
-        return f"{kind} {node.name}"
+        return ""
     last = files[-1]
     code = lines[last + 1] if last + 1 < len(lines) else ""
-    return f"{kind} {node.name}, {lines[last]}: {code}"
+    return f"{lines[last]}: {code}"
 
 
 def unsupported(found: str, node: Node | None, fix: str) -> UnsupportedGraph:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence as Rows
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,25 +17,9 @@ from vericache_compile.plan import DecodePlan, SegmentedProgram
 from vericache_compile.runtime.acceptance import accept, next_horizon
 from vericache_compile.runtime.attention import Visible, attend_compressed, attend_full
 from vericache_compile.runtime.caches import CHUNK, DraftKV, compress
+from vericache_compile.runtime.counts import Counts, Round
 from vericache_compile.runtime.executor import Attend, WeightCasts, bind_weights, execute
 from vericache_compile.runtime.sequences import Held, Queries, Sequence
-
-
-@dataclass
-class Counts:
-    """What rounds have done so far."""
-
-    rounds: int = 0
-    row_rounds: int = 0
-    """Rounds times rows of the batch."""
-    drafted: int = 0
-    accepted: int = 0
-    served: int = 0
-    draft_seconds: float = 0.0
-    verify_seconds: float = 0.0
-    compress_seconds: float = 0.0
-    positions: list[int] = field(default_factory=list)
-    """How often the drafted token at each place in the window was accepted."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +62,8 @@ def run_round(
 ) -> None:
     """Draft, verify, accept and commit for every row of a sequence; rows already far ahead stay where they are."""
     device = inputs[plan.captured.roles.tokens].device
+    before = (counts.compress_seconds, counts.drafted, counts.accepted)
+    called = time.perf_counter()
     start = make_start(sequence, device)
     sequence.full.reserve(max(start.columns) + plan.window, device)
     draft = prepare_draft(sequence, start, compressor, plan.window, counts)
@@ -89,9 +75,13 @@ def run_round(
     outputs, queries = verify_window(sequence, draft, plan, bind_weights(plan.verify, inputs, casts), start, drafted)
     predicted = outputs[plan.logits][:, :, -1].argmax(-1).t().tolist()  # the round's host wait
     window = drafted.tolist()
-    counts.verify_seconds += time.perf_counter() - drafted_at
-    counts.draft_seconds += drafted_at - began
+    took = (drafted_at - began, time.perf_counter() - drafted_at)
+    counts.draft_seconds += took[0]
+    counts.verify_seconds += took[1]
     _commit(sequence, plan, start, window, predicted, horizon, outputs, queries, counts)
+    now = (counts.compress_seconds, counts.drafted, counts.accepted)
+    compressing, more, stood = (after - then for after, then in zip(now, before, strict=True))
+    counts.latest.append(Round(called, compressing, began, *took, len(sequence.rows), int(more), int(stood)))
 
 
 def prepare_draft(sequence: Sequence, start: Start, compressor: Compressor, window: int, counts: Counts) -> DraftKV:
@@ -215,11 +205,7 @@ def _commit(
         row.held.extend(Held(row.length + i, window[b][i], own, i) for i in range(kept))
         row.length += kept
         row.token = window[b][0] if row.forced else predicted[b][kept - 1]
-        counts.drafted += horizon
-        counts.accepted += kept - 1
-        counts.positions += [0] * (plan.window - 1 - len(counts.positions))
-        for i in range(kept - 1):
-            counts.positions[i] += 1
+        counts.add_row(plan.window, horizon, kept - 1)
         for held in queries:
             if held is not None:
                 held.counts[b] = kept

@@ -16,8 +16,10 @@ from torch import Tensor
 from vericache_compile.compressors.base import Compressor
 from vericache_compile.plan import CapturedPlan, DecodePlan, Output, OutputRole, Roles
 from vericache_compile.runtime import rounds
+from vericache_compile.runtime.counts import Counts
 from vericache_compile.runtime.executor import WeightCasts, bind_weights
 from vericache_compile.runtime.sequences import Queries, Row, Sequence, SequenceTable
+from vericache_compile.runtime.timeline import Timeline
 
 log = logging.getLogger(__name__)
 FEW = 1
@@ -58,15 +60,28 @@ class Session:
     def __init__(self, table: SequenceTable, compressor: Compressor, casts: WeightCasts, lock: threading.RLock) -> None:
         self.table = table
         self.compressor = compressor
-        self.counts = rounds.Counts()
+        self.counts = Counts()
         self.casts = casts
         self.prefill_seconds = 0.0
         self.last: tuple[DecodePlan, list[Any]] | None = None
         """The last decode plan with its weights (other inputs are None), for `draft_alone`."""
         self.footprint = Footprint()
         self._newest: weakref.ref[Sequence] | None = None
+        self.timeline: Timeline | None = None
+        """Where calls and rounds are written down, if anywhere."""
         self._told = False
         self._lock = lock
+
+    def run(self, plan: CapturedPlan | DecodePlan, inputs: Rows[Any]) -> list[Tensor]:
+        """One call of a captured graph, by its plan."""
+        with self._lock:
+            began, rounds_before = time.perf_counter(), self.counts.rounds
+            made = self.run_decode(plan, inputs) if isinstance(plan, DecodePlan) else self.run_captured(plan, inputs)
+            if self.timeline is not None:
+                ran = [self.counts.latest[-1]] if self.counts.rounds > rounds_before else []
+                what = "decode" if isinstance(plan, DecodePlan) else "prefill, or as captured"
+                self.timeline.call(what, began, time.perf_counter() - began, ran)
+            return made
 
     def run_captured(self, plan: CapturedPlan, inputs: Rows[Any]) -> list[Tensor]:
         """Run a prefill, a second turn, or any call that no round can serve: as captured, on real KV."""
@@ -258,7 +273,7 @@ class Session:
                 row.token = token
                 row.offset = 0 if plan.position_rule == "column" else -row.pad
             start = rounds.make_start(copy, device)
-            draft = rounds.prepare_draft(copy, start, self.compressor, count, rounds.Counts())
+            draft = rounds.prepare_draft(copy, start, self.compressor, count, Counts())
             bound = bind_weights(plan.draft, inputs, self.casts)
             return rounds.draft_tokens(copy, draft, plan, bound, start, count)[:, 1:].tolist()
 

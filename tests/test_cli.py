@@ -91,7 +91,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     library = SimpleNamespace(check=check, stats=lambda model: STATS)
     monkeypatch.setitem(sys.modules, "vericache_compile.api", library)
-    monkeypatch.setattr(cli_commands, "_load", lambda args: (Model(), Tokenizer()))
+    monkeypatch.setattr(cli_commands, "load", lambda *args: (Model(), Tokenizer()))
     return asked
 
 
@@ -192,19 +192,19 @@ def test_wrong_input_says_three_things_and_exits_with_2(
 def test_our_error_is_found_inside_one_of_dynamos(
     prompt: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def load(_: object) -> None:
+    def load(*_: object) -> None:
         try:
             raise VericacheError("an unproven mask", "layer 3", "drop it")
         except VericacheError as error:
             raise RuntimeError("backend failed") from error
 
-    monkeypatch.setattr(cli_commands, "_load", load)
+    monkeypatch.setattr(cli_commands, "load", load)
     assert main(["check", "--prompt-file", prompt]) == 2
     assert "an unproven mask" in capsys.readouterr().err
 
 
 def test_an_error_that_is_not_ours_is_not_hidden(prompt: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli_commands, "_load", lambda args: 1 / 0)
+    monkeypatch.setattr(cli_commands, "load", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(["check", "--prompt-file", prompt])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import FrozenInstanceError, fields
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -41,6 +42,15 @@ def test_defaults() -> None:
 
 def test_every_option_is_documented() -> None:
     assert all(f.metadata["doc"] for f in fields(Config))
+
+
+def test_where_to_dump_makes_no_other_configuration(tmp_path: Path) -> None:
+    assert config({"dump": tmp_path}).dump == config(dump=str(tmp_path)).dump == str(tmp_path)
+    assert {config({"dump": "here"}): 1}[Config()] == 1
+    assert {config({"trace": "here.json"}): 1}[Config()] == 1
+    assert "name a folder" in refusal({"dump": " "}).fix
+    assert "name a file" in refusal({"trace": ""}).fix
+    assert "str or None" in refusal({"dump": 3}).fix
 
 
 def test_a_config_is_a_key() -> None:

@@ -12,11 +12,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vericache_compile.api import CheckReport, check, stats
     from vericache_compile.demo_model import demo_model_path
+    from vericache_compile.explanation import Explanation, explain
 
 __version__ = "0.1.0"
-__all__ = ["CheckReport", "__version__", "check", "demo_model_path", "stats"]
+__all__ = ["CheckReport", "Explanation", "__version__", "check", "demo_model_path", "explain", "stats"]
 
-_HOMES = {"CheckReport": "api", "check": "api", "stats": "api", "demo_model_path": "demo_model"}
+_HOMES = {
+    "CheckReport": "api",
+    "Explanation": "explanation",
+    "check": "api",
+    "demo_model_path": "demo_model",
+    "explain": "explanation",
+    "stats": "api",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -63,6 +63,11 @@ def stats(model: torch.nn.Module) -> dict[str, Any]:
         "served_rows": counts.served,
         "tokens_per_round": counts.served / counts.row_rounds if counts.row_rounds else 0.0,
         "accepted_by_position": list(counts.positions),
+        "acceptance_by_position": [
+            accepted / drafted if drafted else 0.0
+            for accepted, drafted in zip(counts.positions, counts.drafted_positions, strict=True)
+        ],
+        "latest_rounds": [asdict(each) for each in counts.latest],
         "seconds": {
             "draft": counts.draft_seconds,
             "verify": counts.verify_seconds,

@@ -18,14 +18,17 @@ from torch.fx import GraphModule
 from vericache_compile import optimized_module
 from vericache_compile.config import Config, make_config
 from vericache_compile.errors import UnsupportedGraph
+from vericache_compile.estimate import compressed_bytes
+from vericache_compile.observers import make_observers
 from vericache_compile.passes.bind_scalars import scalar_inputs
-from vericache_compile.passes.pipeline import plan_capture
-from vericache_compile.passes.program import Compiled
+from vericache_compile.passes.pipeline import Observer, plan_capture
+from vericache_compile.passes.program import Compiled, batch_of
 from vericache_compile.plan import CapturedPlan, DecodePlan, Site
 from vericache_compile.runtime.executor import WeightCasts
 from vericache_compile.runtime.ghosts import can_spell
 from vericache_compile.runtime.sequences import SequenceTable
 from vericache_compile.runtime.session import Session
+from vericache_compile.runtime.timeline import Timeline
 
 log = logging.getLogger("vericache_compile")
 ATTRIBUTE = "_vericache"
@@ -44,6 +47,8 @@ class Compilation:
     seconds: float = 0.0
     sites: tuple[Site, ...] = ()
     told: bool = False
+    dumps_failed: set[str] = field(default_factory=set)
+    """Dump folders that could not be written to, each said once."""
 
 
 class ModelState:
@@ -87,10 +92,15 @@ def vericache(
     config = make_config(options)
     parameters = [i for i, x in enumerate(example_inputs) if isinstance(x, torch.nn.Parameter)]
     made = compilation_of(example_inputs, parameters, config)
+    if config.trace is not None and made.session.timeline is None:
+        made.session.timeline = Timeline(config.trace)
+    observers = make_observers(config, made.dumps_failed)
     began = time.perf_counter()
     try:
-        return _take(gm, example_inputs, parameters, config)
+        return _take(gm, example_inputs, parameters, config, observers)
     except UnsupportedGraph as reason:
+        for observer in observers:
+            observer.refused(gm, reason)
         if config.strict:
             raise
         return _leave(gm, example_inputs, parameters, config, reason)
@@ -126,7 +136,11 @@ def _keep_compiling() -> None:
 
 
 def _take(
-    gm: GraphModule, example_inputs: Sequence[Any], parameters: Sequence[int], config: Config
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    parameters: Sequence[int],
+    config: Config,
+    observers: Sequence[Observer],
 ) -> Callable[..., Any]:
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in example_inputs):
         raise UnsupportedGraph(
@@ -138,28 +152,30 @@ def _take(
         )
     scalars = scalar_inputs(gm)
     plans: dict[tuple[float, ...], CapturedPlan | DecodePlan] = {}
+    first = list(observers)
 
     def plan_for(inputs: Sequence[Any], batch: int) -> CapturedPlan | DecodePlan:
         key = (batch, *(float(inputs[i]) for i in scalars))
         if key not in plans:
-            held = compilation_of(inputs, parameters, config).compiled
+            made = compilation_of(inputs, parameters, config)
             values = dict(zip(scalars, key[1:], strict=True))
             low = config.draft_dtype_on(inputs[parameters[0]].device)
-            plans[key] = plan_capture(gm, batch, config.window, config.inductor, held, values, low)
+            watching = first or make_observers(config, made.dumps_failed)
+            window, inductor = config.window, config.inductor
+            plans[key] = plan_capture(gm, batch, window, inductor, made.compiled, values, low, watching)
         return plans[key]
 
-    plan = plan_for(example_inputs, _batch(example_inputs))
+    plan = plan_for(example_inputs, batch_of(example_inputs))
     captured = plan.captured if isinstance(plan, DecodePlan) else plan
     _check_ghosts(captured.sites)
     _tell(compilation_of(example_inputs, parameters, config), plan)
     tokens = captured.roles.tokens
+    first.clear()
 
     def run(*inputs: Any) -> Any:
         chosen = plan_for(inputs, inputs[tokens].shape[0])
         session = compilation_of(inputs, parameters, config).session
-        if isinstance(chosen, DecodePlan):
-            return session.run_decode(chosen, inputs)
-        return session.run_captured(chosen, inputs)
+        return session.run(chosen, inputs)
 
     return run
 
@@ -172,12 +188,6 @@ def _check_ghosts(sites: Sequence[Site]) -> None:
                 f"layer {site.layer}",
                 "use float32, bfloat16 or float16, with heads of at least 16 elements",
             )
-
-
-def _batch(example_inputs: Sequence[Any]) -> int:
-    """Rows of the first two-dimensional integer input: the tokens' batch."""
-    shapes = (x.shape for x in example_inputs if isinstance(x, Tensor) and x.dim() == 2 and not x.is_floating_point())
-    return next((int(shape[0]) for shape in shapes), 1)
 
 
 def _leave(
@@ -226,7 +236,7 @@ def _tell(made: Compilation, plan: CapturedPlan | DecodePlan) -> None:
         return
     made.told = True
     full = sum(site.bytes_per_token for site in made.sites)
-    compressed = _compressed_bytes(made)
+    compressed = round(compressed_bytes(made.session.compressor, made.sites))
     left = f", not taken: {'; '.join(made.reasons)}" if made.reasons else ""
     log.info(
         "vericache: graphs seen %d, attention sites taken %d of %d%s, compressor %s, window %d, "
@@ -240,27 +250,6 @@ def _tell(made: Compilation, plan: CapturedPlan | DecodePlan) -> None:
         full,
         compressed,
     )
-
-
-PROBE = 1024
-"""Tokens compressed to measure a method's bytes per token."""
-
-
-def _compressed_bytes(made: Compilation) -> int:
-    """Bytes per token that the compressor takes at all sites together, measured on a region of PROBE zeros."""
-    measured: dict[tuple[object, ...], float] = {}
-    total = 0.0
-    for site in made.sites:
-        method = made.session.compressor.for_layer(site.layer, len(made.sites))
-        shape = (repr(method), site.heads, site.kv_heads, site.head_size, site.value_size)
-        if shape not in measured:
-            keys = torch.zeros(site.kv_heads, PROBE, site.head_size, dtype=site.dtype)
-            values = torch.zeros(site.kv_heads, PROBE, site.value_size, dtype=site.dtype)
-            queries = torch.zeros(site.heads, 32, site.head_size, dtype=site.dtype)
-            region = method.compress(keys, values, queries)
-            measured[shape] = region.nbytes / max(region.covered, 1)
-        total += measured[shape]
-    return round(total)
 
 
 def reset() -> None:

@@ -1,4 +1,4 @@
-"""The `vericache` command: run, check, bench, compressors, doctor.
+"""The `vericache` command: run, check, bench, explain, compressors, plot, doctor.
 
 With --json, stdout holds exactly one JSON document; everything else goes to stderr. Exit codes: 0 all well,
 1 tokens differ or something needed is missing, 2 wrong input (three parts on stderr: found, where, fix).
@@ -15,8 +15,10 @@ from typing import Any
 
 import vericache_compile
 from vericache_compile.cli_commands import bench, check, compressors, run
+from vericache_compile.cli_explain import explain
 from vericache_compile.doctor import doctor
 from vericache_compile.errors import VericacheError
+from vericache_compile.plot import plot
 
 Command = Callable[[argparse.Namespace], tuple[Any, int]]
 
@@ -73,6 +75,19 @@ def make_parser() -> argparse.ArgumentParser:
     made = commands.add_parser("compressors", help="the compression methods: parameters, what they need, the paper")
     _finish(made, compressors)
 
+    made = commands.add_parser(
+        "explain", help="how a model would run, and why not where it would not; compiles nothing"
+    )
+    made.add_argument("model", nargs="?", default="demo", metavar="demo|PATH|HUB_ID", help="default %(default)s")
+    _add_device(made)
+    _add_options(made)
+    _finish(made, explain)
+
+    made = commands.add_parser("plot", help="draw a run's statistics: acceptance, tokens per round, time")
+    made.add_argument("stats", metavar="STATS.json", help="what `vericache run --json` printed")
+    made.add_argument("--output", default="vericache.png", metavar="F", help=".png, .svg or .pdf (default %(default)s)")
+    _finish(made, plot)
+
     made = commands.add_parser("doctor", help="versions, devices, what is missing and how to get it")
     _finish(made, doctor)
     return parser
@@ -88,11 +103,18 @@ def _add_model(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
     model.add_argument("--model", default="demo", metavar="demo|PATH|HUB_ID", help="default %(default)s")
     model.add_argument("--prompt-file", required=True, metavar="F", help="the prompt; - reads stdin")
     model.add_argument("--max-new-tokens", type=_positive, default=max_new_tokens, metavar="N")
-    model.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
-    model.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    _add_device(model)
     chat = "put the prompt into the model's chat template (default: when it has one)"
     model.add_argument("--chat", action=argparse.BooleanOptionalAction, help=chat)
+    _add_options(parser)
 
+
+def _add_device(parser: Any) -> None:
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
     source = "Those not given come from VERICACHE_<OPTION>, else from the defaults."
     options = parser.add_argument_group("options of the backend", source)
     options.add_argument("--compressor", help="a method that `vericache compressors` lists (default: snapkv)")
@@ -101,6 +123,8 @@ def _add_model(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
     options.add_argument("--window", type=int, metavar="W", help="tokens per verify pass, a power of two")
     options.add_argument("--draft-dtype", help="type that draft reads weights in: auto, same, bfloat16, float16, int8")
     options.add_argument("--no-inductor", dest="inductor", action="store_const", const=False, help="run eagerly")
+    options.add_argument("--dump", metavar="DIR", help="write each graph after each pass to a folder of its own")
+    options.add_argument("--trace", metavar="FILE", help="write a Chrome trace of calls and rounds")
     options.add_argument("--strict", action="store_const", const=True, help="raise instead of falling back")
 
 

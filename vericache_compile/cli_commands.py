@@ -12,7 +12,7 @@ from typing import Any
 from vericache_compile.errors import VericacheError
 from vericache_compile.terminal import AnswerStream, format_bytes, format_rate, phase, print_columns, print_table
 
-OPTIONS = ("compressor", "keep", "bits", "window", "draft_dtype", "inductor", "strict")
+OPTIONS = ("compressor", "keep", "bits", "window", "draft_dtype", "inductor", "strict", "dump", "trace")
 WARM_UP_TOKENS = 32
 
 
@@ -107,14 +107,20 @@ def _method_row(method: Mapping[str, Any]) -> tuple[str, str, str, str]:
 
 def _prepare(args: argparse.Namespace) -> tuple[Any, Any, dict[str, Any], dict[str, Any]]:
     """Model, tokenizer, inputs and checked options; wrong input is found before anything slow starts."""
+    options = options_of(args)
+    prompt = _read_prompt(args.prompt_file)
+    model, tokenizer = load(args, "AutoTokenizer")
+    inputs = _encode(tokenizer, prompt, args.chat)
+    return model, tokenizer, {name: tensor.to(model.device) for name, tensor in inputs.items()}, options
+
+
+def options_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The backend's options that were given; raises OptionError for a wrong one."""
     from vericache_compile.config import make_config
 
     options = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
     make_config(options)
-    prompt = _read_prompt(args.prompt_file)
-    model, tokenizer = _load(args)
-    inputs = _encode(tokenizer, prompt, args.chat)
-    return model, tokenizer, {name: tensor.to(model.device) for name, tensor in inputs.items()}, options
+    return options
 
 
 def _read_prompt(file: str) -> str:
@@ -129,23 +135,24 @@ def _read_prompt(file: str) -> str:
     return prompt
 
 
-def _load(args: argparse.Namespace) -> tuple[Any, Any]:
+def load(args: argparse.Namespace, companion: str = "AutoConfig") -> tuple[Any, Any]:
+    """The model that the arguments name, and what a class of transformers reads beside it; raises VericacheError."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    import transformers
 
     from vericache_compile.demo_model import demo_model_path
 
     path = str(demo_model_path()) if args.model == "demo" else args.model
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=args.dtype).eval()
+        beside = getattr(transformers, companion).from_pretrained(path)
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=args.dtype).eval()
     except (OSError, ValueError) as error:
         found = f"the model cannot be loaded: {_first_line(error)}"
         fix = "name `demo`, a folder with config.json, weights and tokenizer, or a model of the hub"
         raise VericacheError(found, f"--model {args.model}", fix) from error
     try:
-        return model.to(device), tokenizer
+        return model.to(device), beside
     except (RuntimeError, AssertionError) as error:
         found = f"the model does not go to {device}: {_first_line(error)}"
         fix = "`vericache doctor` lists the devices; try --device cpu, or --dtype bfloat16"

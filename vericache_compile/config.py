@@ -47,6 +47,16 @@ class Config:
     strict: bool = field(
         default=False, metadata={"doc": "raise where a graph is not taken instead of running it unchanged"}
     )
+    dump: str | None = field(
+        default=None,
+        compare=False,  # what is written down makes no other configuration
+        metadata={"doc": "folder for one folder per captured graph: the graph after each pass, and what came of it"},
+    )
+    trace: str | None = field(
+        default=None,
+        compare=False,
+        metadata={"doc": "file for a Chrome trace of calls and rounds, which Perfetto opens"},
+    )
 
     def __post_init__(self) -> None:
         if self.window < 2 or self.window > MAX_WINDOW or self.window & (self.window - 1):
@@ -55,6 +65,9 @@ class Config:
             raise OptionError(
                 f"draft_dtype={self.draft_dtype!r}", WHERE, f"use one of {AUTO}, {', '.join(DRAFT_DTYPES)}"
             )
+        for name, kind in (("dump", "folder"), ("trace", "file")):
+            if (path := getattr(self, name)) is not None and not path.strip():
+                raise OptionError(f"{name}={path!r}", WHERE, f"name a {kind}, or leave it out")
         self.make_compressor()
 
     def draft_dtype_on(self, device: torch.device) -> torch.dtype | None:
@@ -124,6 +137,8 @@ def _parse(name: str, text: str, kind: type) -> Any:
 
 
 def _check_type(name: str, value: Any, kinds: tuple[type, ...]) -> Any:
+    if str in kinds and isinstance(value, os.PathLike):
+        value = os.fspath(value)
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         allowed = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
         raise OptionError(f"{name}={value!r}", WHERE, f"give {allowed}")

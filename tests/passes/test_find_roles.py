@@ -105,12 +105,13 @@ class Softmax(Toy):
         return (q @ k.mT).softmax(-1) @ v
 
 
+SPELLED_OUT = "attention spelled out as a softmax, and no scaled_dot_product_attention call"
 ONE, MASK = torch.tensor([[1]]), torch.ones(1, 7, dtype=torch.int64)
 REFUSED = [
     (Typed, (ONE,), "two inputs that may both be the tokens", "self.embed(more[-1])"),
     (TwoPositions, (ONE, ONE.clone()), "a second position input", "self.place(more[1])"),
     (TwoMasks, (MASK, MASK.clone()), "a second padding mask", "mask = ("),
-    (Softmax, (), "no scaled_dot_product_attention call", "the captured graph"),
+    (Softmax, (), SPELLED_OUT, "softmax(-1) @ v"),
 ]
 
 

@@ -1,0 +1,55 @@
+"""What rounds have done so far, as plain numbers: sums, per place in the window, and the latest rounds one by one."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+LATEST = 4096
+"""Rounds that are kept one by one."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """One draft-and-verify cycle over all rows of a batch."""
+
+    began: float
+    """Seconds on `time.perf_counter`'s clock."""
+    compress_seconds: float
+    draft_began: float
+    draft_seconds: float
+    verify_seconds: float
+    """Verify follows draft at once."""
+    rows: int
+    drafted: int
+    """Over all rows, as is `accepted`."""
+    accepted: int
+
+
+@dataclass
+class Counts:
+    """What rounds have done so far."""
+
+    rounds: int = 0
+    row_rounds: int = 0
+    """Rounds times rows of the batch."""
+    drafted: int = 0
+    accepted: int = 0
+    served: int = 0
+    draft_seconds: float = 0.0
+    verify_seconds: float = 0.0
+    compress_seconds: float = 0.0
+    positions: list[int] = field(default_factory=list)
+    """How often the drafted token at each place in the window was accepted."""
+    drafted_positions: list[int] = field(default_factory=list)
+    """How often a token was drafted at each place in the window."""
+    latest: deque[Round] = field(default_factory=lambda: deque(maxlen=LATEST))
+
+    def add_row(self, window: int, drafted: int, accepted: int) -> None:
+        """Count one row of a round, of whose drafted tokens the first `accepted` stand."""
+        self.drafted += drafted
+        self.accepted += accepted
+        for places, count in ((self.positions, accepted), (self.drafted_positions, drafted)):
+            places += [0] * (window - 1 - len(places))
+            for i in range(count):
+                places[i] += 1

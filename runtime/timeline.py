@@ -1,0 +1,95 @@
+"""A Chrome trace of real calls and rounds, for Perfetto or chrome://tracing: one track each for caller, draft, verify.
+
+The file is a whole JSON document after every call, so that a run that dies leaves one that loads. It holds times and
+counts, no tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vericache_compile.runtime.counts import Round
+
+log = logging.getLogger(__name__)
+TRACKS = ("caller", "compress", "draft", "verify")
+END = b"\n]\n"
+
+
+class Timeline:
+    """Events appended to one file; a file that cannot be written to is said once and stops nothing."""
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+        self._open = False
+        self._failed = False
+        self._lock = threading.Lock()
+
+    def call(self, what: str, began: float, seconds: float, rounds: Sequence[Round]) -> None:
+        """One call of the compiled model (seconds on `time.perf_counter`'s clock) and the rounds that it ran."""
+        events = [_span("caller", what, began, seconds, {"rounds": len(rounds)})]
+        for each in rounds:
+            counts = {"rows": each.rows, "drafted": each.drafted, "accepted": each.accepted}
+            label = f"{each.accepted} of {each.drafted} accepted"
+            if each.compress_seconds:
+                events.append(_span("compress", "compress", each.began, each.compress_seconds, {}))
+            events.append(_span("draft", f"draft: {label}", each.draft_began, each.draft_seconds, counts))
+            verify_began = each.draft_began + each.draft_seconds
+            events.append(_span("verify", f"verify: {label}", verify_began, each.verify_seconds, counts))
+        self._append(events)
+
+    def _append(self, events: list[dict[str, Any]]) -> None:
+        with self._lock:
+            if self._failed:
+                return
+            try:
+                self._write(events)
+            except OSError as error:
+                self._failed = True
+                log.warning(
+                    "vericache: no trace is written: %s\n  where: trace=%r\n  fix: %s",
+                    error.strerror,
+                    str(self.path),
+                    "name a file in a folder that can be written to, on a disk with room; the model runs all the same",
+                )
+
+    def _write(self, events: list[dict[str, Any]]) -> None:
+        text = ",\n".join(json.dumps(event) for event in events).encode()
+        if not self._open:
+            self._claim()
+            names = ",\n".join(json.dumps(_name(track)) for track in TRACKS).encode()
+            self.path.write_bytes(b"[\n" + names + END)
+            self._open = True
+        with self.path.open("r+b") as file:
+            file.seek(-len(END), os.SEEK_END)
+            file.write(b",\n" + text + END)
+
+    def _claim(self) -> None:
+        """Make the file; where there is one already, one beside it with this process in its name."""
+        wanted, number = self.path, 1
+        while True:
+            try:
+                self.path.open("xb").close()
+            except FileExistsError:
+                again = "" if number == 1 else f"_{number}"
+                self.path = wanted.with_name(f"{wanted.stem}.pid{os.getpid()}{again}{wanted.suffix}")
+                number += 1
+            else:
+                return
+
+
+def _span(track: str, name: str, began: float, seconds: float, args: dict[str, int]) -> dict[str, Any]:
+    """A complete event; times in microseconds."""
+    times = {"ts": round(1e6 * began, 3), "dur": round(1e6 * seconds, 3)}
+    return {"name": name, "ph": "X", **times, "pid": os.getpid(), "tid": TRACKS.index(track), "args": args}
+
+
+def _name(track: str) -> dict[str, Any]:
+    """The event that names a track."""
+    place = {"pid": os.getpid(), "tid": TRACKS.index(track)}
+    return {"name": "thread_name", "ph": "M", **place, "args": {"name": track}}

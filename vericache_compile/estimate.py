@@ -1,0 +1,51 @@
+"""Bytes that a decode step reads and writes, estimated from shapes; no step is run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.fx import GraphModule, Node
+
+from vericache_compile.compressors.base import Compressor
+from vericache_compile.passes.program import example, placeholders
+from vericache_compile.plan import Site
+
+PROBE = 1024
+"""Tokens compressed to measure a method's bytes per token."""
+
+
+def compressed_bytes(compressor: Compressor, sites: Sequence[Site]) -> float:
+    """Bytes per token that the compressor takes at all sites together, measured on a region of PROBE zeros."""
+    measured: dict[tuple[object, ...], float] = {}
+    total = 0.0
+    for site in sites:
+        method = compressor.for_layer(site.layer, len(sites))
+        shape = (repr(method), site.heads, site.kv_heads, site.head_size, site.value_size)
+        if shape not in measured:
+            keys = torch.zeros(site.kv_heads, PROBE, site.head_size, dtype=site.dtype)
+            values = torch.zeros(site.kv_heads, PROBE, site.value_size, dtype=site.dtype)
+            queries = torch.zeros(site.heads, 32, site.head_size, dtype=site.dtype)
+            region = method.compress(keys, values, queries)
+            measured[shape] = region.nbytes / max(region.covered, 1)
+        total += measured[shape]
+    return total
+
+
+GATHERS = (torch.ops.aten.embedding.default, torch.ops.aten.index.Tensor, torch.ops.aten.index_select.default)
+"""Calls that read a few rows of a weight, not all of it."""
+
+
+def weight_bytes(variant: GraphModule, weights: Sequence[int]) -> int:
+    """Bytes of weights that one run of a traced variant reads; `weights` are those inputs of the captured graph."""
+    known = set(weights)
+    inputs = [node for node in placeholders(variant) if node.meta.get("captured_input") in known]
+    return sum(_bytes_read(node) for node in inputs)
+
+
+def _bytes_read(weight: Node) -> int:
+    value = example(weight)
+    if all(user.target in GATHERS for user in weight.users):
+        rows = sum(example(user).numel() // value.shape[-1] for user in weight.users)
+        return int(rows * value.shape[-1] * value.element_size())
+    return int(value.numel() * value.element_size())
