@@ -19,6 +19,7 @@ from vericache_compile import optimized_module
 from vericache_compile.config import Config, make_config
 from vericache_compile.errors import UnsupportedGraph
 from vericache_compile.estimate import compressed_bytes
+from vericache_compile.kernels.block_attention import start_build
 from vericache_compile.observers import make_observers
 from vericache_compile.passes.bind_scalars import scalar_inputs
 from vericache_compile.passes.pipeline import Observer, plan_capture
@@ -168,6 +169,8 @@ def _take(
     plan = plan_for(example_inputs, batch_of(example_inputs))
     captured = plan.captured if isinstance(plan, DecodePlan) else plan
     _check_ghosts(captured.sites)
+    if example_inputs[parameters[0]].device.type == "cpu" and captured.sites[0].dtype is torch.float32:
+        start_build()
     _tell(compilation_of(example_inputs, parameters, config), plan)
     tokens = captured.roles.tokens
     first.clear()

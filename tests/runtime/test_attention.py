@@ -258,3 +258,16 @@ def test_the_kernel_reads_nothing_that_is_not_visible(path: str) -> None:
         for held in (cache.keys, cache.values):
             held[b, :, :pad] = held[b, :, start + window :] = float("nan")
     assert torch.equal(cache.attend(starts, pads, window, garbage=float("nan")), clean)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_key_that_is_no_number_is_seen_by_all_that_may_see_it(number: float, path: str) -> None:
+    """As in a plain softmax, and by no row before it."""
+    if path == "reference":
+        pytest.skip("torch's kernels add masks to scores, and a NaN stays one")
+    cache = make_cache(2 * BLOCK, 4, 2, 16, 16, torch.float32)
+    clean = cache.attend([100], [0], 8)
+    cache.keys[:, :, 104] = number
+    out = cache.attend([100], [0], 8)
+    assert torch.equal(out[:, :, :4], clean[:, :, :4])
+    assert bool(out[:, :, 4:].isnan().all()) == bool(plain_attention(cache, [104], [0], 4).isnan().all())

@@ -27,7 +27,7 @@ static inline Floats load(const float* p) { return *reinterpret_cast<const Float
 static inline void store(float* p, Floats x) { *reinterpret_cast<Floats*>(p) = x; }
 static inline Floats fill(float x) { return x - Floats{}; }
 
-// exp(x) for x <= 0, to about one unit in the last place; exactly 0 below -87.
+// exp(x) for x <= 0, to about one unit in the last place; exactly 0 below -87; NaN stays NaN.
 static inline Floats exponential(Floats x) {
   const Floats magic = fill(12582912.0f);
   const Floats low = fill(-87.0f);
@@ -44,7 +44,7 @@ static inline Floats exponential(Floats x) {
   p = p * r * r + r + 1.0f;
   const Ints bits = reinterpret_cast<Ints>(p) + (reinterpret_cast<Ints>(t) << 23);
   const Floats scaled = reinterpret_cast<Floats>(bits);
-  return x < low ? Floats{} : scaled;
+  return x < low ? Floats{} : x == x ? scaled : x;
 }
 
 // out[i] (+ lanes) = sum over s of a[i * a_row + s * a_step] * b[s * b_step + lanes], for `count` rows i.
@@ -106,7 +106,7 @@ static void attend_block(const float* query, const float* keys, const float* val
     for (int64_t c = 0; c < count; ++c) {
       float* at = scores + c * rows + n * LANES;
       const Floats score = load(at);
-      const Floats share = score > fill(HIDDEN) ? exponential(score - highest) : Floats{};
+      const Floats share = score == fill(HIDDEN) ? Floats{} : exponential(score - highest);
       store(at, share);
       total += share;
     }

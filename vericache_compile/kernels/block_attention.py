@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -65,9 +66,21 @@ def attend(
     return out
 
 
-@cache
 def load() -> ctypes.CDLL | None:
-    """The built library, kept on disk in Inductor's cache; None where it cannot be built (no C++ compiler)."""
+    """The library, kept on disk in Inductor's cache; None where it cannot be built (no C++ compiler)."""
+    return start_build().result()
+
+
+@cache
+def start_build() -> Future[ctypes.CDLL | None]:
+    """Build the library beside whatever else is being compiled; `load` waits for it."""
+    pool = ThreadPoolExecutor(1, thread_name_prefix="vericache-build")
+    building = pool.submit(_build)
+    pool.shutdown(wait=False)  # its thread ends with this task
+    return building
+
+
+def _build() -> ctypes.CDLL | None:
     from torch._inductor.codecache import CppCodeCache
     from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
