@@ -45,6 +45,8 @@ def weight_bytes(variant: GraphModule, weights: Sequence[int]) -> int:
 
 def _bytes_read(weight: Node) -> int:
     value = example(weight)
+    if not weight.users:
+        return 0
     if all(user.target in GATHERS for user in weight.users):
         rows = sum(example(user).numel() // value.shape[-1] for user in weight.users)
         return int(rows * value.shape[-1] * value.element_size())

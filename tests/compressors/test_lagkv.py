@@ -69,3 +69,10 @@ def test_chunks_without_a_next_one_stay_exact(random_row: Row, tokens: int, cove
 def test_values_out_of_range_are_option_errors(wrong: dict[str, float]) -> None:
     with pytest.raises(OptionError, match=next(iter(wrong))):
         LagKV(**wrong)  # type: ignore[arg-type]
+
+
+def test_a_channel_that_is_constant_over_a_chunk_says_nothing() -> None:
+    keys = torch.randn(1, 30, 8, generator=torch.Generator().manual_seed(0))
+    keys[:, :, 3] = 1.0
+    scores = LagKV(keep=0.5, lag=10, sinks=0)._stand_out(keys)
+    assert scores.isfinite().all()

@@ -66,6 +66,7 @@ def test_options_are_those_of_all_parts() -> None:
         ("kivi | snapkv", {}, "'kivi' is not a method that drops", "as in snapkv"),
         ("snapkv | kivi | int8", {}, "'snapkv | kivi | int8'", "join two"),
         ("0-1: none", {}, "sites without a method", "rest: method"),
+        ("5-3: none, rest: snapkv", {}, "sites 5-3", "write 3-5"),
         ("0: none, snapkv", {}, "'snapkv'", "rest: another"),
         ("snapkv | int8", {"bits": 4}, "bits=4", "keep"),
         ("none", {"keep": 0.5}, "keep=0.5", "takes no parameters"),

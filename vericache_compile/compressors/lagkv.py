@@ -70,5 +70,6 @@ class LagKV(Scorer):
         chunks = x.float().reshape(x.shape[0], -1, self.lag, x.shape[2])
         low, high = chunks[:, 1:].aminmax(dim=2, keepdim=True)
         scaled = (chunks[:, :-1] - low) / (high - low)
+        scaled.nan_to_num_(0, 0, 0)  # a channel that is constant over the next chunk says nothing
         spread = scaled.std(dim=3) if x.shape[2] > 1 else scaled.new_zeros(scaled.shape[:3])
         return spread.softmax(dim=2).flatten(1)

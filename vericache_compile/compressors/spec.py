@@ -57,8 +57,10 @@ def _parse_sites(text: str, options: Mapping[str, object]) -> tuple[range | None
     method = _parse_chain(found["text"], options)
     if found["rest"]:
         return None, method
-    first = int(found["first"])
-    return range(first, int(found["last"] or first) + 1), method
+    first, last = int(found["first"]), int(found["last"] or found["first"])
+    if last < first:
+        raise OptionError(f"sites {first}-{last}", "a compressor per layer", f"write {last}-{first}")
+    return range(first, last + 1), method
 
 
 def _parse_chain(text: str, options: Mapping[str, object]) -> Compressor:

@@ -2,7 +2,8 @@
 //
 // Rows are lanes: a vector holds one number of LANES query rows, so all rows of a window go through the same
 // instructions in the same order, whatever they hold and wherever they stand. A block is attended on its own; blocks
-// are merged in order. Columns that a row may not see add exactly zero; columns that no row sees are not read.
+// are merged in order. Columns that a row may not see add exactly zero, values being finite; columns that no row sees
+// are not read.
 //
 // B batch, H query heads, K KV heads, G = H / K, W window, R = G * W rows of a KV head, D head size, E value head size.
 

@@ -1,13 +1,14 @@
 """Attention over blocks of 256 columns on the CPU, in float32: our own C++, built at first use by Inductor's builder.
 
-`vericache_compile.runtime.attention` is its reference, and runs wherever this kernel does not. On 2 cores with AVX-512,
-SmolLM2's heads: a window of 16 over 7,520 columns takes 1.0 ms (torch's flash kernel 2.5), one token over 1,980 columns
-0.1 ms (0.2; reading the keys and values takes 0.07).
+`vericache_compile.runtime.attention` is its reference, and runs wherever this kernel does not; VERICACHE_KERNELS=0
+leaves it all to the reference.
 """
 
 from __future__ import annotations
 
 import ctypes
+import logging
+import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
@@ -16,7 +17,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+log = logging.getLogger(__name__)
+
 BLOCK = 256
+FLAGS = ("-fno-unsafe-math-optimizations", "-fno-finite-math-only", "-ffp-contract=fast")
+"""Sums keep their order and NaN its meaning, whatever Inductor is set to; products and sums fuse, everywhere alike."""
 SIZES = ("batch", "heads", "kv_heads", "window", "size", "value_size")
 STRIDES = tuple(f"{tensor}_{axis}" for tensor in "qkv" for axis in ("batch", "head", "row"))
 
@@ -81,13 +86,20 @@ def start_build() -> Future[ctypes.CDLL | None]:
 
 
 def _build() -> ctypes.CDLL | None:
-    from torch._inductor.codecache import CppCodeCache
-    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
-
+    if os.environ.get("VERICACHE_KERNELS") == "0":
+        return None
     source = Path(__file__).with_suffix(".cpp").read_text()
     try:
-        library: ctypes.CDLL = CppCodeCache.load(source, extra_flags=("-ffp-contract=fast",))
-    except (CppCompileError, InvalidCxxCompiler, OSError):
+        from torch._inductor.codecache import CppCodeCache
+
+        library: ctypes.CDLL = CppCodeCache.load(source, extra_flags=FLAGS)
+    except Exception as error:  # noqa: BLE001 - whatever a compiler does, the reference serves
+        log.warning(
+            "vericache: its attention kernel could not be built: %s\n  where: %s\n  fix: %s",
+            f"{type(error).__name__}: {error}",
+            Path(__file__).with_suffix(".cpp"),
+            "see `vericache doctor`; until then torch's kernels run, with the same tokens, slower",
+        )
         return None
     library.workspace.restype = ctypes.c_int64
     return library
