@@ -46,6 +46,7 @@ test-all: compiler lint
 
 bench: compiler $(STAMP)
 	@$(BIN)/python benchmarks/decode.py
+	@$(BIN)/python benchmarks/first_call.py
 
 clean:
 	@rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage htmlcov

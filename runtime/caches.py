@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -129,10 +130,14 @@ class DraftLayer:
         """Keys and values [B, K, S, *], and which slots rows `columns` long read of them."""
         tails = [column - start for column, start in zip(columns, self.starts, strict=True)]
         keys, values = self._materialize(max(tails)) if self.packed else (self.keys, self.values)
-        heads = keys.shape[1]
+        return keys, values, Visible(self.lefts, tuple(self.slots + tail for tail in tails))
+
+    @cached_property
+    def lefts(self) -> tuple[tuple[int, ...], ...]:
+        """The first slot that each KV head of each row reads."""
+        heads = self.keys.shape[1]
         kept = [region.head_slots or (region.slots,) * heads for region in self.regions]
-        lefts = tuple(tuple(self.slots - count for count in row) for row in kept)
-        return keys, values, Visible(lefts, tuple(self.slots + tail for tail in tails))
+        return tuple(tuple(self.slots - count for count in row) for row in kept)
 
     def _materialize(self, longest: int) -> tuple[Tensor, Tensor]:
         parts = [region.materialize() for region in self.regions]

@@ -67,20 +67,26 @@ class Session:
         """The last decode plan with its weights (other inputs are None), for `draft_alone`."""
         self.footprint = Footprint()
         self._newest: weakref.ref[Sequence] | None = None
-        self.timeline: Timeline | None = None
-        """Where calls and rounds are written down, if anywhere."""
+        self._timelines: dict[str, Timeline] = {}
+        self._timeline: Timeline | None = None
         self._told = False
         self._lock = lock
+
+    def trace_to(self, path: str | None) -> None:
+        """Write calls and rounds down in this file from now on, or nowhere."""
+        if path is not None and path not in self._timelines:
+            self._timelines[path] = Timeline(path)
+        self._timeline = None if path is None else self._timelines[path]
 
     def run(self, plan: CapturedPlan | DecodePlan, inputs: Rows[Any]) -> list[Tensor]:
         """One call of a captured graph, by its plan."""
         with self._lock:
             began, rounds_before = time.perf_counter(), self.counts.rounds
             made = self.run_decode(plan, inputs) if isinstance(plan, DecodePlan) else self.run_captured(plan, inputs)
-            if self.timeline is not None:
+            if self._timeline is not None:
                 ran = [self.counts.latest[-1]] if self.counts.rounds > rounds_before else []
                 what = "decode" if isinstance(plan, DecodePlan) else "prefill, or as captured"
-                self.timeline.call(what, began, time.perf_counter() - began, ran)
+                self._timeline.call(what, began, time.perf_counter() - began, ran)
             return made
 
     def run_captured(self, plan: CapturedPlan, inputs: Rows[Any]) -> list[Tensor]:

@@ -21,7 +21,7 @@ OPTIONS = {"window": 4, "compressor": "snapkv", "keep": 0.25, "draft_dtype": "sa
 
 def explain_toy(model: Toy, *more: Any) -> Explanation:
     """A toy's decode step over a cache of six columns that may grow."""
-    cache = [torch.randn(1, model.kv_heads, 6, model.size) for _ in range(2)]
+    cache = [torch.randn(1, model.kv_heads, 6, model.size, dtype=model.to_q.weight.dtype) for _ in range(2)]
     for held in cache:
         torch._dynamo.maybe_mark_dynamic(held, 2)
     return explain(model, torch.ones(1, 1, dtype=torch.int64), *cache, *more, options=OPTIONS)
@@ -130,3 +130,13 @@ def test_one_call_over_a_cache_of_one_length_says_what_is_missing() -> None:
     made = explain(model, torch.ones(1, 1, dtype=torch.int64), *(torch.randn(1, 2, 6, 8) for _ in range(2)))
     assert [graph["runs_as"] for graph in made.graphs] == ["captured"]
     assert "no decode step" in made.not_taken[0]["found"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_cache_that_cannot_carry_a_name_is_not_called_taken(dtype: torch.dtype) -> None:
+    """A type that the backend refuses, and one in which 8 elements per head are too few."""
+    made = explain_toy(Toy().to(dtype))
+    assert {graph["runs_as"] for graph in made.graphs} == {"not taken"}
+    [reason] = made.not_taken
+    assert str(dtype) in reason["found"]
+    assert "at least 16 elements" in reason["fix"]

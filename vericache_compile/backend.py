@@ -19,7 +19,7 @@ from vericache_compile import optimized_module
 from vericache_compile.config import Config, make_config
 from vericache_compile.errors import UnsupportedGraph
 from vericache_compile.estimate import compressed_bytes
-from vericache_compile.kernels.block_attention import start_build
+from vericache_compile.kernels.block_attention import start_build, takes
 from vericache_compile.observers import make_observers
 from vericache_compile.passes.bind_scalars import scalar_inputs
 from vericache_compile.passes.pipeline import Observer, plan_capture
@@ -29,7 +29,6 @@ from vericache_compile.runtime.executor import WeightCasts
 from vericache_compile.runtime.ghosts import can_spell
 from vericache_compile.runtime.sequences import SequenceTable
 from vericache_compile.runtime.session import Session
-from vericache_compile.runtime.timeline import Timeline
 
 log = logging.getLogger("vericache_compile")
 ATTRIBUTE = "_vericache"
@@ -70,6 +69,7 @@ class ModelState:
             session = Session(self.table, config.make_compressor(), self.casts, self.lock)
             self.compilations[config] = Compilation(config, session, self.compiled)
         self.latest = self.compilations[config]
+        self.latest.session.trace_to(config.trace)  # no part of what makes configurations equal
         return self.latest
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
@@ -91,10 +91,8 @@ def vericache(
     """
     _keep_compiling()
     config = make_config(options)
-    parameters = [i for i, x in enumerate(example_inputs) if isinstance(x, torch.nn.Parameter)]
+    parameters = parameters_of(example_inputs)
     made = compilation_of(example_inputs, parameters, config)
-    if config.trace is not None and made.session.timeline is None:
-        made.session.timeline = Timeline(config.trace)
     observers = make_observers(config, made.dumps_failed)
     began = time.perf_counter()
     try:
@@ -107,6 +105,11 @@ def vericache(
         return _leave(gm, example_inputs, parameters, config, reason)
     finally:
         made.seconds += time.perf_counter() - began
+
+
+def parameters_of(example_inputs: Sequence[Any]) -> list[int]:
+    """Which inputs of a captured graph are parameters."""
+    return [i for i, x in enumerate(example_inputs) if isinstance(x, torch.nn.Parameter)]
 
 
 def compilation_of(inputs: Sequence[Any], parameters: Sequence[int], config: Config) -> Compilation:
@@ -147,10 +150,7 @@ def _take(
         raise UnsupportedGraph(
             "gradients are wanted", "the captured graph", "call under torch.no_grad() or torch.inference_mode()"
         )
-    if not parameters:
-        raise UnsupportedGraph(
-            "no parameters among the inputs", "the captured graph", "compile the model, not a function of its outputs"
-        )
+    check_parameters(parameters)
     scalars = scalar_inputs(gm)
     plans: dict[tuple[float, ...], CapturedPlan | DecodePlan] = {}
     first = list(observers)
@@ -168,8 +168,8 @@ def _take(
 
     plan = plan_for(example_inputs, batch_of(example_inputs))
     captured = plan.captured if isinstance(plan, DecodePlan) else plan
-    _check_ghosts(captured.sites)
-    if example_inputs[parameters[0]].device.type == "cpu" and captured.sites[0].dtype is torch.float32:
+    check_sites(captured.sites)
+    if takes(example_inputs[parameters[0]].device, captured.sites[0].dtype):
         start_build()
     _tell(compilation_of(example_inputs, parameters, config), plan)
     tokens = captured.roles.tokens
@@ -183,7 +183,16 @@ def _take(
     return run
 
 
-def _check_ghosts(sites: Sequence[Site]) -> None:
+def check_parameters(parameters: Sequence[int]) -> None:
+    """Raise UnsupportedGraph where a graph has no parameter among its inputs."""
+    if not parameters:
+        raise UnsupportedGraph(
+            "no parameters among the inputs", "the captured graph", "compile the model, not a function of its outputs"
+        )
+
+
+def check_sites(sites: Sequence[Site]) -> None:
+    """Raise UnsupportedGraph where the caller's cache tensors cannot carry a name in place of data."""
     for site in sites:
         if not can_spell(site):
             raise UnsupportedGraph(

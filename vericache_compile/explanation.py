@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
+from vericache_compile.backend import check_parameters, check_sites, parameters_of
 from vericache_compile.config import Config, make_config
 from vericache_compile.dump.describe import describe_segments, describe_sites
 from vericache_compile.errors import UnsupportedGraph
@@ -105,7 +106,9 @@ class _Recorder:
         self.graphs.append(graph)
         observers = make_observers(self.config, self.dumps_failed)
         try:
+            check_parameters(parameters_of(example_inputs))
             program = take(module, example_inputs, self.config, observers)
+            check_sites([nodes.site for nodes in program.sites])
         except UnsupportedGraph as reason:
             for observer in observers:
                 observer.refused(module, reason)
@@ -150,8 +153,8 @@ def take(
     """A captured graph after all passes but `lower`, which compiles; raises UnsupportedGraph."""
     scalars = {i: float(example_inputs[i]) for i in scalar_inputs(module)}
     program = Program(copy_module(module), batch_of(example_inputs), config.window, scalars)
-    device = next((x.device for x in example_inputs if isinstance(x, torch.Tensor)), torch.device("cpu"))
-    passes = pipeline.decode_passes(config.inductor, config.draft_dtype_on(device))
+    low = config.draft_dtype_on(example_inputs[parameters_of(example_inputs)[0]].device)
+    passes = pipeline.decode_passes(config.inductor, low)
     pipeline.run_all(program, tuple(each for each in passes if getattr(each, "func", each) is not lower), observers)
     return program
 

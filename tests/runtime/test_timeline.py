@@ -75,6 +75,25 @@ def test_a_trace_changes_no_token(tmp_path: Path) -> None:
     assert torch.equal(run(tmp_path / "trace.json", 3)[1], plain)
 
 
+def test_a_trace_ends_where_the_option_is_gone_and_begins_anew_with_it(tmp_path: Path) -> None:
+    first, second, model = tmp_path / "first.json", tmp_path / "second.json", make_tiny("llama")
+    sizes = []
+    for path in (first, None, second):
+        more = {} if path is None else {"trace": str(path)}
+        model.compile(backend="vericache", options={"inductor": False, "window": 4, "compressor": "none", **more})
+        stats_of(model, 1)
+        sizes.append(first.stat().st_size)
+    assert sizes == sizes[:1] * 3
+    assert json.loads(second.read_text())
+
+
+def test_a_model_that_runs_anothers_graphs_is_traced_too(tmp_path: Path) -> None:
+    """Dynamo compiles one graph for models of one make."""
+    run(tmp_path / "trace.json")
+    run(tmp_path / "trace.json")
+    assert [bool(json.loads(path.read_text())) for path in tmp_path.iterdir()] == [True, True]
+
+
 def test_a_file_that_is_there_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "trace.json"
     path.write_text("mine")

@@ -32,9 +32,14 @@ class Shape(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int64) for name in SIZES + STRIDES]
 
 
+def takes(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernel is for such tensors."""
+    return device.type == "cpu" and dtype is torch.float32
+
+
 def serves(q: Tensor) -> bool:
-    """Whether the kernel takes queries like these."""
-    return q.device.type == "cpu" and q.dtype is torch.float32 and load() is not None
+    """Whether the kernel is for queries like these, and there."""
+    return takes(q.device, q.dtype) and load() is not None
 
 
 def attend(
