@@ -24,11 +24,14 @@ from vericache_compile.observers import make_observers
 from vericache_compile.passes.bind_scalars import scalar_inputs
 from vericache_compile.passes.pipeline import Observer, plan_capture
 from vericache_compile.passes.program import Compiled, batch_of
-from vericache_compile.plan import CapturedPlan, DecodePlan, Site
+from vericache_compile.plan import CapturedPlan, DecodePlan, Site, Staging, Tier
 from vericache_compile.runtime.executor import WeightCasts
 from vericache_compile.runtime.ghosts import can_spell
 from vericache_compile.runtime.sequences import SequenceTable
 from vericache_compile.runtime.session import Session
+from vericache_compile.runtime.slots import Ring
+from vericache_compile.runtime.tiers import Home
+from vericache_compile.runtime.transfers import Link
 
 log = logging.getLogger("vericache_compile")
 ATTRIBUTE = "_vericache"
@@ -66,11 +69,14 @@ class ModelState:
     def compilation(self, config: Config) -> Compilation:
         """The compilation for a configuration, made on first use."""
         if config not in self.compilations:
-            session = Session(self.table, config.make_compressor(), self.casts, self.lock)
-            self.compilations[config] = Compilation(config, session, self.compiled)
+            self.compilations[config] = Compilation(config, self._session(config), self.compiled)
         self.latest = self.compilations[config]
         self.latest.session.trace_to(config.trace)  # no part of what makes configurations equal
         return self.latest
+
+    def _session(self, config: Config) -> Session:
+        home = Home(config.tier, config.kv_folder, Link(config.link_gbps))
+        return Session(self.table, config.make_compressor(), self.casts, self.lock, home, Ring(config.staging_bytes))
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         """Saved with a parameter it becomes an empty dictionary, which `torch.load(weights_only=True)` reads."""
@@ -163,7 +169,8 @@ def _take(
             low = config.draft_dtype_on(inputs[parameters[0]].device)
             watching = first or make_observers(config, made.dumps_failed)
             window, inductor = config.window, config.inductor
-            plans[key] = plan_capture(gm, batch, window, inductor, made.compiled, values, low, watching)
+            staging = _staging(config, inputs)
+            plans[key] = plan_capture(gm, batch, window, inductor, made.compiled, values, low, staging, watching)
         return plans[key]
 
     plan = plan_for(example_inputs, batch_of(example_inputs))
@@ -181,6 +188,14 @@ def _take(
         return session.run(chosen, inputs)
 
     return run
+
+
+def _staging(config: Config, inputs: Sequence[Any]) -> Staging | None:
+    """The ring for full KV as long as these inputs'; None where full KV is on the device for good."""
+    if config.tier is Tier.DEVICE:
+        return None
+    cached = (x.shape[2] for x in inputs if isinstance(x, Tensor) and x.dim() == 4)
+    return Staging(config.staging_bytes, max(cached, default=0) + config.window)
 
 
 def check_parameters(parameters: Sequence[int]) -> None:
