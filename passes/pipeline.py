@@ -125,6 +125,7 @@ def plan_capture(
         logits=program.logits,
         position_rule=program.position_rule,
         position_limit=program.position_limit,
+        staging_bytes=0 if staging is None else staging.nbytes,
     )
 
 

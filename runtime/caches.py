@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from torch import Tensor
 from vericache_compile.compressors.base import CompressedKV, Compressor
 from vericache_compile.compressors.dense import DenseKV
 from vericache_compile.kernels.block_attention import BLOCK
-from vericache_compile.plan import Site
+from vericache_compile.plan import Site, Tier
 from vericache_compile.runtime.attention import Visible
 
 GROWTH = 1024
@@ -45,8 +44,13 @@ def write_columns(target: Tensor, source: Tensor, columns: Sequence[int]) -> Non
 class FullKV:
     """Every key and value of a sequence, written by prefill and verify only. This one lies on the device for good."""
 
-    resident: ClassVar[bool] = True
-    """Whether it lies in device memory."""
+    tier: Tier = Tier.DEVICE
+    """Where it lives."""
+
+    @property
+    def resident(self) -> bool:
+        """Whether it lies in device memory."""
+        return self.tier is Tier.DEVICE
 
     def __init__(self, sites: Sequence[Site], batch: int) -> None:
         self.sites = tuple(sites)

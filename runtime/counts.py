@@ -59,6 +59,8 @@ class Counts:
     drafted: int = 0
     accepted: int = 0
     served: int = 0
+    rested: int = 0
+    """Rounds without drafts, because drafting did not pay for their sequence."""
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
     compress_seconds: float = 0.0

@@ -19,6 +19,7 @@ from vericache_compile.runtime.attention import Visible, attend_compressed, atte
 from vericache_compile.runtime.caches import CHUNK, DraftKV, compress, extend
 from vericache_compile.runtime.counts import Counts, Round
 from vericache_compile.runtime.executor import Attend, WeightCasts, bind_weights, execute
+from vericache_compile.runtime.pace import Seen
 from vericache_compile.runtime.sequences import Held, Queries, Sequence
 from vericache_compile.runtime.slots import Incoming, Ring, incoming
 
@@ -75,7 +76,7 @@ def run_round(
     horizon = _horizon(sequence, plan.window)
     low = bind_weights(plan.draft, inputs, casts)
     high = bind_weights(plan.verify, inputs, casts)
-    coming = incoming(sequence.full, draft, ring, start.columns, start.pads)
+    coming = incoming(sequence.full, draft, ring, plan.staging_bytes, start.columns, start.pads)
     began = time.perf_counter()
     try:
         drafted = draft_tokens(sequence, draft, plan, low, start, horizon, coming)
@@ -94,6 +95,8 @@ def run_round(
     now = (counts.compress_seconds, counts.drafted, counts.accepted)
     compressing, more, stood = (after - then for after, then in zip(now, before, strict=True))
     counts.add_transfers(coming.traffic, coming.spans)
+    sequence.pace.note(Seen(horizon, 1 + stood / len(sequence.rows), *took))
+    counts.rested += not horizon
     made = Round(called, compressing, began, *took, len(sequence.rows), int(more), int(stood), coming.traffic)
     counts.latest.append(made)
 
@@ -124,7 +127,7 @@ def prepare_draft(sequence: Sequence, start: Start, compressor: Compressor, wind
 def _horizon(sequence: Sequence, window: int) -> int:
     """How many tokens to draft: as many as the caller has been taking."""
     served = max(row.served for row in sequence.rows)
-    longest = window - 1
+    longest = 0 if sequence.pace.resting else window - 1
     sequence.horizon = next_horizon(served, sequence.horizon, longest) if sequence.horizon else longest
     for row in sequence.rows:
         row.served = 0

@@ -17,8 +17,10 @@ from vericache_compile.errors import GhostError
 from vericache_compile.plan import Site
 from vericache_compile.runtime import ghosts
 from vericache_compile.runtime.caches import CHUNK, DraftKV, FullKV, Regions
+from vericache_compile.runtime.pace import Pace
 from vericache_compile.runtime.tiers import Home
 
+CPU = torch.device("cpu")
 REBUILD = "run the prompt again, or keep the cache that it was copied from alive and uncropped while copies are in use"
 CROPPED = "an older state of a cache that was cropped below it since then"
 HERE = "the cache of this call"
@@ -118,6 +120,7 @@ class Sequence:
         self.rows = [Row() for _ in range(batch)]
         self.draft: DraftKV | None = None
         self.queries: list[Queries | None] = [None] * len(full.sites)
+        self.pace = Pace()
         self.horizon = 0
         """Tokens drafted in the last round (0 before the first)."""
         self.epoch = 0
@@ -217,10 +220,16 @@ class SequenceTable:
         """By data pointer."""
         self._by_number: dict[int, Sequence] = {}
 
-    def create(self, sites: Rows[Site], batch: int, home: Home | None = None) -> Sequence:
-        """A new, empty sequence whose full KV lives at `home`. Sequences without live ghosts are released first."""
+    def create(
+        self, sites: Rows[Site], batch: int, columns: int = 0, device: torch.device = CPU, home: Home | None = None
+    ) -> Sequence:
+        """A new, empty sequence for `columns` columns, whose full KV lives at `home` (on the device where not given).
+
+        Sequences without live ghosts are released first.
+        """
         self.release_orphans()
-        made = Sequence(next(self._numbers), (home or Home()).make(sites, batch))
+        taken = sum(held.full.nbytes for held in self._by_number.values() if held.full.resident)
+        made = Sequence(next(self._numbers), (home or Home()).make(sites, batch, columns, device, taken))
         self._by_number[made.number] = made
         return made
 

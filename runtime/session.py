@@ -97,13 +97,15 @@ class Session:
         self.table = table
         self.compressor = compressor
         self.home = home or Home()
-        self.ring = ring or Ring(0)
+        self.ring = ring or Ring()
         self.counts = Counts()
         self.casts = casts
         self.prefill_seconds = 0.0
         self.last: tuple[DecodePlan, list[Any]] | None = None
         """The last decode plan with its weights (other inputs are None), for `draft_alone`."""
         self.footprint = Footprint()
+        self.placement = ""
+        """Where the full KV of the sequence that ran last lives."""
         self._newest: weakref.ref[Sequence] | None = None
         self._timelines: dict[str, Timeline] = {}
         self._timeline: Timeline | None = None
@@ -142,7 +144,7 @@ class Session:
         device = inputs[roles.tokens].device
         columns = 0
         if sequence is None:
-            sequence = self.table.create(plan.sites, batch, self.home)
+            sequence = self.table.create(plan.sites, batch, count, device, self.home)
         else:
             columns = _columns(plan, inputs)
             for row in sequence.rows:
@@ -214,6 +216,7 @@ class Session:
         tokens = sum(row.length - row.pad for row in sequence.rows)
         full = sequence.full
         self.footprint = Footprint(full.nbytes, full.nbytes * full.resident, self.ring.nbytes, draft, tokens)
+        self.placement = str(full.tier)
         self._newest = weakref.ref(sequence)
 
     def _take(self, rows: list[Row]) -> list[Tensor]:
@@ -233,9 +236,9 @@ class Session:
     def _adopt(self, plan: CapturedPlan, inputs: Rows[Any]) -> Sequence:
         """A sequence over a copy of real cached data (a cache that an uncompiled model built)."""
         batch = inputs[plan.roles.tokens].shape[0]
-        sequence = self.table.create(plan.sites, batch, self.home)
-        columns = _columns(plan, inputs)
-        sequence.full.reserve(columns + 1, inputs[plan.roles.tokens].device)
+        columns, device = _columns(plan, inputs), inputs[plan.roles.tokens].device
+        sequence = self.table.create(plan.sites, batch, columns, device, self.home)
+        sequence.full.reserve(columns + 1, device)
         for site in plan.sites:
             assert site.past is not None, "a graph that attends to a cache at some sites only"
             keys, values = (inputs[i] for i in site.past)

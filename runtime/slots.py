@@ -55,8 +55,7 @@ class Incoming:
 class Ring:
     """Device slots for the sites of one model, of the same size each; kept between rounds."""
 
-    def __init__(self, staging_bytes: int) -> None:
-        self.staging_bytes = staging_bytes
+    def __init__(self) -> None:
         self.slots: list[Tensor] = []
         self._shape: tuple[int, int, torch.device] | None = None
 
@@ -65,9 +64,9 @@ class Ring:
         """Bytes allocated on the device."""
         return sum(slot.nbytes for slot in self.slots)
 
-    def fit(self, full: PagedKV) -> None:
-        """Make slots for this cache, in place of those for another shape."""
-        staging = Staging(self.staging_bytes, full.columns)
+    def fit(self, full: PagedKV, nbytes: int) -> None:
+        """Make slots for this cache out of `nbytes`, in place of those for another shape."""
+        staging = Staging(nbytes, full.columns)
         shape = (staging.slot_bytes(full.sites, full.batch), staging.slots(full.sites, full.batch), full.device)
         if self._shape != shape:
             self.slots.clear()
@@ -86,7 +85,6 @@ class PagedIncoming(Incoming):
     def __init__(self, full: PagedKV, draft: DraftKV, ring: Ring, columns: Sequence[int], pads: Sequence[int]) -> None:
         super().__init__(full, columns)
         self.paged, self.draft = full, draft
-        ring.fit(full)
         self._pads = tuple(pads)
         self._free = deque(ring.slots)
         self._wanted: deque[int] = deque()
@@ -174,8 +172,11 @@ class PagedIncoming(Incoming):
         self.spans.append(Span(layer, transfer.began, transfer.seconds, transfer.nbytes))
 
 
-def incoming(full: FullKV, draft: DraftKV, ring: Ring, columns: Sequence[int], pads: Sequence[int]) -> Incoming:
+def incoming(
+    full: FullKV, draft: DraftKV, ring: Ring, staging_bytes: int, columns: Sequence[int], pads: Sequence[int]
+) -> Incoming:
     """A round's full KV, wherever it lives; rows start at `columns`."""
-    if isinstance(full, PagedKV):
-        return PagedIncoming(full, draft, ring, columns, pads)
-    return Incoming(full, columns)
+    if not isinstance(full, PagedKV):
+        return Incoming(full, columns)
+    ring.fit(full, staging_bytes)
+    return PagedIncoming(full, draft, ring, columns, pads)

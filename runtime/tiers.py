@@ -12,7 +12,6 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -33,28 +32,42 @@ Page = HostPage | FilePage
 class Home:
     """The place that new sequences' full KV goes to."""
 
-    tier: Tier = Tier.DEVICE
+    tier: Tier | None = Tier.DEVICE
+    """None: the device while there is room, else host memory."""
+    device_bytes: int | None = None
+    """Room for full KV on the device; None for what is free there (on the CPU: as much as is wanted)."""
     folder: str | None = None
     """Of the disk tier: where its file is made; None for the system's folder for temporary files."""
     link: Link | None = None
     """What brings pages to the device; None on the device tier."""
 
-    def make(self, sites: Sequence[Site], batch: int) -> FullKV:
-        """An empty cache there."""
-        if self.tier is Tier.DEVICE:
+    def make(self, sites: Sequence[Site], batch: int, columns: int, device: torch.device, taken: int = 0) -> FullKV:
+        """An empty cache for so many columns; `taken` is what other sequences' full KV takes of the room."""
+        tier = self.tier
+        if tier is None:
+            wanted = batch * (columns + GROWTH) * sum(site.bytes_per_token for site in sites)
+            room = self._free(device) if self.device_bytes is None else self.device_bytes - taken
+            tier = Tier.DEVICE if room is None or wanted <= room else Tier.HOST
+        if tier is Tier.DEVICE:
             return FullKV(sites, batch)
         assert self.link is not None, "a tier outside the device needs a link"
-        return PagedKV(sites, batch, self)
+        return PagedKV(sites, batch, tier, self.folder, self.link)
+
+    @staticmethod
+    def _free(device: torch.device) -> int | None:
+        """Bytes of device memory that are free; torch's own cache of freed blocks counts as free."""
+        if device.type != "cuda":
+            return None
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + cached
 
 
 class PagedKV(FullKV):
     """Every key and value of a sequence, in pages outside device memory."""
 
-    resident: ClassVar[bool] = False
-
-    def __init__(self, sites: Sequence[Site], batch: int, home: Home) -> None:
+    def __init__(self, sites: Sequence[Site], batch: int, tier: Tier, folder: str | None, link: Link) -> None:
         super().__init__(sites, batch)
-        self.home = home
+        self.tier, self.folder, self.link = tier, folder, link
         self.device = torch.device("cpu")
         self.page = 0
         """Columns of a page: a multiple of BLOCK; 0 until the first columns are reserved."""
@@ -91,7 +104,7 @@ class PagedKV(FullKV):
 
     def settle(self, layer: int, lengths: Sequence[int]) -> None:
         """Rows are verified up to `lengths`: on the disk tier whole pages below go to a file."""
-        if self.home.tier is not Tier.DISK or self._full_disk:
+        if self.tier is not Tier.DISK or self._full_disk:
             return
         for b, length in enumerate(lengths):
             for index, page in enumerate(self.pages[layer][b][: length // self.page]):
@@ -125,7 +138,7 @@ class PagedKV(FullKV):
 
     def select(self, rows: Sequence[int], columns: int) -> PagedKV:
         """The first `columns` columns of the given rows (repeats allowed); whole pages are shared until written."""
-        copy = PagedKV(self.sites, len(rows), self.home)
+        copy = PagedKV(self.sites, len(rows), self.tier, self.folder, self.link)
         copy.page, copy.columns, copy.device, copy._files = self.page, self.columns, self.device, self._files
         self.link.synchronize()
         whole = columns // self.page if self.page else 0
@@ -139,12 +152,6 @@ class PagedKV(FullKV):
                     copy.pages[layer][b].append(self._copy(layer, held[row][whole]))
         return copy
 
-    @property
-    def link(self) -> Link:
-        """What brings its pages to the device."""
-        assert self.home.link is not None, "a tier outside the device needs a link"
-        return self.home.link
-
     def _writable(self, layer: int, row: int, index: int) -> HostPage:
         """A page in host memory that no other sequence reads; pages up to it are made."""
         if index >= len(self.pages[layer][row]):
@@ -157,7 +164,7 @@ class PagedKV(FullKV):
 
     def _grow(self, layer: int, count: int) -> None:
         """Pages for all rows of a site in one allocation: as many as were reserved, at least `count` each."""
-        wanted = max(count, -(-self.columns // self.page)) if self.home.tier is Tier.HOST else count
+        wanted = max(count, -(-self.columns // self.page)) if self.tier is Tier.HOST else count
         missing = [wanted - len(held) for held in self.pages[layer]]
         made = iter(host_pages(self.sites[layer], self.page, sum(missing), self.link.pinned(self.device)))
         for held, more in zip(self.pages[layer], missing, strict=True):
@@ -186,7 +193,7 @@ class PagedKV(FullKV):
         size = self._page_bytes(layer)
         try:
             if size not in self._files:
-                self._files[size] = PageFile(self.home.folder, size)
+                self._files[size] = PageFile(self.folder, size)
             self.link.synchronize()
             flat = [x.reshape(-1).view(torch.uint8) for x in (page.keys, page.values)]
             self.pages[layer][row][index] = self._files[size].write(torch.cat(flat))

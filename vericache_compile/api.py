@@ -64,6 +64,7 @@ def stats(model: torch.nn.Module) -> dict[str, Any]:
         "drafted": counts.drafted,
         "accepted": counts.accepted,
         "served_rows": counts.served,
+        "rounds_without_drafts": counts.rested,
         "tokens_per_round": counts.served / counts.row_rounds if counts.row_rounds else 0.0,
         "accepted_by_position": list(counts.positions),
         "acceptance_by_position": [
@@ -93,7 +94,7 @@ def stats(model: torch.nn.Module) -> dict[str, Any]:
         },
         "compressor": str(session.compressor),
         "window": made.config.window,
-        "placement": str(made.config.tier),
+        "placement": session.placement,
         "sites": len(made.sites),
         "graphs": dict(made.graphs),
         "segments": len(made.compiled),

@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from vericache_compile import optimized_module
-from vericache_compile.config import Config, make_config
+from vericache_compile.config import AUTO, Config, make_config
 from vericache_compile.errors import UnsupportedGraph
 from vericache_compile.estimate import compressed_bytes
 from vericache_compile.kernels.block_attention import start_build, takes
+from vericache_compile.machine import bandwidths
 from vericache_compile.observers import make_observers
 from vericache_compile.passes.bind_scalars import scalar_inputs
 from vericache_compile.passes.pipeline import Observer, plan_capture
@@ -27,13 +28,14 @@ from vericache_compile.passes.program import Compiled, batch_of
 from vericache_compile.plan import CapturedPlan, DecodePlan, Site, Staging, Tier
 from vericache_compile.runtime.executor import WeightCasts
 from vericache_compile.runtime.ghosts import can_spell
+from vericache_compile.runtime.planner import Machine, ring_bytes
 from vericache_compile.runtime.sequences import SequenceTable
 from vericache_compile.runtime.session import Session
-from vericache_compile.runtime.slots import Ring
 from vericache_compile.runtime.tiers import Home
 from vericache_compile.runtime.transfers import Link
 
 log = logging.getLogger("vericache_compile")
+MIB = 1 << 20
 ATTRIBUTE = "_vericache"
 """Where a model's state hangs: on the parameters that the caller's model holds."""
 
@@ -75,8 +77,10 @@ class ModelState:
         return self.latest
 
     def _session(self, config: Config) -> Session:
-        home = Home(config.tier, config.kv_folder, Link(config.link_gbps))
-        return Session(self.table, config.make_compressor(), self.casts, self.lock, home, Ring(config.staging_bytes))
+        tier = None if config.placement == AUTO else Tier(config.placement)
+        memory = None if config.device_memory_mb is None else int(config.device_memory_mb * MIB)
+        home = Home(tier, memory, config.kv_folder, Link(config.link_gbps))
+        return Session(self.table, config.make_compressor(), self.casts, self.lock, home)
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         """Saved with a parameter it becomes an empty dictionary, which `torch.load(weights_only=True)` reads."""
@@ -169,7 +173,7 @@ def _take(
             low = config.draft_dtype_on(inputs[parameters[0]].device)
             watching = first or make_observers(config, made.dumps_failed)
             window, inductor = config.window, config.inductor
-            staging = _staging(config, inputs)
+            staging = _staging(config, inputs, parameters)
             plans[key] = plan_capture(gm, batch, window, inductor, made.compiled, values, low, staging, watching)
         return plans[key]
 
@@ -190,12 +194,22 @@ def _take(
     return run
 
 
-def _staging(config: Config, inputs: Sequence[Any]) -> Staging | None:
-    """The ring for full KV as long as these inputs'; None where full KV is on the device for good."""
-    if config.tier is Tier.DEVICE:
+def _staging(config: Config, inputs: Sequence[Any], parameters: Sequence[int]) -> Staging | None:
+    """The ring for full KV as long as these inputs'; None where full KV is on the device for good.
+
+    As large as what comes over the link while a round drafts, where its size is not given.
+    """
+    weights = [inputs[i] for i in parameters]
+    device = weights[0].device
+    if not config.moves_on(device):
         return None
-    cached = (x.shape[2] for x in inputs if isinstance(x, Tensor) and x.dim() == 4)
-    return Staging(config.staging_bytes, max(cached, default=0) + config.window)
+    columns = max((x.shape[2] for x in inputs if isinstance(x, Tensor) and x.dim() == 4), default=0) + config.window
+    if config.staging_mb is not None:
+        return Staging(int(config.staging_mb * MIB), columns)
+    found, low = bandwidths(device), config.draft_dtype_on(device)
+    reads = sum(weight.numel() * (weight.dtype if low is None else low).itemsize for weight in weights)
+    machine = Machine(0, found.memory_gbps, config.link_gbps or found.link_gbps)
+    return Staging(int(ring_bytes(reads, config.window, machine)), columns)
 
 
 def check_parameters(parameters: Sequence[int]) -> None:

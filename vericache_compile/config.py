@@ -48,7 +48,14 @@ class Config:
     placement: str = field(
         default=AUTO,
         metadata={
-            "doc": "where full KV lives: device, host (memory outside the device), disk (a file); auto chooses by size"
+            "doc": "where full KV lives: device, host (memory outside the device), disk (a file); auto is device while "
+            "it fits, else host"
+        },
+    )
+    device_memory_mb: float | None = field(
+        default=None,
+        metadata={
+            "doc": "memory in MiB that auto may fill with full KV; else what is free on a GPU, all of it on a CPU"
         },
     )
     staging_mb: float | None = field(
@@ -85,7 +92,7 @@ class Config:
             )
         if self.placement not in (AUTO, *Tier):
             raise OptionError(f"placement={self.placement!r}", WHERE, f"use one of {AUTO}, {', '.join(Tier)}")
-        for name in ("staging_mb", "link_gbps"):
+        for name in ("device_memory_mb", "staging_mb", "link_gbps"):
             if (value := getattr(self, name)) is not None and value <= 0:
                 raise OptionError(f"{name}={value!r}", WHERE, "give a number above 0, or leave it out")
         for name, kind in (("dump", "folder"), ("trace", "file"), ("kv_folder", "folder")):
@@ -100,15 +107,11 @@ class Config:
             chosen = "int8" if device.type == "cpu" else "same"
         return DRAFT_DTYPES[chosen]
 
-    @property
-    def tier(self) -> Tier:
-        """Where full KV lives."""
-        return Tier.DEVICE if self.placement == AUTO else Tier(self.placement)
-
-    @property
-    def staging_bytes(self) -> int:
-        """Device memory for full KV that comes in."""
-        return int((self.staging_mb or 256) * 2**20)
+    def moves_on(self, device: torch.device) -> bool:
+        """Whether full KV of a model on this device may live elsewhere, so that graphs need transfers."""
+        if self.placement == AUTO:
+            return device.type != "cpu" or self.device_memory_mb is not None
+        return self.placement != Tier.DEVICE
 
     def make_compressor(self) -> Compressor:
         """The compression method with its parameters; raises OptionError for one that it does not take."""

@@ -194,3 +194,5 @@ class DecodePlan:
     """given | column | unpadded: where a token's position comes from."""
     position_limit: int | None
     """First position that the model cannot embed; None where there is no such limit."""
+    staging_bytes: int = 0
+    """Device memory for full KV that comes in from outside the device."""

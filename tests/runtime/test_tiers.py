@@ -1,4 +1,4 @@
-"""Full KV outside device memory: pages hold what was written, forks share them, files are checked, nothing is left over."""
+"""Full KV outside device memory: pages hold what was written, forks share them, files are checked, nothing stays."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TIERS = (Tier.HOST, Tier.DISK)
 
 
 def make(sites: list[Site], batch: int, tier: Tier = Tier.HOST, folder: Path | None = None) -> PagedKV:
-    made = Home(tier, None if folder is None else str(folder), Link()).make(sites, batch)
+    made = Home(tier, None, None if folder is None else str(folder), Link()).make(sites, batch, 0, CPU)
     assert isinstance(made, PagedKV)
     return made
 
@@ -39,7 +39,7 @@ def files_of(full: PagedKV) -> list[FilePage]:
 
 
 def open_files() -> int:
-    return len(os.listdir("/proc/self/fd"))
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 
 def contents(full: FullKV, begin: int, end: int) -> list[Tensor]:
@@ -176,7 +176,7 @@ def test_what_a_file_does_not_give_back_is_an_error(
             raise OSError(errno.EIO, "Input/output error")
 
         monkeypatch.setattr(os, "preadv", fail)
-    with pytest.raises(PageLost, match="(?s)page of KV.*where.*fix"):
+    with pytest.raises(PageLost, match=r"(?s)page of KV.*where.*fix"):
         full.read(0, 0, 600)
     if fault != "unreadable":
         assert full.read(0, 0, 256)[0].shape == (1, 2, 256, 16)
@@ -195,7 +195,7 @@ def test_a_full_disk_leaves_pages_in_host_memory(
     for site in full.sites:
         full.settle(site.layer, [600])
     assert not files_of(full)
-    assert [r.message for r in caplog.records if "stay in host memory" in r.message][0].count("fix:") == 1
+    assert next(r.message for r in caplog.records if "stay in host memory" in r.message).count("fix:") == 1
     assert len(caplog.records) == 1
     assert same(contents(full, 0, 600), contents(plain, 0, 600))
 
@@ -203,5 +203,5 @@ def test_a_full_disk_leaves_pages_in_host_memory(
 def test_a_folder_that_is_not_there(make_sites: Sites, fill: Fill, tmp_path: Path) -> None:
     full = make(make_sites(), 1, Tier.DISK, tmp_path / "missing")
     fill(full, 0, 600)
-    with pytest.raises(VericacheError, match="(?s)No such file.*missing.*kv_folder"):
+    with pytest.raises(VericacheError, match=r"(?s)No such file.*missing.*kv_folder"):
         full.settle(0, [600])

@@ -79,7 +79,7 @@ def test_a_dead_thread_is_an_error_and_no_wait_for_ever(monkeypatch: pytest.Monk
     monkeypatch.setattr(transfers, "PULSE", 0.01)
     monkeypatch.setattr(transfers, "_drive", lambda *_: None)
     transfer = Link().submit(note([], "a"))
-    with pytest.raises(TransferError, match="(?s)thread has died.*fix"):
+    with pytest.raises(TransferError, match=r"(?s)thread has died.*fix"):
         transfer.result()
     assert not transfer.drain()
 
