@@ -62,12 +62,14 @@ def run_round(
     counts: Counts,
     casts: WeightCasts,
     ring: Ring,
+    known: Tensor | None = None,
 ) -> None:
     """Draft, verify, accept and commit for every row of a sequence; rows already far ahead stay where they are.
 
     Full KV that lives outside the device comes in through `ring` meanwhile. An error leaves the sequence as it was.
+    Where tokens [B, n] are `known` they stand for what would have been drafted.
     """
-    device = inputs[plan.captured.roles.tokens].device
+    device = inputs[plan.captured.roles.weights[0]].device
     before = (counts.compress_seconds, counts.drafted, counts.accepted)
     called = time.perf_counter()
     start = make_start(sequence, device)
@@ -79,7 +81,10 @@ def run_round(
     coming = incoming(sequence.full, draft, ring, plan.staging_bytes, start.columns, start.pads)
     began = time.perf_counter()
     try:
-        drafted = draft_tokens(sequence, draft, plan, low, start, horizon, coming)
+        if known is None:
+            drafted = draft_tokens(sequence, draft, plan, low, start, horizon, coming)
+        else:
+            drafted = known[:, : plan.window].to(device)
         drafted_at = time.perf_counter()
         outputs, queries = verify_window(coming, draft, plan, high, start, drafted)
         predicted = outputs[plan.logits][:, :, -1].argmax(-1).t().tolist()  # the round's host wait
@@ -234,6 +239,8 @@ def _commit(
         own = outputs if len(sequence.rows) == 1 else tuple(output[:kept, b : b + 1].clone() for output in outputs)
         row.held.extend(Held(row.length + i, window[b][i], own, i) for i in range(kept))
         row.length += kept
+        if len(row.tokens) == row.length - kept:
+            row.tokens += window[b][:kept]
         row.token = window[b][0] if row.forced else predicted[b][kept - 1]
         counts.add_row(plan.window, horizon, kept - 1)
         for held in queries:

@@ -7,20 +7,23 @@ import weakref
 from collections import deque
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from vericache_compile.compressors.base import Compressor
 from vericache_compile.errors import GhostError
-from vericache_compile.plan import Site
+from vericache_compile.plan import DecodePlan, Site
 from vericache_compile.runtime import ghosts
 from vericache_compile.runtime.caches import CHUNK, DraftKV, FullKV, Regions
 from vericache_compile.runtime.pace import Pace
 from vericache_compile.runtime.tiers import Home
 
 CPU = torch.device("cpu")
+if TYPE_CHECKING:
+    from vericache_compile.runtime.recovery import Call
+
 REBUILD = "run the prompt again, or keep the cache that it was copied from alive and uncropped while copies are in use"
 CROPPED = "an older state of a cache that was cropped below it since then"
 HERE = "the cache of this call"
@@ -61,6 +64,8 @@ class Row:
     """Whether the caller keeps feeding the same token whatever is predicted (padding after the end)."""
     served: int = 0
     """Rows that the caller took since the last round."""
+    tokens: list[int | None] = field(default_factory=list)
+    """Those of verified columns, where full KV may be lost; None in calls that ran as captured."""
 
     def feed(self, column: int, token: int, offset: int, pad: int) -> None:
         """The caller feeds `token` at `column`; what was held for another history is dropped."""
@@ -84,6 +89,7 @@ class Row:
     def truncate(self, column: int) -> None:
         """Forget everything from `column` on."""
         self.length = min(self.length, column)
+        del self.tokens[column:]
         self.held.clear()
         self.token = None
 
@@ -117,6 +123,10 @@ class Sequence:
         self.number = number
         self.full = full
         self.early: Early | None = None
+        self.decode: tuple[DecodePlan, Rows[Any]] | None = None
+        """The plan of its latest decode call, and the captured inputs that are weights."""
+        self.calls: list[Call] = []
+        """Those that ran as captured, where full KV may be lost."""
         self.rows = [Row() for _ in range(batch)]
         self.draft: DraftKV | None = None
         self.queries: list[Queries | None] = [None] * len(full.sites)

@@ -14,57 +14,21 @@ import torch
 from torch import Tensor
 
 from vericache_compile.compressors.base import Compressor
-from vericache_compile.plan import CapturedPlan, DecodePlan, Output, OutputRole, Roles
+from vericache_compile.errors import PageLost
+from vericache_compile.plan import CapturedPlan, DecodePlan, Output, OutputRole, Roles, Tier
 from vericache_compile.runtime import rounds
-from vericache_compile.runtime.caches import Columns, compress_site
 from vericache_compile.runtime.counts import Counts
 from vericache_compile.runtime.executor import WeightCasts, bind_weights
-from vericache_compile.runtime.sequences import Early, Queries, Row, Sequence, SequenceTable
+from vericache_compile.runtime.recovery import Call, record, recover
+from vericache_compile.runtime.sequences import Early, Row, Sequence, SequenceTable
 from vericache_compile.runtime.slots import Ring
-from vericache_compile.runtime.tiers import Home
+from vericache_compile.runtime.store import Store
+from vericache_compile.runtime.tiers import Home, PagedKV
 from vericache_compile.runtime.timeline import Timeline
 
 log = logging.getLogger(__name__)
 FEW = 1
 """Columns up to which Dynamo specialises a length, so that marking it dynamic would be in vain."""
-
-
-class Store:
-    """Takes each site's new queries, keys and values while a graph runs as captured, and gives it those before."""
-
-    def __init__(self, sequence: Sequence, column: int, queries: int) -> None:
-        self.sequence, self.column, self.queries = sequence, column, queries
-        self._past: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def past(self, layer: int, side: int) -> Tensor:
-        """The keys (side 0) or values [B, K, column, *] before `column`; one site's are on the device at a time."""
-        if layer not in self._past:
-            self._past.clear()
-            self._past[layer] = self.sequence.full.read(layer, 0, self.column)
-        return self._past[layer][side]
-
-    def append(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """q [B, H, T, D], k [B, K, T, D], v [B, K, T, E] of the tokens from `column` on."""
-        batch = k.shape[0]
-        columns = [self.column] * batch
-        full = self.sequence.full
-        full.append(layer, k, v, columns)
-        full.settle(layer, [self.column + k.shape[2]] * batch)
-        if self.sequence.draft is not None:
-            self.sequence.draft.layers[layer].write(k, v, columns)
-        if self.queries:
-            last = q[:, :, -self.queries :].clone()
-            self.sequence.queries[layer] = Queries(last, [last.shape[2]] * batch)
-        if self.sequence.early is not None:
-            self._compress(self.sequence.early, layer, k, v)
-
-    def _compress(self, early: Early, layer: int, k: Tensor, v: Tensor) -> None:
-        """Compress a site while its keys and values are on the device anyway."""
-        sites, held = self.sequence.full.sites, self.sequence.queries[layer]
-        own = early.compressor.for_layer(layer, len(sites))
-        spans = [(pad, k.shape[2]) for pad in early.pads]
-        asked = [None if held is None else held.row(b) for b in range(k.shape[0])]
-        early.regions.append(compress_site(own, Columns(k, v, [0] * k.shape[0]), sites[layer], spans, asked))
 
 
 @dataclass(frozen=True)
@@ -156,7 +120,13 @@ class Session:
         pads = self._padding(sequence, roles, inputs)
         compresses = not columns and not sequence.full.resident
         sequence.early = Early(self.compressor, pads, []) if compresses else None
-        made = plan.module(Store(sequence, columns, self.compressor.queries), *inputs)
+        try:
+            made = plan.module(Store(sequence, columns, self.compressor.queries), *inputs)
+        except PageLost as lost:
+            self._recover(sequence, lost)
+            made = plan.module(Store(sequence, columns, self.compressor.queries), *inputs)
+        if sequence.full.tier is Tier.DISK:
+            record(sequence, plan, inputs, columns, count)
         for row, pad in zip(sequence.rows, pads, strict=True):
             row.length, row.pad = columns + count, pad
         self._note(sequence)
@@ -183,10 +153,39 @@ class Session:
                 if self.last is None or self.last[0] is not plan:
                     weights = set(roles.weights)
                     self.last = (plan, [x if i in weights else None for i, x in enumerate(inputs)])
-                rounds.run_round(sequence, plan, inputs, self.compressor, self.counts, self.casts, self.ring)
+                sequence.decode = self.last
+                self._run_round(sequence)
                 self._note(sequence)
             made = self._take(sequence.rows)
             return self._assemble(plan.captured.outputs, made, sequence, columns + 1, tokens.device, marked=False)
+
+    def _run_round(self, sequence: Sequence, known: Tensor | None = None, counts: Counts | None = None) -> None:
+        """A round of a sequence that is being decoded; where a page of its full KV is lost, after that came back."""
+        assert sequence.decode is not None, "set by the decode call"
+        arguments = (*sequence.decode, self.compressor, counts or self.counts, self.casts, self.ring, known)
+        try:
+            rounds.run_round(sequence, *arguments)
+        except PageLost as lost:
+            self._recover(sequence, lost)
+            rounds.run_round(sequence, *arguments)
+
+    def _recover(self, sequence: Sequence, lost: PageLost) -> None:
+        """Compute the sequence's full KV again, into host memory; raises `lost` where that cannot be done."""
+        full = sequence.full
+        assert isinstance(full, PagedKV), "pages are lost from files only"
+        replica = Sequence(-1, PagedKV(full.sites, full.batch, Tier.HOST, None, full.link))
+        replica.full.reserve(full.columns, full.device)
+        replica.decode = sequence.decode
+
+        def run_call(replica: Sequence, call: Call) -> None:
+            call.plan.module(Store(replica, call.column, 0), *call.inputs)
+
+        def verify(replica: Sequence, tokens: Tensor) -> None:
+            if replica.decode is None:
+                raise lost
+            self._run_round(replica, tokens, Counts())
+
+        recover(sequence, lost, replica, run_call, verify)
 
     def _fed(
         self, plan: DecodePlan, inputs: Rows[Any], pads: list[int], columns: int
