@@ -131,8 +131,8 @@ def test_a_round_that_was_given_up_leaves_nothing_under_way(paged: PagedKV, monk
         yield from copy_to(self, layer, *args)  # type: ignore[arg-type]
         copied.append(layer)
 
-    monkeypatch.setattr(PagedKV, "copy_to", note)
     coming = open_round(paged, Ring(), 2)
+    monkeypatch.setattr(PagedKV, "copy_to", note)
     for layer in range(4):
         coming.prefetch(layer)
     coming.close()
@@ -148,8 +148,8 @@ def test_a_failed_transfer_fails_its_own_wait_only(paged: PagedKV, monkeypatch: 
             raise OSError("the link is down")
         yield from copy_to(self, layer, *args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(PagedKV, "copy_to", broken)
     coming = open_round(paged, Ring(), 4)
+    monkeypatch.setattr(PagedKV, "copy_to", broken)
     coming.wait(0)
     with pytest.raises(OSError, match="link is down"):
         coming.wait(1)
