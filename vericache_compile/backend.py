@@ -173,7 +173,7 @@ def _take(
             low = config.draft_dtype_on(inputs[parameters[0]].device)
             watching = first or make_observers(config, made.dumps_failed)
             window, inductor = config.window, config.inductor
-            staging = _staging(config, inputs, parameters)
+            staging = staging_of(config, inputs, parameters)
             plans[key] = plan_capture(gm, batch, window, inductor, made.compiled, values, low, staging, watching)
         return plans[key]
 
@@ -194,7 +194,7 @@ def _take(
     return run
 
 
-def _staging(config: Config, inputs: Sequence[Any], parameters: Sequence[int]) -> Staging | None:
+def staging_of(config: Config, inputs: Sequence[Any], parameters: Sequence[int]) -> Staging | None:
     """The ring for full KV as long as these inputs'; None where full KV is on the device for good.
 
     As large as what comes over the link while a round drafts, where its size is not given.

@@ -1,4 +1,4 @@
-"""The `vericache` command: run, check, bench, explain, plan, compressors, plot, doctor.
+"""The `vericache` command: run, trace, check, bench, explain, plan, compressors, plot, doctor.
 
 With --json, stdout holds exactly one JSON document; everything else goes to stderr. Exit codes: 0 all well,
 1 tokens differ or something needed is missing, 2 wrong input (three parts on stderr: found, where, fix).
@@ -14,7 +14,7 @@ from contextlib import nullcontext, redirect_stdout
 from typing import Any
 
 import vericache_compile
-from vericache_compile.cli_commands import bench, check, compressors, run
+from vericache_compile.cli_commands import bench, check, compressors, run, trace
 from vericache_compile.cli_explain import explain
 from vericache_compile.cli_plan import plan
 from vericache_compile.doctor import doctor
@@ -62,6 +62,11 @@ def make_parser() -> argparse.ArgumentParser:
     _add_model(made, max_new_tokens=256)
     made.add_argument("--check", action="store_true", help="then do what `vericache check` does")
     _finish(made, run)
+
+    made = commands.add_parser("trace", help="run, and write a Chrome trace of calls, rounds and transfers")
+    _add_model(made, max_new_tokens=64)
+    made.set_defaults(check=False)
+    _finish(made, trace)
 
     made = commands.add_parser("check", help="compare with plain generate; exit code 1 when tokens differ")
     _add_model(made, max_new_tokens=64)
