@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vericache_compile.compressors.base import CompressedKV, Compressor
+from vericache_compile.compressors.borrowed import BorrowedKV
 from vericache_compile.compressors.dense import DenseKV
 from vericache_compile.kernels.block_attention import BLOCK
 from vericache_compile.plan import Site
@@ -186,7 +187,7 @@ def compress(
     `queries[layer][b]` holds the row's last queries [H, w, D], or None where they were never seen (the cache was built
     by an uncompiled model). Tails get room for `room` columns more.
     """
-    layers = []
+    layers: list[DraftLayer] = []
     for layer in range(len(full.sites)):
         regions, starts = [], []
         own = compressor.for_layer(layer, len(full.sites))
@@ -198,7 +199,10 @@ def compress(
             asked = queries[layer][b]
             if asked is None and compressor.queries:
                 asked = _stand_in(k, full.sites[layer], compressor.queries)
-            if held is None:
+            region: CompressedKV
+            if own.donor is not None:
+                region = BorrowedKV(layers[own.donor].regions[b])
+            elif held is None:
                 region = own.compress(k, v, asked)
             else:
                 region = held.regions[b].extend(k, v, asked) if end > begin else held.regions[b]
