@@ -108,9 +108,9 @@ def test_gradients_are_those_of_the_loss(text: torch.Tensor) -> None:
             logits = model(text[:1], past_key_values=cache, use_cache=True).logits  # its own loss is in float32
             return float(torch.nn.functional.cross_entropy(logits[0, :-1], text[0, 1:]))
 
-    slope = (loss(1e-4) - loss(-1e-4)) / 2e-4
+    slope = (loss(1e-2) - loss(-1e-2)) / 2e-2
     assert slope != 0
-    assert float(seen.key_gradients[1, 5, 3]) == pytest.approx(slope, rel=1e-3)
+    assert float(seen.key_gradients[1, 5, 3]) == pytest.approx(slope, rel=0.01)  # norms are in float32
     assert all(each.requires_grad and each.grad is None for each in model.parameters())
 
 

@@ -1,4 +1,4 @@
-"""Codes of 2, 3 or 4 bits in whole bytes: a 3-bit code is a plane of its low 2 bits and a plane of its high bit.
+"""Codes of 2 to 6 bits in whole bytes: a 3-bit code is a plane of its low 2 bits and a plane of its high bit.
 
 Shapes: K KV heads (or groups of them), S tokens, D channels, g = 32 tokens in a group.
 """
@@ -15,14 +15,14 @@ from vericache_compile.errors import OptionError
 
 GROUP: Final = 32
 """Tokens that are packed together: they fill whole bytes at every width."""
-PLANES: Final = {2: (2,), 3: (2, 1), 4: (4,)}
+PLANES: Final = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2)}
 """Widths of the bit planes that codes are packed in, lowest bits first."""
 
 
 def check_bits(bits: int, method: str) -> None:
-    """Raise OptionError unless `bits` is 2, 3 or 4."""
+    """Raise OptionError unless `bits` is from 2 to 6."""
     if not isinstance(bits, int) or bits not in PLANES:
-        raise OptionError(f"bits={bits!r}", f"compressor {method!r}", "give 2, 3 or 4")
+        raise OptionError(f"bits={bits!r}", f"compressor {method!r}", "give a whole number from 2 to 6")
 
 
 def pack_planes(codes: Tensor, bits: int) -> Tensor:
