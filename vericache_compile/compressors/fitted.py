@@ -64,6 +64,7 @@ class FittedKV(CompressedKV):
         if self.codes is None:
             return self.sinks.keys, self.sinks.values
         keys, values = self.method.decode(*self.codes, self.fit)
+        keys = self.method.as_cached(keys, self.sinks.keys.shape[1])
         return torch.cat([self.sinks.keys, keys], dim=1), torch.cat([self.sinks.values, values], dim=1)
 
     def extend(self, keys: Tensor, values: Tensor, queries: Tensor | None) -> Self:
@@ -71,7 +72,7 @@ class FittedKV(CompressedKV):
         if self.codes is None:
             return self._begin(keys, values, queries)
         tokens = keys.shape[1] // self.method.multiple * self.method.multiple
-        more = self.method.encode(keys[:, :tokens], values[:, :tokens], self.fit)
+        more = self.method.encode(self.method.as_stored(keys[:, :tokens], self.covered), values[:, :tokens], self.fit)
         codes = (join(self.codes[0], more[0]), join(self.codes[1], more[1]))
         fit = self.fit if self.lent else tuple(part.clone() for part in self.fit)
         covered = self.covered + tokens
@@ -109,6 +110,18 @@ class Fitted(Compressor):
     def decode(self, keys: Codes, values: Codes, fit: Fit) -> tuple[Tensor, Tensor]:
         """Keys [K, S, D] and values [K, S, Dv], in the dtype of the cache, from their codes."""
 
+    def as_stored(self, keys: Tensor, first: int) -> Tensor:
+        """Keys [K, S, D] of a row's tokens from `first` on, as the method learns, encodes and decodes them.
+
+        As cached, so after RoPE. A method that wants them as before RoPE turns them back here, and forth in
+        `as_cached`: nothing else knows.
+        """
+        return keys
+
+    def as_cached(self, keys: Tensor, first: int) -> Tensor:
+        """The inverse of `as_stored`."""
+        return keys
+
     def compress(self, keys: Tensor, values: Tensor, queries: Tensor | None) -> FittedKV:
         """Compress keys [K, S, D] and values [K, S, Dv] by a fit of their own, and where a method reads queries by the
         last ones [H, w, D].
@@ -125,10 +138,10 @@ class Fitted(Compressor):
         if groups == 0:
             return Pair(*_owned((keys[:, :0], values[:, :0]))), None, 0, self, given or ()
         rest = slice(self.sinks, self.sinks + groups)
-        keys_, values_ = keys[:, rest], values[:, rest]
-        fit = self.fit(keys_, values_, queries) if given is None else given
+        stored, others = self.as_stored(keys[:, rest], self.sinks), values[:, rest]
+        fit = self.fit(stored, others, queries) if given is None else given
         first = Pair(*_owned((keys[:, : self.sinks], values[:, : self.sinks])))
-        return first, self.encode(keys_, values_, fit), rest.stop, self, fit
+        return first, self.encode(stored, others, fit), rest.stop, self, fit
 
 
 class Learner(Compressor):
