@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from models import Switch, make_prompt, make_tiny
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
@@ -73,6 +74,24 @@ def test_tokens_are_plain_with_a_calibrated_method(
     assert torch.equal(ours, plain_tokens("llama", 300, 3, 30))
     assert stats(model)["rounds"] > 0
     assert str(files[method]) in stats(model)["compressor"]
+
+
+@pytest.mark.parametrize("method", ["recalkv", "kvquant"])
+def test_a_file_full_of_nan_costs_no_token(
+    switched: tuple[PreTrainedModel, Switch], files: dict[str, Path], tmp_path: Path, method: str, plain_tokens: Any
+) -> None:
+    model, switch = switched
+    path = tmp_path / "nan.safetensors"
+    with safe_open(files[method], "pt") as file:
+        metadata = file.metadata()
+    spoilt = {
+        name: torch.full_like(held, float("nan")) if held.is_floating_point() and name != "fisher" else held
+        for name, held in load_file(files[method]).items()
+    }
+    save_file(spoilt, path, metadata=metadata)
+    switch.options = {"compressor": _spelled(method, path), "window": 4, "inductor": False}
+    ours = model.generate(**make_prompt(300, 3), max_new_tokens=30, do_sample=False)
+    assert torch.equal(ours, plain_tokens("llama", 300, 3, 30))
 
 
 def test_what_is_observed_is_what_the_model_caches(text: torch.Tensor) -> None:

@@ -6,7 +6,7 @@ that it lost reads back as sign(k) sqrt(m / |q|), where m is the mean saliency o
 channels still have their share of the logits. Values may lose channels too (saliency 0.7 |v| + 0.3 variance of the
 channel, read back as 0); by default they do not.
 
-Stored: the kept numbers, a bit per channel that says which, a bit that says the sign, and m.
+Stored: the kept numbers, a bit per channel that says which, a bit that says the sign, and the root of m.
 
 Shapes: K KV heads, S tokens, D head size, Dv value head size, n kept of a token, w queries, H query heads.
 """
@@ -82,18 +82,18 @@ class SparK(Fitted):
         saliency = keys.float().square() * norms
         kept, held = _keep(keys, saliency, self.channels)
         lost = keys.shape[2] - held.numbers.shape[2]
-        mean = saliency.masked_fill(kept, 0.0).sum(dim=2) / max(lost, 1)
-        made = (*held, pack_bits(keys < 0), mean.to(keys.dtype))
+        root = (saliency.masked_fill(kept, 0.0).sum(dim=2) / max(lost, 1)).sqrt_()  # m itself may overflow float16
+        made = (*held, pack_bits(keys < 0), root.to(keys.dtype))
         if self.value_channels == 1:
             return made, (values.clone(memory_format=torch.contiguous_format),)
         return made, _keep(values, 0.7 * values.float().abs() + 0.3 * variances, self.value_channels)[1]
 
     def decode(self, keys: Codes, values: Codes, fit: Fit) -> tuple[Tensor, Tensor]:
         """Keys [K, S, D] and values [K, S, Dv] from their codes."""
-        numbers, kept, negative, mean = keys
+        numbers, kept, negative, root = keys
         norms, variances = fit
         size = norms.shape[2]
-        guess = (mean.float().unsqueeze(2) / norms).sqrt_().nan_to_num_(nan=0.0, posinf=0.0)
+        guess = (root.float().unsqueeze(2) / norms.sqrt()).nan_to_num_(nan=0.0, posinf=0.0)
         signed = torch.where(unpack_bits(negative, size), -guess, guess).to(numbers.dtype)
         read_keys = signed.masked_scatter_(unpack_bits(kept, size), numbers)
         if len(values) == 1:
