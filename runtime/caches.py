@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vericache_compile.compressors.base import CompressedKV, Compressor
+from vericache_compile.compressors.borrowed import BorrowedKV
 from vericache_compile.compressors.dense import DenseKV
 from vericache_compile.kernels.block_attention import BLOCK
 from vericache_compile.plan import Site, Tier
@@ -211,12 +212,15 @@ def compress_site(
     site: Site,
     spans: Sequence[tuple[int, int]],
     queries: Sequence[Tensor | None],
+    earlier: Regions,
 ) -> list[CompressedKV]:
-    """One site's regions: row b's columns spans[b] compressed by the method of that site.
+    """One site's regions: row b's columns spans[b] compressed by the method of that site, or borrowed from `earlier`.
 
     `queries[b]` holds the row's last queries [H, w, D], or None where they were never seen (the cache was built by an
     uncompiled model).
     """
+    if compressor.donor is not None:
+        return [BorrowedKV(region) for region in earlier[compressor.donor]]
     return [
         compressor.compress(*(kv := exact.row(b, *span)), _asked(compressor, kv[0], site, queries[b]))
         for b, span in enumerate(spans)
@@ -236,7 +240,7 @@ def compress(
 
     `queries[layer][b]` are those of `compress_site`. Tails get room for `room` columns more.
     """
-    layers = []
+    layers: list[DraftLayer] = []
     for layer, site in enumerate(full.sites):
         begin = 0 if early is None else min(p + r.covered for p, r in zip(pads, early[layer], strict=True))
         exact = Columns(*full.read(layer, begin, max(columns)), [begin] * full.batch)
@@ -244,7 +248,8 @@ def compress(
             regions = early[layer]
         else:
             own = compressor.for_layer(layer, len(full.sites))
-            regions = compress_site(own, exact, site, list(zip(pads, columns, strict=True)), queries[layer])
+            made = [each.regions for each in layers]
+            regions = compress_site(own, exact, site, list(zip(pads, columns, strict=True)), queries[layer], made)
         layers.append(_place(regions, pads, exact, columns, room))
     return DraftKV(compressor, layers)
 
@@ -258,15 +263,18 @@ def extend(
     room: int,
 ) -> DraftKV:
     """Compress in what tails have gathered, all but the newest tokens; arguments as those of `compress`."""
-    layers = []
+    layers: list[DraftLayer] = []
     for layer, (held, site) in enumerate(zip(before.layers, sites, strict=True)):
         exact = Columns(held.keys, held.values, [start - held.offset for start in held.starts])
-        regions = []
+        donor = before.compressor.for_layer(layer, len(sites)).donor
+        regions: list[CompressedKV] = []
         for b, (region, start, column) in enumerate(zip(held.regions, held.starts, columns, strict=True)):
             k, v = exact.row(b, start, max(start, column - EXACT))
-            grows = k.shape[1] > 0
             asked = _asked(before.compressor, k, site, queries[layer][b])
-            regions.append(region.extend(k, v, asked) if grows else region)
+            if donor is not None:
+                regions.append(BorrowedKV(layers[donor].regions[b]))
+            else:
+                regions.append(region.extend(k, v, asked) if k.shape[1] else region)
         layers.append(_place(regions, pads, exact, columns, room))
     return DraftKV(before.compressor, layers)
 

@@ -43,4 +43,6 @@ class Store:
         own = early.compressor.for_layer(layer, len(sites))
         spans = [(pad, k.shape[2]) for pad in early.pads]
         asked = [None if held is None else held.row(b) for b in range(k.shape[0])]
-        early.regions.append(compress_site(own, Columns(k, v, [0] * k.shape[0]), sites[layer], spans, asked))
+        early.regions.append(
+            compress_site(own, Columns(k, v, [0] * k.shape[0]), sites[layer], spans, asked, early.regions)
+        )

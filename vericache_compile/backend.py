@@ -180,6 +180,8 @@ def _take(
     plan = plan_for(example_inputs, batch_of(example_inputs))
     captured = plan.captured if isinstance(plan, DecodePlan) else plan
     check_sites(captured.sites)
+    compressor = compilation_of(example_inputs, parameters, config).session.compressor
+    compressor.check_model(captured.sites, [example_inputs[i].shape for i in parameters])
     if takes(example_inputs[parameters[0]].device, captured.sites[0].dtype):
         start_build()
     _tell(compilation_of(example_inputs, parameters, config), plan)

@@ -1,4 +1,4 @@
-"""The `vericache` command: run, trace, check, bench, explain, plan, compressors, plot, doctor.
+"""The `vericache` command: run, trace, check, bench, explain, plan, compressors, calibrate, plot, doctor.
 
 With --json, stdout holds exactly one JSON document; everything else goes to stderr. Exit codes: 0 all well,
 1 tokens differ or something needed is missing, 2 wrong input (three parts on stderr: found, where, fix).
@@ -14,6 +14,8 @@ from contextlib import nullcontext, redirect_stdout
 from typing import Any
 
 import vericache_compile
+from vericache_compile.cli_calibrate import add_arguments as add_calibration
+from vericache_compile.cli_calibrate import calibrate
 from vericache_compile.cli_commands import bench, check, compressors, run, trace
 from vericache_compile.cli_explain import explain
 from vericache_compile.cli_plan import plan
@@ -80,6 +82,11 @@ def make_parser() -> argparse.ArgumentParser:
 
     made = commands.add_parser("compressors", help="the compression methods: parameters, what they need, the paper")
     _finish(made, compressors)
+
+    made = commands.add_parser("calibrate", help="let a compression method learn from a text, once for a model")
+    add_calibration(made)
+    _add_device(made)
+    _finish(made, calibrate)
 
     made = commands.add_parser(
         "explain", help="how a model would run, and why not where it would not; compiles nothing"

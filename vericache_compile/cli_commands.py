@@ -119,7 +119,7 @@ def _method_row(method: Mapping[str, Any]) -> tuple[str, str, str, str]:
 def _prepare(args: argparse.Namespace) -> tuple[Any, Any, dict[str, Any], dict[str, Any]]:
     """Model, tokenizer, inputs and checked options; wrong input is found before anything slow starts."""
     options = options_of(args)
-    prompt = _read_prompt(args.prompt_file)
+    prompt = read_text(args.prompt_file, "--prompt-file")
     model, tokenizer = load(args, "AutoTokenizer")
     inputs = _encode(tokenizer, prompt, args.chat)
     return model, tokenizer, {name: tensor.to(model.device) for name, tensor in inputs.items()}, options
@@ -134,16 +134,18 @@ def options_of(args: argparse.Namespace) -> dict[str, Any]:
     return options
 
 
-def _read_prompt(file: str) -> str:
+def read_text(file: str, option: str) -> str:
+    """The text in a file, or on stdin for -; raises VericacheError where it cannot be read or is empty."""
+    what = option.removeprefix("--").removesuffix("-file")
     try:
-        prompt = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        found = f"the prompt cannot be read: {getattr(error, 'strerror', None) or error}"
+        found = f"the {what} cannot be read: {getattr(error, 'strerror', None) or error}"
         fix = "name a text file in UTF-8, or - for stdin"
-        raise VericacheError(found, f"--prompt-file {file}", fix) from error
-    if not prompt.strip():
-        raise VericacheError("the prompt is empty", f"--prompt-file {file}", "put some text into it")
-    return prompt
+        raise VericacheError(found, f"{option} {file}", fix) from error
+    if not text.strip():
+        raise VericacheError(f"the {what} is empty", f"{option} {file}", "put some text into it")
+    return text
 
 
 def model_path(args: argparse.Namespace) -> str:

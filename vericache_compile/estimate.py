@@ -21,6 +21,8 @@ def compressed_bytes(compressor: Compressor, sites: Sequence[Site]) -> float:
     total = 0.0
     for site in sites:
         method = compressor.for_layer(site.layer, len(sites))
+        if method.donor is not None:
+            continue
         shape = (repr(method), site.heads, site.kv_heads, site.head_size, site.value_size)
         if shape not in measured:
             keys = torch.zeros(site.kv_heads, PROBE, site.head_size, dtype=site.dtype)

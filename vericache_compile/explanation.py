@@ -108,7 +108,10 @@ class _Recorder:
         try:
             check_parameters(parameters_of(example_inputs))
             program = take(module, example_inputs, self.config, observers)
-            check_sites([nodes.site for nodes in program.sites])
+            sites = [nodes.site for nodes in program.sites]
+            check_sites(sites)
+            shapes = [example_inputs[i].shape for i in parameters_of(example_inputs)]
+            self.config.make_compressor().check_model(sites, shapes)
         except UnsupportedGraph as reason:
             for observer in observers:
                 observer.refused(module, reason)

@@ -59,7 +59,11 @@ def storages() -> Callable[[CompressedKV], dict[int, int]]:
     return look
 
 
+def _bytes_of(tensor: Tensor) -> Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format).view(torch.uint8)
+
+
 @pytest.fixture(scope="session")
 def raw_bytes() -> Callable[[CompressedKV], list[Tensor]]:
     """A copy of every byte of a region."""
-    return lambda region: [tensor.contiguous().view(torch.uint8).clone() for tensor in find_tensors(region)]
+    return lambda region: [_bytes_of(tensor) for tensor in find_tensors(region)]

@@ -9,9 +9,12 @@ Shapes: H query heads, K KV heads, S tokens, N slots kept, D head size, Dv value
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
 from typing import ClassVar, Self
 
 from torch import Tensor
+
+from vericache_compile.plan import Site
 
 
 class CompressedKV(ABC):
@@ -72,6 +75,17 @@ class Compressor(ABC):
         The runtime asks it at every site before `compress`; `queries` is asked of the method as it was given.
         """
         return self
+
+    @property
+    def donor(self) -> int | None:
+        """The earlier site whose region this one reads in place of one of its own; None for its own."""
+        return None
+
+    def check_model(self, sites: Sequence[Site], parameters: Iterable[Sequence[int]]) -> None:  # noqa: B027
+        """Raise OptionError where the method was calibrated for a model of other sites or shapes of `parameters`.
+
+        Asked once per captured graph, before it runs; a method that is not calibrated serves all.
+        """
 
     @abstractmethod
     def compress(self, keys: Tensor, values: Tensor, queries: Tensor | None) -> CompressedKV:
