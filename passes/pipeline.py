@@ -16,6 +16,7 @@ from vericache_compile.passes.check import check
 from vericache_compile.passes.expand_window import expand_window
 from vericache_compile.passes.find_attention import find_attention
 from vericache_compile.passes.find_roles import find_roles
+from vericache_compile.passes.find_rotation import find_rotation
 from vericache_compile.passes.lift_positions import lift_positions
 from vericache_compile.passes.lower import lower
 from vericache_compile.passes.partition import partition
@@ -52,6 +53,7 @@ def decode_passes(inductor: bool, draft_dtype: torch.dtype | None = None) -> tup
     return (
         prove_mask,
         lift_positions,
+        find_rotation,
         split_modes,
         expand_window,
         partial(spell_products, inductor=inductor, draft_dtype=draft_dtype),
@@ -112,6 +114,7 @@ def plan_capture(
         logits=program.logits,
         position_rule=program.position_rule,
         position_limit=program.position_limit,
+        rotations=tuple(program.rotations),
     )
 
 
