@@ -83,7 +83,7 @@ def _cut_out(program: Program, key: Node, before: Node, fed: set[Node]) -> Rope 
                 weights.append(_weight(program, node))
                 copies[node] = graph.placeholder(f"weight_{len(weights)}")
             else:
-                copies[node] = graph.node_copy(node, copies.__getitem__)  # type: ignore[arg-type]
+                copies[node] = graph.node_copy(node, copies.__getitem__)
     except UnsupportedGraph:
         return None
     graph.output(copies[key])

@@ -5,7 +5,7 @@ Shapes: B batch, K KV heads, C columns allocated, D head size, E value head size
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vericache_compile.compressors.base import CompressedKV, Compressor
 from vericache_compile.compressors.dense import DenseKV
+from vericache_compile.compressors.facts import KINDS, NOTHING, Facts
 from vericache_compile.kernels.block_attention import BLOCK
 from vericache_compile.plan import Site
 from vericache_compile.runtime.attention import Visible
@@ -126,10 +127,10 @@ class DraftLayer:
         tail = max(column - start for column, start in zip(columns, self.starts, strict=True))
         return self.keys.shape[2] - self.offset - tail
 
-    def read(self, columns: Sequence[int]) -> tuple[Tensor, Tensor, Visible]:
-        """Keys and values [B, K, S, *], and which slots rows `columns` long read of them."""
+    def read(self, columns: Sequence[int], q: Tensor | None = None) -> tuple[Tensor, Tensor, Visible]:
+        """Keys and values [B, K, S, *], and which slots rows `columns` long read of them, for queries [B, H, 1, D]."""
         tails = [column - start for column, start in zip(columns, self.starts, strict=True)]
-        keys, values = self._materialize(max(tails)) if self.packed else (self.keys, self.values)
+        keys, values = self._materialize(max(tails), q) if self.packed else (self.keys, self.values)
         return keys, values, Visible(self.lefts, tuple(self.slots + tail for tail in tails))
 
     @cached_property
@@ -139,8 +140,10 @@ class DraftLayer:
         kept = [region.head_slots or (region.slots,) * heads for region in self.regions]
         return tuple(tuple(self.slots - count for count in row) for row in kept)
 
-    def _materialize(self, longest: int) -> tuple[Tensor, Tensor]:
-        parts = [region.materialize() for region in self.regions]
+    def _materialize(self, longest: int, q: Tensor | None) -> tuple[Tensor, Tensor]:
+        parts = [
+            region.materialize() if q is None else region.select(q[b, :, 0]) for b, region in enumerate(self.regions)
+        ]
         out = []
         for held, side in ((self.keys, 0), (self.values, 1)):
             joined = held.new_zeros((held.shape[0], held.shape[1], self.slots + longest, held.shape[3]))
@@ -154,9 +157,11 @@ class DraftLayer:
 class DraftKV:
     """What the draft variant attends to: per site and row an immutable compressed region and an exact tail."""
 
-    def __init__(self, compressor: Compressor, layers: list[DraftLayer]) -> None:
+    def __init__(self, compressor: Compressor, layers: list[DraftLayer], made: Sequence[int]) -> None:
         self.compressor = compressor
         self.layers = layers
+        self.made = list(made)
+        """How long each row was when all of it was last compressed."""
 
     @property
     def nbytes(self) -> int:
@@ -166,6 +171,10 @@ class DraftKV:
     def valid(self, columns: Sequence[int]) -> bool:
         """Whether rows may be `columns` long: no region covers a token beyond."""
         return all(c >= s for layer in self.layers for c, s in zip(columns, layer.starts, strict=True))
+
+    def age(self, columns: Sequence[int]) -> int:
+        """The most tokens that a row, now `columns` long, has gained since all of it was compressed."""
+        return max(column - then for column, then in zip(columns, self.made, strict=True))
 
     def room(self, columns: Sequence[int]) -> int:
         """Columns that every site's tail can still take."""
@@ -180,13 +189,17 @@ def compress(
     queries: Sequence[Sequence[Tensor | None]],
     room: int,
     before: DraftKV | None = None,
+    facts_of: Callable[[int, int, int, int], Facts] | None = None,
 ) -> DraftKV:
     """Compress each row's columns [pads[b], columns[b]) at every site; with `before`, only what tails have gathered.
 
     `queries[layer][b]` holds the row's last queries [H, w, D], or None where they were never seen (the cache was built
-    by an uncompiled model). Tails get room for `room` columns more.
+    by an uncompiled model). Tails get room for `room` columns more. `facts_of(layer, b, begin, end)` is what the
+    compressor is told of columns [begin, end), if it wants any of it.
     """
     layers = []
+    if not compressor.wants & KINDS:
+        facts_of = None
     for layer in range(len(full.sites)):
         regions, starts = [], []
         own = compressor.for_layer(layer, len(full.sites))
@@ -198,14 +211,15 @@ def compress(
             asked = queries[layer][b]
             if asked is None and compressor.queries:
                 asked = _stand_in(k, full.sites[layer], compressor.queries)
+            facts = facts_of(layer, b, begin, end) if facts_of is not None else NOTHING
             if held is None:
-                region = own.compress(k, v, asked)
+                region = own.knowing(facts).compress(k, v, asked)
             else:
-                region = held.regions[b].extend(k, v, asked) if end > begin else held.regions[b]
+                region = held.regions[b].knowing(facts).extend(k, v, asked) if end > begin else held.regions[b]
             regions.append(region)
             starts.append(pad + region.covered)
         layers.append(_place(regions, starts, full, layer, columns, room))
-    return DraftKV(compressor, layers)
+    return DraftKV(compressor, layers, columns if before is None else before.made)
 
 
 def _stand_in(keys: Tensor, site: Site, count: int) -> Tensor:

@@ -40,8 +40,8 @@ class Rotations:
             made = probe.rotation()
             if made is None:
                 log.warning(
-                    "vericache: keys are compressed as they are cached, not as before RoPE: positions do more than turn "
-                    "pairs of channels\n  where: layer %d\n  fix: choose a compressor that does not need pre_rope",
+                    "vericache: keys are compressed as they are cached, not as before RoPE: a position does more than "
+                    "turn pairs of channels\n  where: layer %d\n  fix: choose a compressor that does not need pre_rope",
                     layer,
                 )
             self._made[key] = (rope, made)  # the rope is kept alive, so that its id stays its own

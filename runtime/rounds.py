@@ -15,11 +15,15 @@ from torch import Tensor
 from vericache_compile.compressors.base import Compressor
 from vericache_compile.plan import DecodePlan, SegmentedProgram
 from vericache_compile.runtime.acceptance import accept, next_horizon
-from vericache_compile.runtime.attention import Visible, attend_compressed, attend_full
+from vericache_compile.runtime.attention import Visible, attend_compressed
 from vericache_compile.runtime.caches import CHUNK, DraftKV, compress
 from vericache_compile.runtime.counts import Counts, Round
 from vericache_compile.runtime.executor import Attend, WeightCasts, bind_weights, execute
+from vericache_compile.runtime.repeat import knows_context, repeat_context
+from vericache_compile.runtime.rotations import Rotations
 from vericache_compile.runtime.sequences import Held, Queries, Sequence
+from vericache_compile.runtime.told import Telling
+from vericache_compile.runtime.verify import verify_tokens
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,7 @@ def run_round(
     compressor: Compressor,
     counts: Counts,
     casts: WeightCasts,
+    rotations: Rotations,
 ) -> None:
     """Draft, verify, accept and commit for every row of a sequence; rows already far ahead stay where they are."""
     device = inputs[plan.captured.roles.tokens].device
@@ -66,13 +71,17 @@ def run_round(
     called = time.perf_counter()
     start = make_start(sequence, device)
     sequence.full.reserve(max(start.columns) + plan.window, device)
-    draft = prepare_draft(sequence, start, compressor, plan.window, counts)
+    verify = bind_weights(plan.verify, inputs, casts)
+    if "repeated" in compressor.wants:
+        _repeat_once(sequence, plan, verify, counts, device)
+    telling = Telling(sequence, plan, inputs, rotations, compressor.wants)
+    draft = prepare_draft(sequence, start, compressor, plan.window, counts, telling)
     horizon = _horizon(sequence, plan.window)
     low = bind_weights(plan.draft, inputs, casts)
     began = time.perf_counter()
     drafted = draft_tokens(sequence, draft, plan, low, start, horizon)
     drafted_at = time.perf_counter()
-    outputs, queries = verify_window(sequence, draft, plan, bind_weights(plan.verify, inputs, casts), start, drafted)
+    outputs, queries = verify_window(sequence, draft, plan, verify, start, drafted)
     predicted = outputs[plan.logits][:, :, -1].argmax(-1).t().tolist()  # the round's host wait
     window = drafted.tolist()
     took = (drafted_at - began, time.perf_counter() - drafted_at)
@@ -84,22 +93,40 @@ def run_round(
     counts.latest.append(Round(called, compressing, began, *took, len(sequence.rows), int(more), int(stood)))
 
 
-def prepare_draft(sequence: Sequence, start: Start, compressor: Compressor, window: int, counts: Counts) -> DraftKV:
-    """The sequence's draft cache, with room for a window: compressed anew when it is missing or cut into."""
+def prepare_draft(
+    sequence: Sequence, start: Start, compressor: Compressor, window: int, counts: Counts, telling: Telling
+) -> DraftKV:
+    """The sequence's draft cache, with room for a window: compressed anew when it is missing, cut into, or to be
+    refreshed."""
     began = time.perf_counter()
     draft = sequence.draft
     if draft is not None and (draft.compressor is not compressor or not draft.valid(start.columns)):
         draft = None
+    if draft is not None and 0 < compressor.refresh <= draft.age(start.columns):
+        draft = None
+        counts.refreshes += 1
     if draft is None or draft.room(start.columns) < window:
         queries = [
             [held.row(b) if held is not None else None for b in range(len(sequence.rows))] for held in sequence.queries
         ]
         spread = max(start.columns) - min(start.columns)
         room = CHUNK + 2 * window + spread
-        draft = compress(compressor, sequence.full, start.pads, start.columns, queries, room, draft)
+        draft = compress(compressor, sequence.full, start.pads, start.columns, queries, room, draft, telling.of)
         sequence.draft = draft
         counts.compress_seconds += time.perf_counter() - began
     return draft
+
+
+def _repeat_once(
+    sequence: Sequence, plan: DecodePlan, bound: list[Tensor | None], counts: Counts, device: torch.device
+) -> None:
+    """Let the model repeat its context before a draft cache is made, where the tokens of the context are known."""
+    lengths = [row.length for row in sequence.rows]
+    known = sequence.repeated is not None and sequence.repeated.lengths == lengths
+    if sequence.draft is None and not known:
+        began = time.perf_counter()
+        sequence.repeated = repeat_context(sequence, plan, bound, device) if knows_context(sequence) else None
+        counts.repeat_seconds += time.perf_counter() - began
 
 
 def _horizon(sequence: Sequence, window: int) -> int:
@@ -144,7 +171,7 @@ def _drafting(draft: DraftKV, program: SegmentedProgram, plan: DecodePlan, start
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         held = draft.layers[layer]
         held.write(k, v, columns)
-        keys, values, visible = held.read(grown)
+        keys, values, visible = held.read(grown, q)
         return attend_compressed(q, keys, values, visible, sites[layer].scale, masks)
 
     return attend
@@ -161,24 +188,15 @@ def verify_window(
     batch, have = drafted.shape
     tokens = torch.zeros((plan.window, batch, 1), dtype=torch.int64, device=drafted.device)
     tokens[:have, :, 0] = drafted.t()
-    steps = torch.arange(plan.window, device=drafted.device)[:, None, None]
-    positions = start.positions + steps
-    if plan.position_limit is not None:
-        positions.clamp_(max=plan.position_limit - 1)
     queries: list[Queries | None] = [None] * len(plan.captured.sites)
     keep = draft.compressor.queries > 0
 
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        sequence.full.append(layer, k, v, start.columns)
+    def note(layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
         draft.layers[layer].write(k, v, start.columns)
         if keep:
             queries[layer] = Queries(q, [0] * batch)
-        full = sequence.full
-        return attend_full(
-            q, full.keys[layer], full.values[layer], start.columns, start.pads, plan.captured.sites[layer].scale
-        )
 
-    return execute(plan.verify, bound, tokens, positions, attend), queries
+    return verify_tokens(sequence, plan, bound, tokens, start.positions, start.columns, note), queries
 
 
 def _commit(
@@ -202,6 +220,8 @@ def _commit(
         if plan.position_limit is not None:
             kept = min(kept, max(plan.position_limit - (row.length + row.offset), 1))
         own = outputs if len(sequence.rows) == 1 else tuple(output[:kept, b : b + 1].clone() for output in outputs)
+        if len(row.ids) == row.length:
+            row.ids += window[b][:kept]
         row.held.extend(Held(row.length + i, window[b][i], own, i) for i in range(kept))
         row.length += kept
         row.token = window[b][0] if row.forced else predicted[b][kept - 1]
@@ -211,3 +231,16 @@ def _commit(
                 held.counts[b] = kept
     if any(held is not None and all(held.counts) for held in queries):
         sequence.queries = queries
+    if sequence.drawn is not None:
+        _add_drawn(sequence, start, queries)
+
+
+def _add_drawn(sequence: Sequence, start: Start, queries: list[Queries | None]) -> None:
+    """Add the attention of each row's accepted queries to what its tokens have drawn."""
+    assert sequence.drawn is not None
+    for layer, held in enumerate(queries):
+        for b, (column, pad) in enumerate(zip(start.columns, start.pads, strict=True)):
+            own = held.row(b) if held is not None else None
+            if own is not None:
+                keys = sequence.full.keys[layer][b, :, : column + own.shape[1]]
+                sequence.drawn.add(layer, b, own, keys, pad)

@@ -16,6 +16,7 @@ from vericache_compile.errors import GhostError
 from vericache_compile.plan import Site
 from vericache_compile.runtime import ghosts
 from vericache_compile.runtime.caches import DraftKV, FullKV
+from vericache_compile.runtime.drawn import Drawn
 
 REBUILD = "run the prompt again, or keep the cache that it was copied from alive and uncropped while copies are in use"
 CROPPED = "an older state of a cache that was cropped below it since then"
@@ -57,6 +58,8 @@ class Row:
     """Whether the caller keeps feeding the same token whatever is predicted (padding after the end)."""
     served: int = 0
     """Rows that the caller took since the last round."""
+    ids: list[int] = field(default_factory=list)
+    """Tokens of the first columns, all of them where a compressor wants them."""
 
     def feed(self, column: int, token: int, offset: int, pad: int) -> None:
         """The caller feeds `token` at `column`; what was held for another history is dropped."""
@@ -80,6 +83,7 @@ class Row:
     def truncate(self, column: int) -> None:
         """Forget everything from `column` on."""
         self.length = min(self.length, column)
+        del self.ids[column:]
         self.held.clear()
         self.token = None
 
@@ -96,6 +100,23 @@ class Queries:
         return self.tensor[b, :, : self.counts[b]] if self.counts[b] else None
 
 
+@dataclass(frozen=True)
+class Repeated:
+    """What a context's keys drew while the model repeated it: per site [B, K, C], float32."""
+
+    scores: list[Tensor]
+    lengths: list[int]
+    """Columns that each row had."""
+
+    def of(self, layer: int, b: int, begin: int, end: int) -> Tensor:
+        """Row b's scores [K, n] of columns [begin, end), as far as they were there."""
+        return self.scores[layer][b, :, begin : min(end, self.lengths[b])]
+
+    def select(self, rows: Rows[int]) -> Repeated:
+        """A copy of the given rows."""
+        return Repeated([held[list(rows)] for held in self.scores], [self.lengths[r] for r in rows])
+
+
 class Sequence:
     """One cache: full KV, compressed KV, held rows, per row."""
 
@@ -105,6 +126,8 @@ class Sequence:
         self.rows = [Row() for _ in range(batch)]
         self.draft: DraftKV | None = None
         self.queries: list[Queries | None] = [None] * len(sites)
+        self.drawn: Drawn | None = None
+        self.repeated: Repeated | None = None
         self.horizon = 0
         """Tokens drafted in the last round (0 before the first)."""
         self.epoch = 0
@@ -162,11 +185,13 @@ class Sequence:
         made.regular, made.version, made.horizon = self.regular, self.version, self.horizon
         for new, old in zip(made.rows, (self.rows[r] for r in rows), strict=True):
             new.pad, new.offset, new.length = old.pad, old.offset, min(old.length, columns)
-            new.served = old.served
+            new.served, new.ids = old.served, old.ids[:columns]
         for layer, queries in enumerate(self.queries):
             if queries is not None:
                 counts = [queries.counts[r] for r in rows]
                 made.queries[layer] = Queries(queries.tensor[list(rows)], counts)
+        made.drawn = self.drawn.select(rows) if self.drawn is not None else None
+        made.repeated = self.repeated.select(rows) if self.repeated is not None else None
         return made
 
 

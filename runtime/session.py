@@ -17,9 +17,12 @@ from vericache_compile.compressors.base import Compressor
 from vericache_compile.plan import CapturedPlan, DecodePlan, Output, OutputRole, Roles
 from vericache_compile.runtime import rounds
 from vericache_compile.runtime.counts import Counts
+from vericache_compile.runtime.drawn import Drawn
 from vericache_compile.runtime.executor import WeightCasts, bind_weights
+from vericache_compile.runtime.rotations import Rotations
 from vericache_compile.runtime.sequences import Queries, Row, Sequence, SequenceTable
 from vericache_compile.runtime.timeline import Timeline
+from vericache_compile.runtime.told import Telling
 
 log = logging.getLogger(__name__)
 FEW = 1
@@ -29,8 +32,8 @@ FEW = 1
 class Store:
     """Takes each site's new queries, keys and values while a graph runs as captured."""
 
-    def __init__(self, sequence: Sequence, column: int, queries: int) -> None:
-        self.sequence, self.column, self.queries = sequence, column, queries
+    def __init__(self, sequence: Sequence, column: int, queries: int, pads: Rows[int]) -> None:
+        self.sequence, self.column, self.queries, self.pads = sequence, column, queries, pads
 
     def append(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
         """q [B, H, T, D], k [B, K, T, D], v [B, K, T, E] of the tokens from `column` on."""
@@ -42,6 +45,10 @@ class Store:
         if self.queries:
             last = q[:, :, -self.queries :].clone()
             self.sequence.queries[layer] = Queries(last, [last.shape[2]] * batch)
+        if self.sequence.drawn is not None:
+            for b, pad in enumerate(self.pads):
+                keys = self.sequence.full.keys[layer][b, :, : self.column + k.shape[2]]
+                self.sequence.drawn.add(layer, b, q[b], keys, pad)
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,7 @@ class Session:
         self._timeline: Timeline | None = None
         self._told = False
         self._lock = lock
+        self._rotations = Rotations()
 
     def trace_to(self, path: str | None) -> None:
         """Write calls and rounds down in this file from now on, or nowhere."""
@@ -118,10 +126,14 @@ class Session:
             if site.past is not None:
                 arguments[site.past[0]] = sequence.full.keys[site.layer][:, :, :columns]
                 arguments[site.past[1]] = sequence.full.values[site.layer][:, :, :columns]
-        made = plan.module(Store(sequence, columns, self.compressor.queries), *arguments)
         pads = self._padding(sequence, roles, inputs)
+        if "attention" in self.compressor.wants and (sequence.drawn is None or columns == 0):
+            sequence.drawn = None if columns else Drawn.empty(plan.sites, batch, device)
+        made = plan.module(Store(sequence, columns, self.compressor.queries, pads), *arguments)
         for row, pad in zip(sequence.rows, pads, strict=True):
             row.length, row.pad = columns + count, pad
+        if "repeated" in self.compressor.wants:
+            _note_tokens(sequence, inputs[roles.tokens], columns)
         self._note(sequence)
         self.prefill_seconds += time.perf_counter() - began
         return self._assemble(plan.outputs, list(made), sequence, columns + count, device, marked=True)
@@ -146,7 +158,7 @@ class Session:
                 if self.last is None or self.last[0] is not plan:
                     weights = set(roles.weights)
                     self.last = (plan, [x if i in weights else None for i, x in enumerate(inputs)])
-                rounds.run_round(sequence, plan, inputs, self.compressor, self.counts, self.casts)
+                rounds.run_round(sequence, plan, inputs, self.compressor, self.counts, self.casts, self._rotations)
                 self._note(sequence)
             made = self._take(sequence.rows)
             return self._assemble(plan.captured.outputs, made, sequence, columns + 1, tokens.device, marked=False)
@@ -279,9 +291,17 @@ class Session:
                 row.token = token
                 row.offset = 0 if plan.position_rule == "column" else -row.pad
             start = rounds.make_start(copy, device)
-            draft = rounds.prepare_draft(copy, start, self.compressor, count, Counts())
+            telling = Telling(copy, plan, inputs, self._rotations, self.compressor.wants)
+            draft = rounds.prepare_draft(copy, start, self.compressor, count, Counts(), telling)
             bound = bind_weights(plan.draft, inputs, self.casts)
             return rounds.draft_tokens(copy, draft, plan, bound, start, count)[:, 1:].tolist()
+
+
+def _note_tokens(sequence: Sequence, tokens: Tensor, columns: int) -> None:
+    """Note the tokens [B, T] at `columns` on, for rows whose tokens before are known."""
+    for row, ids in zip(sequence.rows, tokens.tolist(), strict=True):
+        if len(row.ids) >= columns:
+            row.ids[columns:] = ids
 
 
 def _columns(plan: CapturedPlan, inputs: Rows[Any]) -> int:

@@ -26,7 +26,7 @@ from vericache_compile.errors import OptionError
 class ReFreeKV(Chooser):
     """Keep the shortest prefix of the ranking that loses at most `threshold` of the attention's norm.
 
-    Tokens that join later are ranked among themselves, in the same way.
+    Tokens that join later are ranked among themselves, from the newest back.
     """
 
     name: ClassVar[str] = "refreekv"
@@ -51,6 +51,11 @@ class ReFreeKV(Chooser):
     def queries(self) -> int:
         """The last one decides."""
         return 1
+
+    @property
+    def later(self) -> ReFreeKV:
+        """No first tokens among those that join later."""
+        return type(self)(self.threshold, 0, self.whole)
 
     def for_layer(self, layer: int, layers: int) -> Chooser:
         """Itself, but for the first layers, which keep everything."""
