@@ -64,6 +64,8 @@ def test_an_unknown_name_is_told_the_nearest_and_all() -> None:
         ("snapkv", {"window": 8}, "window=8", "choose from: keep"),
         ("none", {"keep": 0.2}, "keep=0.2", "takes no parameters"),
         ("snapkv", {"keep": 0}, "keep=0", "(0, 1]"),
+        ("snapkv", {"keep": True}, "keep=True", "(0, 1]"),
+        ("qpruningkv", {"bits": 3}, "bits=3", "2 or 4"),
         ("streaming", {"keep": 1.5}, "keep=1.5", "(0, 1]"),
         ("kivi", {"bits": 3}, "bits=3", "2 or 4"),
     ],

@@ -17,7 +17,7 @@ from typing import ClassVar, NamedTuple, Self
 from torch import Tensor
 
 from vericache_compile.compressors.base import Compressor
-from vericache_compile.compressors.dense import budget, check_count, check_keep
+from vericache_compile.compressors.dense import budget, check_count, check_keep, is_number
 from vericache_compile.compressors.ragged import RaggedKV, join_heads
 from vericache_compile.compressors.snapkv import score_tokens
 from vericache_compile.errors import OptionError
@@ -79,7 +79,7 @@ class AdaKV(Compressor):
         check_count("kernel", self.kernel, 1, self.name)
         if self.kernel % 2 == 0:
             raise OptionError(f"kernel={self.kernel}", where, "give an odd width")
-        if not isinstance(self.floor, int | float) or not 0 <= self.floor <= 1:
+        if not is_number(self.floor) or not 0 <= self.floor <= 1:
             raise OptionError(f"floor={self.floor!r}", where, "give a fraction in [0, 1]")
 
     @property

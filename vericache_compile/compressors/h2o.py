@@ -16,7 +16,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from vericache_compile.compressors.dense import check_count
+from vericache_compile.compressors.dense import is_number
 from vericache_compile.compressors.scorer import Scorer
 from vericache_compile.compressors.window_attention import mean_attention
 from vericache_compile.errors import OptionError
@@ -35,10 +35,8 @@ class H2O(Scorer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        known = isinstance(self.recent, int | float) and not isinstance(self.recent, bool)
-        if not known or not 0 <= self.recent <= 1:
+        if not is_number(self.recent) or not 0 <= self.recent <= 1:
             raise OptionError(f"recent={self.recent!r}", f"compressor {self.name!r}", "give a share in [0, 1]")
-        check_count("refresh", self.refresh, 0, self.name)
 
     @property
     def queries(self) -> int:
