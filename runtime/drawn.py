@@ -43,19 +43,23 @@ class Drawn:
         held[:, pad:columns] += attention_drawn(q, keys[:, pad:], self.sites[layer].scale)
 
     def of(self, layer: int, b: int, begin: int, end: int) -> Tensor | None:
-        """Row b's sums [K, end - begin]; None where these columns were never seen."""
+        """Row b's sums [K, end - begin]; None where they lie beyond all that was seen."""
         held = self.sums[layer][b]
         return held[:, begin:end] if end <= held.shape[1] else None
 
     def select(self, rows: Sequence[int]) -> Drawn:
         """A copy of the given rows."""
-        return Drawn(self.sites, [held[list(rows)] for held in self.sums])
+        with torch.inference_mode(False):
+            return Drawn(self.sites, [torch.stack([held[b] for b in rows]) for held in self.sums])
 
     def _with_room(self, layer: int, columns: int) -> Tensor:
         held = self.sums[layer]
         if columns > held.shape[2]:
             room = 1 << (columns - 1).bit_length()
-            self.sums[layer] = torch.nn.functional.pad(held, (0, room - held.shape[2]))
+            with torch.inference_mode(False):  # to be added to in any mode
+                grown = torch.zeros((*held.shape[:2], room), device=held.device)
+            grown[:, :, : held.shape[2]] = held
+            self.sums[layer] = grown
         return self.sums[layer]
 
 

@@ -36,7 +36,9 @@ class Rotations:
         weights = [inputs[i] for i in rope.weights]
         key = (id(rope), tuple(weight.data_ptr() for weight in weights))
         if key not in self._made:
-            probe = Probe(rope, weights, plan.captured.sites[layer], plan.captured.roles.batch, plan.position_limit)
+            roles, site = plan.captured.roles, plan.captured.sites[layer]
+            device = inputs[roles.weights[0]].device
+            probe = Probe(rope, weights, site, roles.batch, plan.position_limit, device)
             made = probe.rotation()
             if made is None:
                 log.warning(
@@ -58,13 +60,14 @@ class Probe:
     batch: int
     limit: int | None
     """First position that the model cannot embed."""
+    device: torch.device
 
     def rotation(self) -> Rotation | None:
         """The rotation that the graph computes; None where it is none: images of unit vectors tell."""
-        units = torch.eye(self.site.head_size, device=self._device)
+        units = torch.eye(self.site.head_size, device=self.device)
         matrix = self._run(units, PROBES[0]).t()
         off = (matrix - matrix.diagonal().diag()).abs()
-        own = torch.arange(len(units), device=self._device)
+        own = torch.arange(len(units), device=self.device)
         pairs = torch.where(off.amax(dim=1) > 0, off.argmax(dim=1), own)
         if not torch.equal(pairs[pairs], own):
             return None
@@ -82,23 +85,19 @@ class Probe:
 
     def _table(self, pairs: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """cos and sin [count, D]: of each pair the image of its first channel, and that of its other."""
-        own = torch.arange(len(pairs), device=self._device)
+        own = torch.arange(len(pairs), device=self.device)
         first = own <= pairs
         parts = []
         for begin in range(0, count, AT_ONCE):
-            positions = torch.arange(begin, min(begin + AT_ONCE, count), device=self._device)
+            positions = torch.arange(begin, min(begin + AT_ONCE, count), device=self.device)
             one, other = (self._run(x.float().expand(len(positions), -1), positions) for x in (first, ~first))
             parts.append((torch.where(first, one, other), torch.where(first, other, one) * (own != pairs)))
         cos, sin = (torch.cat(side) for side in zip(*parts, strict=True))
         return cos, sin
 
-    @property
-    def _device(self) -> torch.device:
-        return self.weights[0].device if self.weights else torch.device("cpu")
-
     def _run(self, x: Tensor, at: Tensor | int) -> Tensor:
         """Images [P, D], float32, of x [P, D] at positions [P], or all at one."""
-        positions = torch.full((len(x),), at, device=self._device) if isinstance(at, int) else at
+        positions = torch.full((len(x),), at, device=self.device) if isinstance(at, int) else at
         if self.limit is not None:
             positions = positions.clamp(max=self.limit - 1)
         size = self.site.head_size

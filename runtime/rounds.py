@@ -72,6 +72,7 @@ def run_round(
     start = make_start(sequence, device)
     sequence.full.reserve(max(start.columns) + plan.window, device)
     verify = bind_weights(plan.verify, inputs, casts)
+    sequence.draft = usable_draft(sequence.draft, start, compressor, counts)
     if "repeated" in compressor.wants:
         _repeat_once(sequence, plan, verify, counts, device)
     telling = Telling(sequence, plan, inputs, rotations, compressor.wants)
@@ -93,18 +94,22 @@ def run_round(
     counts.latest.append(Round(called, compressing, began, *took, len(sequence.rows), int(more), int(stood)))
 
 
+def usable_draft(draft: DraftKV | None, start: Start, compressor: Compressor, counts: Counts) -> DraftKV | None:
+    """A draft cache as far as it can still be used: not another compressor's, cut into, or due to be refreshed."""
+    if draft is None or draft.compressor is not compressor or not draft.valid(start.columns):
+        return None
+    if 0 < compressor.refresh <= draft.age(start.columns):
+        counts.refreshes += 1
+        return None
+    return draft
+
+
 def prepare_draft(
     sequence: Sequence, start: Start, compressor: Compressor, window: int, counts: Counts, telling: Telling
 ) -> DraftKV:
-    """The sequence's draft cache, with room for a window: compressed anew when it is missing, cut into, or to be
-    refreshed."""
+    """The sequence's draft cache with room for a window: made where there is none, else tails are compressed in."""
     began = time.perf_counter()
     draft = sequence.draft
-    if draft is not None and (draft.compressor is not compressor or not draft.valid(start.columns)):
-        draft = None
-    if draft is not None and 0 < compressor.refresh <= draft.age(start.columns):
-        draft = None
-        counts.refreshes += 1
     if draft is None or draft.room(start.columns) < window:
         queries = [
             [held.row(b) if held is not None else None for b in range(len(sequence.rows))] for held in sequence.queries

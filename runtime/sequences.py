@@ -108,6 +108,11 @@ class Repeated:
     lengths: list[int]
     """Columns that each row had."""
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(held.nbytes for held in self.scores)
+
     def of(self, layer: int, b: int, begin: int, end: int) -> Tensor:
         """Row b's scores [K, n] of columns [begin, end), as far as they were there."""
         return self.scores[layer][b, :, begin : min(end, self.lengths[b])]
@@ -144,8 +149,8 @@ class Sequence:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of KV held, full and draft."""
-        return self.full.nbytes + (self.draft.nbytes if self.draft is not None else 0)
+        """Bytes of KV held, full and draft, and of what is noted about it."""
+        return sum(x.nbytes for x in (self.full, self.draft, self.drawn, self.repeated) if x is not None)
 
     def truncate(self, columns: int) -> None:
         """Forget every row's history from `columns` on."""

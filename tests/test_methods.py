@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from vericache_compile import stats
 from vericache_compile.compressors.table import COMPRESSORS
 from vericache_compile.runtime import rounds
-from vericache_compile.testing import GATHER, KV_HEADS, check_tokens, tiny_model
+from vericache_compile.testing import GATHER, KV_HEADS, check_tokens, make_prompt, tiny_model
 
 
 @pytest.fixture(autouse=True)
@@ -46,3 +47,20 @@ def test_long_outputs_are_plain(text: str) -> None:
     check_tokens(text, 2, tokens=120, batch=3, count=80)
     refreshes = stats(tiny_model(2)[0])["refreshes"]
     assert refreshes >= 2 if "refresh" in text else refreshes == 0
+
+
+@pytest.mark.parametrize("name", ["h2o", "expected_attention"])
+def test_what_is_noted_can_be_added_to_in_any_mode(name: str) -> None:
+    """A prefill under inference_mode, then steps under no_grad and inference_mode by turns."""
+    from transformers import DynamicCache
+
+    model, switch = tiny_model(2)
+    switch.options = {"compressor": name, "window": 4, "inductor": False}
+    ids = make_prompt(100)["input_ids"]
+    cache, fed, given = DynamicCache(), ids, []
+    for step in range(20):
+        with torch.inference_mode() if step % 2 == 0 else torch.no_grad():
+            fed = model(input_ids=fed, past_key_values=cache).logits[:, -1:].argmax(-1)
+            given.append(int(fed))
+    check_tokens(name, 2, tokens=100, batch=1, count=20)
+    assert given == model.generate(ids, max_new_tokens=20, do_sample=False)[0, 100:].tolist()

@@ -18,6 +18,7 @@ from vericache_compile.passes.program import Program
 from vericache_compile.plan import Site
 from vericache_compile.runtime.rotations import Probe
 
+CPU = torch.device("cpu")
 KINDS: dict[str, dict[str, Any]] = {
     "llama": {},
     "phi": {"partial_rotary_factor": 0.5},
@@ -51,9 +52,8 @@ def decode_of(kind: str) -> Captured:
 def rotation_of(program: Program, captured: Captured, layer: int = 0) -> Rotation | None:
     rope, site = program.rotations[layer], program.sites[layer].site
     assert rope is not None
-    return Probe(
-        rope, [captured.inputs[i] for i in rope.weights], site, program.batch, program.position_limit
-    ).rotation()
+    weights = [captured.inputs[i] for i in rope.weights]
+    return Probe(rope, weights, site, program.batch, program.position_limit, CPU).rotation()
 
 
 def first_key(program: Program, captured: Captured, position: int) -> Tensor:
@@ -126,6 +126,6 @@ def test_a_limit_is_never_passed() -> None:
     rope = program.rotations[0]
     assert rope is not None
     site: Site = program.sites[0].site
-    rotation = Probe(rope, [captured.inputs[i] for i in rope.weights], site, 1, 10).rotation()
+    rotation = Probe(rope, [captured.inputs[i] for i in rope.weights], site, 1, 10, CPU).rotation()
     assert rotation is not None
     assert torch.equal(*(rotation.at(position, 1)[0] for position in (9, 300)))

@@ -4,7 +4,7 @@ Kim et al., arXiv 2505.23416: before the first draft the model is fed its contex
 full cache; a key's score is the most attention that it draws while it does (`runtime/repeat.py`, where the choices
 made are said). The heads of a layer share one budget, by score. Tokens that come later were never repeated: all stay,
 as in the paper; with `refresh` the model repeats them too. The repetition costs about as much as verifying the context
-once: `stats(model)["seconds"]["repeat"]`.
+once (`stats(model)["seconds"]["repeat"]`), and its tokens need room for a while: a chunk of full KV.
 
 Where the context's tokens are not known (a cache that an uncompiled model built) the last queries vote, as in AdaKV.
 
