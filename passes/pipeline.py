@@ -16,6 +16,7 @@ from vericache_compile.passes.check import check
 from vericache_compile.passes.expand_window import expand_window
 from vericache_compile.passes.find_attention import find_attention
 from vericache_compile.passes.find_roles import find_roles
+from vericache_compile.passes.find_rotation import find_rotation
 from vericache_compile.passes.hoist_prefetch import hoist_prefetch
 from vericache_compile.passes.insert_transfers import insert_transfers
 from vericache_compile.passes.lift_positions import lift_positions
@@ -62,6 +63,7 @@ def decode_passes(
     return (
         prove_mask,
         lift_positions,
+        find_rotation,
         split_modes,
         expand_window,
         partial(spell_products, inductor=inductor, draft_dtype=draft_dtype),
@@ -126,6 +128,7 @@ def plan_capture(
         position_rule=program.position_rule,
         position_limit=program.position_limit,
         staging_bytes=0 if staging is None else staging.nbytes,
+        rotations=tuple(program.rotations),
     )
 
 

@@ -5,7 +5,7 @@ Shapes: B batch, K KV heads, C columns allocated, D head size, E value head size
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from vericache_compile.compressors.base import CompressedKV, Compressor
 from vericache_compile.compressors.borrowed import BorrowedKV
 from vericache_compile.compressors.dense import DenseKV
+from vericache_compile.compressors.facts import Facts, reader_of
 from vericache_compile.kernels.block_attention import BLOCK
 from vericache_compile.plan import Site, Tier
 from vericache_compile.runtime.attention import Visible
@@ -94,6 +95,10 @@ class FullKV:
         """Columns [begin, end) of all rows, on the device: keys [B, K, end - begin, D] and values; perhaps views."""
         return self.keys[layer][:, :, begin:end], self.values[layer][:, :, begin:end]
 
+    def gather(self, layer: int, row: int, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """Chosen columns [K, n] of a row, on the device: keys [K, n, D] and values [K, n, E]."""
+        return reader_of(self.keys[layer][row], self.values[layer][row])(columns)
+
     def select(self, rows: Sequence[int], columns: int) -> FullKV:
         """A copy of the first `columns` columns of the given rows (repeats allowed)."""
         copy = FullKV(self.sites, len(rows))
@@ -142,10 +147,10 @@ class DraftLayer:
         tail = max(column - start for column, start in zip(columns, self.starts, strict=True))
         return self.keys.shape[2] - self.offset - tail
 
-    def read(self, columns: Sequence[int]) -> tuple[Tensor, Tensor, Visible]:
-        """Keys and values [B, K, S, *], and which slots rows `columns` long read of them."""
+    def read(self, columns: Sequence[int], q: Tensor | None = None) -> tuple[Tensor, Tensor, Visible]:
+        """Keys and values [B, K, S, *], and which slots rows `columns` long read of them, for queries [B, H, 1, D]."""
         tails = [column - start for column, start in zip(columns, self.starts, strict=True)]
-        keys, values = self._materialize(max(tails)) if self.packed else (self.keys, self.values)
+        keys, values = self._materialize(max(tails), q) if self.packed else (self.keys, self.values)
         return keys, values, Visible(self.lefts, tuple(self.slots + tail for tail in tails))
 
     @cached_property
@@ -155,8 +160,10 @@ class DraftLayer:
         kept = [region.head_slots or (region.slots,) * heads for region in self.regions]
         return tuple(tuple(self.slots - count for count in row) for row in kept)
 
-    def _materialize(self, longest: int) -> tuple[Tensor, Tensor]:
-        parts = [region.materialize() for region in self.regions]
+    def _materialize(self, longest: int, q: Tensor | None) -> tuple[Tensor, Tensor]:
+        parts = [
+            region.materialize() if q is None else region.select(q[b, :, 0]) for b, region in enumerate(self.regions)
+        ]
         out = []
         for held, side in ((self.keys, 0), (self.values, 1)):
             joined = held.new_zeros((held.shape[0], held.shape[1], self.slots + longest, held.shape[3]))
@@ -170,9 +177,11 @@ class DraftLayer:
 class DraftKV:
     """What the draft variant attends to: per site and row an immutable compressed region and an exact tail."""
 
-    def __init__(self, compressor: Compressor, layers: list[DraftLayer]) -> None:
+    def __init__(self, compressor: Compressor, layers: list[DraftLayer], made: Sequence[int]) -> None:
         self.compressor = compressor
         self.layers = layers
+        self.made = list(made)
+        """How long each row was when all of it was last compressed."""
 
     @property
     def nbytes(self) -> int:
@@ -182,6 +191,10 @@ class DraftKV:
     def valid(self, columns: Sequence[int]) -> bool:
         """Whether rows may be `columns` long: no region covers a token beyond."""
         return all(c >= s for layer in self.layers for c, s in zip(columns, layer.starts, strict=True))
+
+    def age(self, columns: Sequence[int]) -> int:
+        """The most tokens that a row, now `columns` long, has gained since all of it was compressed."""
+        return max(column - then for column, then in zip(columns, self.made, strict=True))
 
     def room(self, columns: Sequence[int]) -> int:
         """Columns that every site's tail can still take."""
@@ -206,6 +219,10 @@ Regions = list[list[CompressedKV]]
 """A region per site and row."""
 
 
+Tell = Callable[[int, int, int, int], Facts]
+"""(layer, row, begin, end) -> what a compressor that wants it is told of columns [begin, end)."""
+
+
 def compress_site(
     compressor: Compressor,
     exact: Columns,
@@ -213,6 +230,7 @@ def compress_site(
     spans: Sequence[tuple[int, int]],
     queries: Sequence[Tensor | None],
     earlier: Regions,
+    tell: Tell | None = None,
 ) -> list[CompressedKV]:
     """One site's regions: row b's columns spans[b] compressed by the method of that site, or borrowed from `earlier`.
 
@@ -221,10 +239,12 @@ def compress_site(
     """
     if compressor.donor is not None:
         return [BorrowedKV(region) for region in earlier[compressor.donor]]
-    return [
-        compressor.compress(*(kv := exact.row(b, *span)), _asked(compressor, kv[0], site, queries[b]))
-        for b, span in enumerate(spans)
-    ]
+    regions = []
+    for b, span in enumerate(spans):
+        keys, values = exact.row(b, *span)
+        told = compressor if tell is None else compressor.knowing(tell(site.layer, b, *span))
+        regions.append(told.compress(keys, values, _asked(compressor, keys, site, queries[b])))
+    return regions
 
 
 def compress(
@@ -235,10 +255,11 @@ def compress(
     queries: Sequence[Sequence[Tensor | None]],
     room: int,
     early: Regions | None = None,
+    tell: Tell | None = None,
 ) -> DraftKV:
     """Compress each row's columns [pads[b], columns[b]) at every site, or take the regions that were made `early`.
 
-    `queries[layer][b]` are those of `compress_site`. Tails get room for `room` columns more.
+    `queries[layer][b]` are those of `compress_site`, and `tell` is. Tails get room for `room` columns more.
     """
     layers: list[DraftLayer] = []
     for layer, site in enumerate(full.sites):
@@ -248,10 +269,10 @@ def compress(
             regions = early[layer]
         else:
             own = compressor.for_layer(layer, len(full.sites))
-            made = [each.regions for each in layers]
-            regions = compress_site(own, exact, site, list(zip(pads, columns, strict=True)), queries[layer], made)
+            spans, made = list(zip(pads, columns, strict=True)), [each.regions for each in layers]
+            regions = compress_site(own, exact, site, spans, queries[layer], made, tell)
         layers.append(_place(regions, pads, exact, columns, room))
-    return DraftKV(compressor, layers)
+    return DraftKV(compressor, layers, columns)
 
 
 def extend(
@@ -261,6 +282,7 @@ def extend(
     columns: Sequence[int],
     queries: Sequence[Sequence[Tensor | None]],
     room: int,
+    tell: Tell | None = None,
 ) -> DraftKV:
     """Compress in what tails have gathered, all but the newest tokens; arguments as those of `compress`."""
     layers: list[DraftLayer] = []
@@ -269,14 +291,16 @@ def extend(
         donor = before.compressor.for_layer(layer, len(sites)).donor
         regions: list[CompressedKV] = []
         for b, (region, start, column) in enumerate(zip(held.regions, held.starts, columns, strict=True)):
-            k, v = exact.row(b, start, max(start, column - EXACT))
-            asked = _asked(before.compressor, k, site, queries[layer][b])
+            end = max(start, column - EXACT)
+            k, v = exact.row(b, start, end)
             if donor is not None:
-                regions.append(BorrowedKV(layers[donor].regions[b]))
-            else:
-                regions.append(region.extend(k, v, asked) if k.shape[1] else region)
+                region = BorrowedKV(layers[donor].regions[b])
+            elif end > start:
+                told = region if tell is None else region.knowing(tell(layer, b, start, end))
+                region = told.extend(k, v, _asked(before.compressor, k, site, queries[layer][b]))
+            regions.append(region)
         layers.append(_place(regions, pads, exact, columns, room))
-    return DraftKV(before.compressor, layers)
+    return DraftKV(before.compressor, layers, before.made)
 
 
 def _asked(compressor: Compressor, keys: Tensor, site: Site, queries: Tensor | None) -> Tensor | None:

@@ -14,17 +14,21 @@ import torch
 from torch import Tensor
 
 from vericache_compile.compressors.base import Compressor
+from vericache_compile.compressors.facts import KINDS
 from vericache_compile.errors import PageLost
 from vericache_compile.plan import CapturedPlan, DecodePlan, Output, OutputRole, Roles, Tier
 from vericache_compile.runtime import rounds
 from vericache_compile.runtime.counts import Counts
+from vericache_compile.runtime.drawn import Drawn
 from vericache_compile.runtime.executor import WeightCasts, bind_weights
 from vericache_compile.runtime.recovery import Call, record, recover
+from vericache_compile.runtime.rotations import Rotations
 from vericache_compile.runtime.sequences import Early, Row, Sequence, SequenceTable
 from vericache_compile.runtime.slots import Ring
 from vericache_compile.runtime.store import Store
 from vericache_compile.runtime.tiers import Home, PagedKV
 from vericache_compile.runtime.timeline import Timeline
+from vericache_compile.runtime.told import Telling
 
 log = logging.getLogger(__name__)
 FEW = 1
@@ -75,6 +79,7 @@ class Session:
         self._timeline: Timeline | None = None
         self._told = False
         self._lock = lock
+        self._rotations = Rotations()
 
     def trace_to(self, path: str | None) -> None:
         """Write calls and rounds down in this file from now on, or nowhere."""
@@ -118,17 +123,21 @@ class Session:
         if draft is not None and (not draft.valid(starts) or draft.room(starts) < count):
             sequence.draft = None
         pads = self._padding(sequence, roles, inputs)
-        compresses = not columns and not sequence.full.resident
+        if "attention" in self.compressor.wants and (sequence.drawn is None or columns == 0):
+            sequence.drawn = None if columns else Drawn.empty(plan.sites, batch, device)
+        compresses = not columns and not sequence.full.resident and not self.compressor.wants & KINDS
         sequence.early = Early(self.compressor, pads, []) if compresses else None
         try:
-            made = plan.module(Store(sequence, columns, self.compressor.queries), *inputs)
+            made = plan.module(Store(sequence, columns, self.compressor.queries, pads), *inputs)
         except PageLost as lost:
             self._recover(sequence, lost)
-            made = plan.module(Store(sequence, columns, self.compressor.queries), *inputs)
+            made = plan.module(Store(sequence, columns, self.compressor.queries, pads), *inputs)
         if sequence.full.tier is Tier.DISK:
             record(sequence, plan, inputs, columns, count)
         for row, pad in zip(sequence.rows, pads, strict=True):
             row.length, row.pad = columns + count, pad
+        if "repeated" in self.compressor.wants or sequence.full.tier is Tier.DISK:
+            _note_tokens(sequence, inputs[roles.tokens], columns)
         self._note(sequence)
         self.prefill_seconds += time.perf_counter() - began
         return self._assemble(plan.outputs, list(made), sequence, columns + count, device, marked=True)
@@ -162,7 +171,15 @@ class Session:
     def _run_round(self, sequence: Sequence, known: Tensor | None = None, counts: Counts | None = None) -> None:
         """A round of a sequence that is being decoded; where a page of its full KV is lost, after that came back."""
         assert sequence.decode is not None, "set by the decode call"
-        arguments = (*sequence.decode, self.compressor, counts or self.counts, self.casts, self.ring, known)
+        arguments = (
+            *sequence.decode,
+            self.compressor,
+            counts or self.counts,
+            self.casts,
+            self._rotations,
+            self.ring,
+            known,
+        )
         try:
             rounds.run_round(sequence, *arguments)
         except PageLost as lost:
@@ -178,7 +195,7 @@ class Session:
         replica.decode = sequence.decode
 
         def run_call(replica: Sequence, call: Call) -> None:
-            call.plan.module(Store(replica, call.column, 0), *call.inputs)
+            call.plan.module(Store(replica, call.column, 0, [row.pad for row in replica.rows]), *call.inputs)
 
         def verify(replica: Sequence, tokens: Tensor) -> None:
             if replica.decode is None:
@@ -318,9 +335,17 @@ class Session:
                 row.token = token
                 row.offset = 0 if plan.position_rule == "column" else -row.pad
             start = rounds.make_start(copy, device)
-            draft = rounds.prepare_draft(copy, start, self.compressor, count, Counts())
+            telling = Telling(copy, plan, inputs, self._rotations, self.compressor.wants)
+            draft = rounds.prepare_draft(copy, start, self.compressor, count, Counts(), telling)
             bound = bind_weights(plan.draft, inputs, self.casts)
             return rounds.draft_tokens(copy, draft, plan, bound, start, count)[:, 1:].tolist()
+
+
+def _note_tokens(sequence: Sequence, tokens: Tensor, columns: int) -> None:
+    """Note the tokens [B, T] at `columns` on, for rows whose tokens before are known."""
+    for row, ids in zip(sequence.rows, tokens.tolist(), strict=True):
+        if len(row.ids) >= columns:
+            row.ids[columns:] = ids
 
 
 def _columns(plan: CapturedPlan, inputs: Rows[Any]) -> int:

@@ -93,6 +93,19 @@ class OutputRole:
 
 
 @dataclass(frozen=True)
+class Rope:
+    """How a site's keys are rotated by position, as the captured graph computes it.
+
+    `module(x, positions, *weights)` gives keys [B, K, 1, D], in any order of the first three axes, from what they are
+    before, of as many elements; positions [B, 1].
+    """
+
+    module: GraphModule
+    weights: tuple[int, ...]
+    """Captured graph inputs that it reads."""
+
+
+@dataclass(frozen=True)
 class CapturedPlan:
     """A graph run as captured, on real KV, with every new key and value handed to the store.
 
@@ -196,3 +209,5 @@ class DecodePlan:
     """First position that the model cannot embed; None where there is no such limit."""
     staging_bytes: int = 0
     """Device memory for full KV that comes in from outside the device."""
+    rotations: tuple[Rope | None, ...] = ()
+    """Per site; None where keys are not rotated, or where it is not known how."""
