@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable
-from typing import ClassVar, Self
+from typing import ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -21,6 +21,31 @@ from vericache_compile.compressors.base import CompressedKV, Compressor
 Codes = tuple[Tensor, ...]
 """Tensors that hold one side, codes and scales: the first dimension is the KV head, the second grows with the tokens.
 A NamedTuple, where its parts are worth names."""
+
+
+class PackedSide(NamedTuple):
+    """Keys or values of a region as a kernel can read them: x = code * scale, plus zero where there is one."""
+
+    codes: Tensor
+    """As `pack` lays them, or of 8 bits [K, S, D]; contiguous, as the others are."""
+    scale: Tensor
+    """[K, S, D / channels], or, `channels` being 0, [K, S / group, D]."""
+    zero: Tensor | None
+    """Shaped as the scale."""
+    tokens: int
+    """S."""
+    size: int
+    """D."""
+    bits: int
+    group: int
+    """Tokens that are packed together (g)."""
+    channels: int
+    """Channels of a token that share a scale; 0 where the tokens of a group share a channel's."""
+
+    @property
+    def zero_or_scale(self) -> Tensor:
+        """Some tensor to point to, where there is no zero."""
+        return self.scale if self.zero is None else self.zero
 
 
 class QuantizedKV(CompressedKV):
@@ -38,6 +63,11 @@ class QuantizedKV(CompressedKV):
     def nbytes(self) -> int:
         """Bytes allocated for codes and scales."""
         return sum(part.nbytes for part in (*self.keys, *self.values))
+
+    @property
+    def packed(self) -> tuple[PackedSide, PackedSide] | None:
+        """Keys and values as a kernel can read them, where the method has such a form."""
+        return self.method.packed(self.keys, self.values)
 
     def materialize(self) -> tuple[Tensor, Tensor]:
         """Keys [K, covered, D] and values [K, covered, Dv], dequantised anew at each call."""
@@ -76,6 +106,10 @@ class Quantizer(Compressor):
     @abstractmethod
     def dequantize(self, keys: Codes, values: Codes) -> tuple[Tensor, Tensor]:
         """Keys [K, S, D] and values [K, S, Dv], in the dtype of the cache, from their codes."""
+
+    def packed(self, keys: Codes, values: Codes) -> tuple[PackedSide, PackedSide] | None:
+        """Both sides as a kernel can read them; None where no kernel knows the form."""
+        return None
 
     def compress(self, keys: Tensor, values: Tensor, queries: Tensor | None) -> QuantizedKV:
         """Compress keys [K, S, D] and values [K, S, Dv]; queries are not read.
