@@ -20,7 +20,7 @@ from vericache_compile.kernels.row_invariant_linear import BYTES, OUTS, ROWS
 from vericache_compile.kernels.verify_attention import SPLIT, tile_sizes
 
 PARTS = {"outs", "tops", "totals"}
-NUMBERS = {"kv_heads", "splits", "skipped", "tokens", "first", "rows"}
+NUMBERS = {"l_batch", "l_head", "kv_heads", "splits", "skipped", "tokens", "first", "rows"}
 WIDTHS = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 

@@ -13,6 +13,8 @@ from typing import ClassVar, Self
 
 from torch import Tensor
 
+from vericache_compile.compressors.packed import PackedSide
+
 
 class CompressedKV(ABC):
     """An immutable compressed region over the first `covered` tokens of one row of one site."""
@@ -31,6 +33,11 @@ class CompressedKV(ABC):
 
         `materialize` then gives the most of them, with a head's own at the right end; what lies before is not read.
         """
+        return None
+
+    @property
+    def packed(self) -> tuple[PackedSide, PackedSide] | None:
+        """Keys and values as a kernel can read them; None where only `materialize` gives them."""
         return None
 
     @property

@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vericache_compile.compressors.quantizer import Codes, PackedSide
+from vericache_compile.compressors.packed import PackedSide
+from vericache_compile.compressors.quantizer import Codes
 from vericache_compile.compressors.rounding import ByteQuantizer
 
 
@@ -26,8 +27,7 @@ class Int8(ByteQuantizer):
 
     def packed(self, keys: Codes, values: Codes) -> tuple[PackedSide, PackedSide]:
         """Both sides with a scale per group of a token's channels, and no zero."""
-        k, v = _side(*keys), _side(*values)
-        return k, v
+        return _side(*keys), _side(*values)
 
 
 def _side(codes: Tensor, scale: Tensor) -> PackedSide:

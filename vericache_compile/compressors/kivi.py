@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from vericache_compile.compressors.dense import check_count
-from vericache_compile.compressors.quantizer import Codes, PackedSide, Quantizer, channel_group, pack, unpack
+from vericache_compile.compressors.packed import PackedSide
+from vericache_compile.compressors.quantizer import Codes, Quantizer, channel_group, pack, unpack
 from vericache_compile.errors import OptionError
 
 

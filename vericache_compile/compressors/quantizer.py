@@ -11,41 +11,17 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable
-from typing import ClassVar, NamedTuple, Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from vericache_compile.compressors.base import CompressedKV, Compressor
+from vericache_compile.compressors.packed import PackedSide
 
 Codes = tuple[Tensor, ...]
 """Tensors that hold one side, codes and scales: the first dimension is the KV head, the second grows with the tokens.
 A NamedTuple, where its parts are worth names."""
-
-
-class PackedSide(NamedTuple):
-    """Keys or values of a region as a kernel can read them: x = code * scale, plus zero where there is one."""
-
-    codes: Tensor
-    """As `pack` lays them, or of 8 bits [K, S, D]; contiguous, as the others are."""
-    scale: Tensor
-    """[K, S, D / channels], or, `channels` being 0, [K, S / group, D]."""
-    zero: Tensor | None
-    """Shaped as the scale."""
-    tokens: int
-    """S."""
-    size: int
-    """D."""
-    bits: int
-    group: int
-    """Tokens that are packed together (g)."""
-    channels: int
-    """Channels of a token that share a scale; 0 where the tokens of a group share a channel's."""
-
-    @property
-    def zero_or_scale(self) -> Tensor:
-        """Some tensor to point to, where there is no zero."""
-        return self.scale if self.zero is None else self.zero
 
 
 class QuantizedKV(CompressedKV):

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vericache_compile.compressors.quantizer import PackedSide, unpack
+from vericache_compile.compressors.packed import PackedSide
+from vericache_compile.compressors.quantizer import unpack
 from vericache_compile.kernels.launch import pad_size
 from vericache_compile.kernels.verify_attention import (
     SPLIT,

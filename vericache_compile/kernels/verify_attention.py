@@ -89,7 +89,7 @@ def attend_splits(
     rows, tile = tile_sizes(group * window, max(size, value_size) * keys.element_size())
     programs.attend_splits[(-(-columns // SPLIT), kv_heads * -(-group * window // rows), batch)](
         q, keys, values, starts, lefts, parts.outs, parts.tops, parts.totals, scale,
-        kv_heads, parts.tops.shape[3], skipped,
+        kv_heads, parts.tops.shape[3], skipped, *lefts.stride(),
         *q.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
         GROUP=group, WINDOW=window, SIZE=size, VALUE=value_size, SLIDING=sliding, SOFT_CAP=soft_cap,
         ROWS=rows, SPLIT=SPLIT, TILE=tile, PAD_D=pad_size(size), PAD_E=pad_size(value_size),
@@ -115,7 +115,7 @@ def merge_splits(
     result = torch.empty((batch, heads, window, value_size), dtype=q.dtype, device=q.device)
     programs.merge_splits[(batch * heads * window,)](
         parts.outs, parts.tops, parts.totals, starts, lefts, parts.tops if sinks is None else sinks, result,
-        kv_heads, splits, skipped,
+        kv_heads, splits, skipped, *lefts.stride(),
         GROUP=heads // kv_heads, WINDOW=window, VALUE=value_size, SLIDING=sliding,
         SINKS=sinks is not None, SPLIT=SPLIT, PAD_E=pad_size(value_size), num_warps=4,
     )  # fmt: skip

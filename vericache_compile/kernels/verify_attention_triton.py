@@ -49,7 +49,7 @@ def keep_part(outs, tops, totals, out, top, total, row, real, VALUE: tl.constexp
 
 @triton.jit
 def attend_splits(
-    q, keys, values, starts, lefts, outs, tops, totals, scale, kv_heads, splits, skipped,
+    q, keys, values, starts, lefts, outs, tops, totals, scale, kv_heads, splits, skipped, l_batch, l_head,
     q_batch, q_head, q_row, k_batch, k_head, k_column, v_batch, v_head, v_column,
     GROUP: tl.constexpr, WINDOW: tl.constexpr, SIZE: tl.constexpr, VALUE: tl.constexpr,
     SLIDING: tl.constexpr, SOFT_CAP: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr, TILE: tl.constexpr,
@@ -65,7 +65,7 @@ def attend_splits(
     batch = tl.program_id(2).to(tl.int64)
     begin = (part + skipped) * SPLIT
     start = tl.load(starts + batch).to(tl.int32) + skipped * SPLIT
-    left = tl.load(lefts + batch * kv_heads + head).to(tl.int32)
+    left = tl.load(lefts + batch * l_batch + head * l_head).to(tl.int32)
     lowest = left
     if SLIDING > 0:
         lowest = tl.maximum(left, start - SLIDING + 1)
@@ -101,7 +101,7 @@ def attend_splits(
 
 @triton.jit
 def merge_splits(
-    outs, tops, totals, starts, lefts, sinks, result, kv_heads, splits, skipped,
+    outs, tops, totals, starts, lefts, sinks, result, kv_heads, splits, skipped, l_batch, l_head,
     GROUP: tl.constexpr, WINDOW: tl.constexpr, VALUE: tl.constexpr, SLIDING: tl.constexpr,
     SINKS: tl.constexpr, SPLIT: tl.constexpr, PAD_E: tl.constexpr,
 ):  # fmt: skip
@@ -110,7 +110,7 @@ def merge_splits(
     query_head = (row // WINDOW) % (kv_heads * GROUP)
     batch = row // (WINDOW * kv_heads * GROUP)
     own = tl.load(starts + batch).to(tl.int32) + skipped * SPLIT + (row % WINDOW).to(tl.int32)
-    left = tl.load(lefts + batch * kv_heads + query_head // GROUP).to(tl.int32)
+    left = tl.load(lefts + batch * l_batch + query_head // GROUP * l_head).to(tl.int32)
     if SLIDING > 0:
         left = tl.maximum(left, own - SLIDING + 1)
     first, last = left // SPLIT, own // SPLIT
