@@ -1,4 +1,4 @@
-"""A launch is eager, recorded, replayed; on the CPU and where recording fails it stays eager, and each call works once."""
+"""A launch is eager, then recorded, then replayed; on the CPU, and where recording fails, it stays eager."""
 
 from __future__ import annotations
 

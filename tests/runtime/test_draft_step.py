@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from models import make_prompt, make_tiny
+from models import VOCABULARY, make_prompt, make_tiny
 from test_canonical import compiled, logits_of
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from vericache_compile import stats
-from vericache_compile.kernels import draft_attention, row_invariant_linear, verify_attention
+from vericache_compile.kernels import draft_attention, verify_attention
 from vericache_compile.runtime import draft_step, rounds
 from vericache_compile.runtime.caches import DraftKV
 from vericache_compile.runtime.draft_step import DraftStep
@@ -37,13 +36,10 @@ def layers_of(draft: DraftKV) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("name", METHODS)
-def test_tokens_and_caches_are_those_of_lengths_in_python(
-    name: str, batch: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tokens_and_caches_are_those_of_lengths_in_python(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In every round both ways draft from the same state; rows of the batch advance on their own."""
     original = rounds.draft_tokens
-    compared: list[int] = []
+    compared: list[str] = []
 
     def draft_tokens(sequence: Any, draft: DraftKV, *rest: Any) -> Tensor:
         before = [held.clone() for held in layers_of(draft)]
@@ -56,13 +52,16 @@ def test_tokens_and_caches_are_those_of_lengths_in_python(
             made = original(sequence, draft, *rest)
         assert torch.equal(made, expected)
         assert all(torch.equal(a, b) for a, b in zip(layers_of(draft), written, strict=True))
-        compared.append(int(expected.numel()))
+        compared.append(draft.compressor.name)
         return made
 
     monkeypatch.setattr(rounds, "draft_tokens", draft_tokens)
     model = make_tiny("llama")
-    logits_of(model, compiled(model), make_prompt(150, batch), 60, **METHODS[name], window=8, **OPTIONS)
-    assert len(compared) == stats(model)["rounds"] > 3
+    switch = compiled(model)
+    for method in METHODS.values():
+        logits_of(model, switch, make_prompt(150, batch), 24, **method, window=4, **OPTIONS)
+    assert len(set(compared)) == len(METHODS)
+    assert len(compared) > 3 * len(METHODS)
 
 
 def test_a_step_is_kept_until_what_it_reads_has_moved(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,10 +75,11 @@ def test_a_step_is_kept_until_what_it_reads_has_moved(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(draft_step, "step_of", step_of)
     model = make_tiny("llama")
+    monkeypatch.setattr(rounds, "CHUNK", 16)
     options = {"compressor": "streaming", "keep": 0.2, "window": 4}
-    logits_of(model, compiled(model), make_prompt(100), 300, **options, **OPTIONS)
+    logits_of(model, compiled(model), make_prompt(100), 80, **options, **OPTIONS)
     steps, drafts = ({id(pair[i]) for pair in made} for i in range(2))
-    assert 1 < len(steps) == len(drafts) < len(made) / 10
+    assert 1 < len(steps) == len(drafts) < len(made) / 2
     step, draft = made[-1]
     assert step.fits(step.plan, step.bound, 3)
     assert not step.fits(step.plan, step.bound, 4), "no room for the tokens"
@@ -93,11 +93,11 @@ def test_a_caller_that_repeats_a_token_is_drafted_it(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(draft_step, "serves", lambda device, plan: True)
     model = make_tiny("llama")
     inputs = make_prompt(40, 3)
-    plain = model.generate(**inputs, max_new_tokens=40, do_sample=False)
-    model.generation_config.eos_token_id = int(plain[0, 45])
-    plain = model.generate(**inputs, max_new_tokens=40, do_sample=False)
+    plain = model.generate(**inputs, max_new_tokens=20, do_sample=False)
+    model.generation_config.eos_token_id = int(plain[0, 43])
+    plain = model.generate(**inputs, max_new_tokens=20, do_sample=False)
     model.compile(backend="vericache", options={"compressor": "none", "window": 4, **OPTIONS})
-    assert torch.equal(model.generate(**inputs, max_new_tokens=40, do_sample=False), plain)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=20, do_sample=False), plain)
 
 
 def count_launches(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
@@ -121,7 +121,20 @@ def count_launches(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
 @pytest.fixture
 def tiny() -> PreTrainedModel:
-    return make_tiny("llama")
+    """A model so small that an interpreter can run it."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        initializer_range=0.3,
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    return model
 
 
 @pytest.mark.usefixtures("interpreted")
@@ -131,10 +144,10 @@ def test_a_model_on_triton_kernels_gives_plain_tokens(
 ) -> None:
     """Draft attention, verify attention and verify's products, all in Triton: the path of a GPU."""
     inputs, counts = make_prompt(70, batch), count_launches(monkeypatch)
-    plain = tiny.generate(**inputs, max_new_tokens=10, do_sample=False)
+    plain = tiny.generate(**inputs, max_new_tokens=7, do_sample=False)
     tiny.compile(backend="vericache", options={**METHODS[name], "window": 4, **OPTIONS})
-    assert torch.equal(tiny.generate(**inputs, max_new_tokens=10, do_sample=False), plain)
-    assert counts["merge_splits"] > 12
+    assert torch.equal(tiny.generate(**inputs, max_new_tokens=7, do_sample=False), plain)
+    assert counts["merge_splits"] > 8, "attention ran elsewhere"
     assert bool(counts.get("_attend_region")) == (name == "kivi")
 
 
@@ -144,6 +157,6 @@ def test_a_model_on_triton_kernels_gives_plain_tokens(
 def test_rows_on_triton_kernels_do_not_depend_on_the_draft(batch: int, tiny: PreTrainedModel) -> None:
     """The canonical contract on a GPU's path: other compressors, other rounds, the same bits."""
     inputs, switch = make_prompt(250, batch), compiled(tiny)
-    first = logits_of(tiny, switch, inputs, 12, compressor="none", window=4, **OPTIONS)
-    for name in METHODS:
-        assert torch.equal(logits_of(tiny, switch, inputs, 12, **METHODS[name], window=4, **OPTIONS), first), name
+    first = logits_of(tiny, switch, inputs, 10, compressor="none", window=4, **OPTIONS)
+    for name in ("streaming", "kivi", "turboquant"):
+        assert torch.equal(logits_of(tiny, switch, inputs, 10, **METHODS[name], window=4, **OPTIONS), first), name

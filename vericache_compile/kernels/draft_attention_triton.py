@@ -58,7 +58,7 @@ def attend_region(
     out = tl.zeros([ROWS, PAD_E], tl.float32)
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    for tile in range(0, SPLIT, TILE):
+    for tile in range(0, tl.minimum(SPLIT, tokens - part * SPLIT), TILE):
         token = part * SPLIT + tile + tl.arange(0, TILE)
         here = token < tokens
         k = dequantise(
