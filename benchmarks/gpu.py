@@ -2,8 +2,8 @@
 
 Sides: plain generate, a static cache under Inductor, transformers' cache offloaded to the host, and vericache. The
 model is of the 8B class with random weights, which costs no download; how many tokens a round gives is measured apart,
-on the demo model and a real text, because random weights say nothing of it. Writes benchmarks/results/gpu-<machine>.json
-and takes under eight minutes: what no longer fits in them is not run, and is listed with its reason.
+on the demo model and a real text, because random weights say nothing of it. Writes results/gpu-<machine>.json and
+takes under eight minutes: what no longer fits in them is not run, and is listed with its reason.
 
 Without a GPU it says so, and that is all; `--tiny` tries the program itself on any machine.
 """

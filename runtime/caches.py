@@ -16,7 +16,7 @@ from torch import Tensor
 from vericache_compile.compressors.base import CompressedKV, Compressor
 from vericache_compile.compressors.dense import DenseKV
 from vericache_compile.kernels.block_attention import BLOCK
-from vericache_compile.plan import Site
+from vericache_compile.plan import Site, Tier
 from vericache_compile.runtime.attention import Visible
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def _zeros(shape: Sequence[int], like: Tensor) -> Tensor:
         return torch.zeros(tuple(shape), dtype=like.dtype, device=like.device)
 
 
-def _write(target: Tensor, source: Tensor, columns: Sequence[int]) -> None:
+def write_columns(target: Tensor, source: Tensor, columns: Sequence[int]) -> None:
     """Write source [B, K, T, *] to target [B, K, C, *], row b from column columns[b] on."""
     width = source.shape[2]
     if len(set(columns)) == 1:
@@ -46,7 +46,15 @@ def _write(target: Tensor, source: Tensor, columns: Sequence[int]) -> None:
 
 
 class FullKV:
-    """Every key and value of a sequence, written by prefill and verify only."""
+    """Every key and value of a sequence, written by prefill and verify only. This one lies on the device for good."""
+
+    tier: Tier = Tier.DEVICE
+    """Where it lives."""
+
+    @property
+    def resident(self) -> bool:
+        """Whether it lies in device memory."""
+        return self.tier is Tier.DEVICE
 
     def __init__(self, sites: Sequence[Site], batch: int) -> None:
         self.sites = tuple(sites)
@@ -58,7 +66,7 @@ class FullKV:
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated."""
+        """Bytes allocated, wherever they lie."""
         return sum(x.untyped_storage().nbytes() for x in (*self.keys, *self.values))
 
     def reserve(self, columns: int, device: torch.device) -> None:
@@ -79,8 +87,15 @@ class FullKV:
 
     def append(self, layer: int, k: Tensor, v: Tensor, columns: Sequence[int]) -> None:
         """Write k [B, K, T, D] and v [B, K, T, E] from column columns[b] on."""
-        _write(self.keys[layer], k, columns)
-        _write(self.values[layer], v, columns)
+        write_columns(self.keys[layer], k, columns)
+        write_columns(self.values[layer], v, columns)
+
+    def settle(self, layer: int, lengths: Sequence[int]) -> None:
+        """Rows are verified up to `lengths` at a site: whatever lies below may move to where it is kept."""
+
+    def read(self, layer: int, begin: int, end: int) -> tuple[Tensor, Tensor]:
+        """Columns [begin, end) of all rows, on the device: keys [B, K, end - begin, D] and values; perhaps views."""
+        return self.keys[layer][:, :, begin:end], self.values[layer][:, :, begin:end]
 
     def select(self, rows: Sequence[int], columns: int) -> FullKV:
         """A copy of the first `columns` columns of the given rows (repeats allowed)."""
@@ -122,8 +137,8 @@ class DraftLayer:
     def write(self, k: Tensor, v: Tensor, columns: Sequence[int]) -> None:
         """Write k [B, K, T, D] and v [B, K, T, E] to the tail, row b from column columns[b] on."""
         at = [self.offset + column - start for column, start in zip(columns, self.starts, strict=True)]
-        _write(self.keys, k, at)
-        _write(self.values, v, at)
+        write_columns(self.keys, k, at)
+        write_columns(self.values, v, at)
 
     def write_at(self, k: Tensor, v: Tensor, tails: Tensor) -> None:
         """Write k [B, K, 1, D] and v [B, K, 1, E] to the tail, row b at place tails[b]; tails [B] is on the device."""
@@ -188,6 +203,42 @@ class DraftKV:
         return min(layer.room(columns) for layer in self.layers)
 
 
+@dataclass(frozen=True)
+class Columns:
+    """Exact keys and values of one site [B, K, *, D or E]; column c of row b is at c - origins[b]."""
+
+    keys: Tensor
+    values: Tensor
+    origins: list[int]
+
+    def row(self, b: int, begin: int, end: int) -> tuple[Tensor, Tensor]:
+        """Columns [begin, end) of a row: keys [K, end - begin, D] and values."""
+        own = slice(begin - self.origins[b], end - self.origins[b])
+        return self.keys[b, :, own], self.values[b, :, own]
+
+
+Regions = list[list[CompressedKV]]
+"""A region per site and row."""
+
+
+def compress_site(
+    compressor: Compressor,
+    exact: Columns,
+    site: Site,
+    spans: Sequence[tuple[int, int]],
+    queries: Sequence[Tensor | None],
+) -> list[CompressedKV]:
+    """One site's regions: row b's columns spans[b] compressed by the method of that site.
+
+    `queries[b]` holds the row's last queries [H, w, D], or None where they were never seen (the cache was built by an
+    uncompiled model).
+    """
+    return [
+        compressor.compress(*(kv := exact.row(b, *span)), _asked(compressor, kv[0], site, queries[b]))
+        for b, span in enumerate(spans)
+    ]
+
+
 def compress(
     compressor: Compressor,
     full: FullKV,
@@ -195,33 +246,51 @@ def compress(
     columns: Sequence[int],
     queries: Sequence[Sequence[Tensor | None]],
     room: int,
-    before: DraftKV | None = None,
+    early: Regions | None = None,
 ) -> DraftKV:
-    """Compress each row's columns [pads[b], columns[b]) at every site; with `before`, only what tails have gathered.
+    """Compress each row's columns [pads[b], columns[b]) at every site, or take the regions that were made `early`.
 
-    `queries[layer][b]` holds the row's last queries [H, w, D], or None where they were never seen (the cache was built
-    by an uncompiled model). Tails get room for `room` columns more.
+    `queries[layer][b]` are those of `compress_site`. Tails get room for `room` columns more.
     """
     layers = []
-    for layer in range(len(full.sites)):
-        regions, starts = [], []
-        own = compressor.for_layer(layer, len(full.sites))
-        for b, (pad, column) in enumerate(zip(pads, columns, strict=True)):
-            held = before.layers[layer] if before is not None else None
-            begin = held.starts[b] if held is not None else pad
-            end = column if held is None else max(begin, column - EXACT)
-            k, v = (x[b, :, begin:end] for x in (full.keys[layer], full.values[layer]))
-            asked = queries[layer][b]
-            if asked is None and compressor.queries:
-                asked = _stand_in(k, full.sites[layer], compressor.queries)
-            if held is None:
-                region = own.compress(k, v, asked)
-            else:
-                region = held.regions[b].extend(k, v, asked) if end > begin else held.regions[b]
-            regions.append(region)
-            starts.append(pad + region.covered)
-        layers.append(_place(regions, starts, full, layer, columns, room))
+    for layer, site in enumerate(full.sites):
+        begin = 0 if early is None else min(p + r.covered for p, r in zip(pads, early[layer], strict=True))
+        exact = Columns(*full.read(layer, begin, max(columns)), [begin] * full.batch)
+        if early is not None:
+            regions = early[layer]
+        else:
+            own = compressor.for_layer(layer, len(full.sites))
+            regions = compress_site(own, exact, site, list(zip(pads, columns, strict=True)), queries[layer])
+        layers.append(_place(regions, pads, exact, columns, room))
     return DraftKV(compressor, layers)
+
+
+def extend(
+    before: DraftKV,
+    sites: Sequence[Site],
+    pads: Sequence[int],
+    columns: Sequence[int],
+    queries: Sequence[Sequence[Tensor | None]],
+    room: int,
+) -> DraftKV:
+    """Compress in what tails have gathered, all but the newest tokens; arguments as those of `compress`."""
+    layers = []
+    for layer, (held, site) in enumerate(zip(before.layers, sites, strict=True)):
+        exact = Columns(held.keys, held.values, [start - held.offset for start in held.starts])
+        regions = []
+        for b, (region, start, column) in enumerate(zip(held.regions, held.starts, columns, strict=True)):
+            k, v = exact.row(b, start, max(start, column - EXACT))
+            grows = k.shape[1] > 0
+            asked = _asked(before.compressor, k, site, queries[layer][b])
+            regions.append(region.extend(k, v, asked) if grows else region)
+        layers.append(_place(regions, pads, exact, columns, room))
+    return DraftKV(before.compressor, layers)
+
+
+def _asked(compressor: Compressor, keys: Tensor, site: Site, queries: Tensor | None) -> Tensor | None:
+    if queries is None and compressor.queries:
+        return _stand_in(keys, site, compressor.queries)
+    return queries
 
 
 def _stand_in(keys: Tensor, site: Site, count: int) -> Tensor:
@@ -230,22 +299,20 @@ def _stand_in(keys: Tensor, site: Site, count: int) -> Tensor:
 
 
 def _place(
-    regions: list[CompressedKV], starts: list[int], full: FullKV, layer: int, columns: Sequence[int], room: int
+    regions: list[CompressedKV], pads: Sequence[int], exact: Columns, columns: Sequence[int], room: int
 ) -> DraftLayer:
-    """Allocate a site's draft cache, move unpacked regions into it, and fill the tails from the full cache."""
+    """Allocate a site's draft cache, move unpacked regions into it, and fill the tails with what is exact."""
+    starts = [pad + region.covered for pad, region in zip(pads, regions, strict=True)]
     slots = max(region.slots for region in regions)
     packed = any(not isinstance(region, DenseKV) for region in regions)
     longest = max(column - start for column, start in zip(columns, starts, strict=True))
     width = (0 if packed else slots) + longest + room
-    like_k, like_v = full.keys[layer], full.values[layer]
-    keys = _zeros((*like_k.shape[:2], width, like_k.shape[3]), like_k)
-    values = _zeros((*like_v.shape[:2], width, like_v.shape[3]), like_v)
+    keys, values = (_zeros((*like.shape[:2], width, like.shape[3]), like) for like in (exact.keys, exact.values))
     made = DraftLayer(regions, slots, starts, keys, values, packed)
     for b, region in enumerate(regions):
         if not packed and isinstance(region, DenseKV):
             own = slice(slots - region.slots, slots)
             region.move_to(keys[b, :, own], values[b, :, own])
         tail = slice(made.offset, made.offset + columns[b] - starts[b])
-        keys[b, :, tail] = like_k[b, :, starts[b] : columns[b]]
-        values[b, :, tail] = like_v[b, :, starts[b] : columns[b]]
+        keys[b, :, tail], values[b, :, tail] = exact.row(b, starts[b], columns[b])
     return made

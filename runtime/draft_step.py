@@ -15,11 +15,11 @@ from torch import Tensor
 
 from vericache_compile.kernels import launch
 from vericache_compile.kernels.draft_attention import Region, draft_attention, region_lefts
-from vericache_compile.plan import DecodePlan
+from vericache_compile.plan import Act, DecodePlan
 from vericache_compile.runtime.attention import Visible, attend_compressed
 from vericache_compile.runtime.caches import DraftKV, DraftLayer
 from vericache_compile.runtime.capture import Captured
-from vericache_compile.runtime.executor import execute
+from vericache_compile.runtime.executor import Incoming, execute
 
 Bound = list[Tensor | None]
 """Slots of the draft program with its weights in place."""
@@ -58,8 +58,19 @@ class DraftStep:
         """Whether this is a step of that plan, with those weights, and has room for so many tokens."""
         return self.plan is plan and horizon < self.drafted.shape[0] and _places(bound) == _places(self.bound)
 
-    def draft(self, tokens: Tensor, positions: Tensor, columns: Tensor, forced: Tensor, horizon: int) -> Tensor:
-        """Greedy tokens [B, 1 + horizon] from tokens and positions [B, 1] at columns [B]; forced rows [B, 1] repeat."""
+    def draft(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        columns: Tensor,
+        forced: Tensor,
+        horizon: int,
+        coming: Incoming | None = None,
+    ) -> Tensor:
+        """Greedy tokens [B, 1 + horizon] from tokens and positions [B, 1] at columns [B]; forced rows [B, 1] repeat.
+
+        Transfers are no part of a recording: what the program's first step asks for is asked for before it.
+        """
         for held, given in (
             (self.tokens, tokens),
             (self.first, tokens),
@@ -70,6 +81,9 @@ class DraftStep:
             held.copy_(given)
         self.place.zero_()
         self.drafted[:1].copy_(tokens.t())
+        for asked in (step for step in self.plan.draft.steps if step.act is Act.PREFETCH):
+            if horizon and coming is not None:
+                coming.prefetch(asked.layer)
         for _ in range(horizon):
             self._step()
         return self.drafted[: horizon + 1].t().contiguous()

@@ -13,14 +13,16 @@ import torch
 from torch import Tensor
 
 from vericache_compile.compressors.base import Compressor
-from vericache_compile.plan import DecodePlan, SegmentedProgram
+from vericache_compile.plan import DecodePlan
 from vericache_compile.runtime import draft_step
 from vericache_compile.runtime.acceptance import accept, next_horizon
 from vericache_compile.runtime.attention import Visible, attend_compressed, attend_full
-from vericache_compile.runtime.caches import CHUNK, DraftKV, compress
+from vericache_compile.runtime.caches import CHUNK, DraftKV, compress, extend
 from vericache_compile.runtime.counts import Counts, Round
 from vericache_compile.runtime.executor import Attend, WeightCasts, bind_weights, execute
+from vericache_compile.runtime.pace import Seen
 from vericache_compile.runtime.sequences import Held, Queries, Sequence
+from vericache_compile.runtime.slots import Incoming, Ring, incoming
 
 
 @dataclass(frozen=True)
@@ -58,9 +60,15 @@ def run_round(
     compressor: Compressor,
     counts: Counts,
     casts: WeightCasts,
+    ring: Ring,
+    known: Tensor | None = None,
 ) -> None:
-    """Draft, verify, accept and commit for every row of a sequence; rows already far ahead stay where they are."""
-    device = inputs[plan.captured.roles.tokens].device
+    """Draft, verify, accept and commit for every row of a sequence; rows already far ahead stay where they are.
+
+    Full KV that lives outside the device comes in through `ring` meanwhile. An error leaves the sequence as it was.
+    Where tokens [B, n] are `known` they stand for what would have been drafted.
+    """
+    device = inputs[plan.captured.roles.weights[0]].device
     before = (counts.compress_seconds, counts.drafted, counts.accepted)
     called = time.perf_counter()
     start = make_start(sequence, device)
@@ -68,19 +76,33 @@ def run_round(
     draft = prepare_draft(sequence, start, compressor, plan.window, counts)
     horizon = _horizon(sequence, plan.window)
     low = bind_weights(plan.draft, inputs, casts)
+    high = bind_weights(plan.verify, inputs, casts)
+    coming = incoming(sequence.full, draft, ring, plan.staging_bytes, start.columns, start.pads)
     began = time.perf_counter()
-    drafted = draft_tokens(sequence, draft, plan, low, start, horizon)
-    drafted_at = time.perf_counter()
-    outputs, queries = verify_window(sequence, draft, plan, bind_weights(plan.verify, inputs, casts), start, drafted)
-    predicted = outputs[plan.logits][:, :, -1].argmax(-1).t().tolist()  # the round's host wait
+    try:
+        if known is None:
+            drafted = draft_tokens(sequence, draft, plan, low, start, horizon, coming)
+        else:
+            drafted = known[:, : plan.window].to(device)
+        drafted_at = time.perf_counter()
+        outputs, queries = verify_window(coming, draft, plan, high, start, drafted)
+        predicted = outputs[plan.logits][:, :, -1].argmax(-1).t().tolist()  # the round's host wait
+    finally:
+        coming.close()
     window = drafted.tolist()
     took = (drafted_at - began, time.perf_counter() - drafted_at)
     counts.draft_seconds += took[0]
     counts.verify_seconds += took[1]
     _commit(sequence, plan, start, window, predicted, horizon, outputs, queries, counts)
+    for site in plan.captured.sites:
+        sequence.full.settle(site.layer, [row.length for row in sequence.rows])
     now = (counts.compress_seconds, counts.drafted, counts.accepted)
     compressing, more, stood = (after - then for after, then in zip(now, before, strict=True))
-    counts.latest.append(Round(called, compressing, began, *took, len(sequence.rows), int(more), int(stood)))
+    counts.add_transfers(coming.traffic, coming.spans)
+    sequence.pace.note(Seen(horizon, 1 + stood / len(sequence.rows), *took))
+    counts.rested += not horizon
+    made = Round(called, compressing, began, *took, len(sequence.rows), int(more), int(stood), coming.traffic)
+    counts.latest.append(made)
 
 
 def prepare_draft(sequence: Sequence, start: Start, compressor: Compressor, window: int, counts: Counts) -> DraftKV:
@@ -90,12 +112,17 @@ def prepare_draft(sequence: Sequence, start: Start, compressor: Compressor, wind
     if draft is not None and (draft.compressor is not compressor or not draft.valid(start.columns)):
         draft = None
     if draft is None or draft.room(start.columns) < window:
+        sites = sequence.full.sites
         queries = [
             [held.row(b) if held is not None else None for b in range(len(sequence.rows))] for held in sequence.queries
         ]
         spread = max(start.columns) - min(start.columns)
         room = CHUNK + 2 * window + spread
-        draft = compress(compressor, sequence.full, start.pads, start.columns, queries, room, draft)
+        if draft is not None:
+            draft = extend(draft, sites, start.pads, start.columns, queries, room)
+        else:
+            early = sequence.take_early(compressor, start.columns)
+            draft = compress(compressor, sequence.full, start.pads, start.columns, queries, room, early)
         sequence.draft = draft
         counts.compress_seconds += time.perf_counter() - began
     return draft
@@ -104,7 +131,7 @@ def prepare_draft(sequence: Sequence, start: Start, compressor: Compressor, wind
 def _horizon(sequence: Sequence, window: int) -> int:
     """How many tokens to draft: as many as the caller has been taking."""
     served = max(row.served for row in sequence.rows)
-    longest = window - 1
+    longest = 0 if sequence.pace.resting else window - 1
     sequence.horizon = next_horizon(served, sequence.horizon, longest) if sequence.horizon else longest
     for row in sequence.rows:
         row.served = 0
@@ -112,16 +139,23 @@ def _horizon(sequence: Sequence, window: int) -> int:
 
 
 def draft_tokens(
-    sequence: Sequence, draft: DraftKV, plan: DecodePlan, bound: list[Tensor | None], start: Start, horizon: int
+    sequence: Sequence,
+    draft: DraftKV,
+    plan: DecodePlan,
+    bound: list[Tensor | None],
+    start: Start,
+    horizon: int,
+    coming: Incoming | None = None,
 ) -> Tensor:
     """Greedy tokens over the compressed cache: [B, 1 + horizon], the round's first token included.
 
-    Rows whose caller feeds one token whatever is predicted (`forced`) repeat it.
+    The first step asks for the full KV that is `coming`, as far ahead as it may. Rows whose caller feeds one token
+    whatever is predicted (`forced`) repeat it.
     """
     forced = torch.tensor([[row.forced] for row in sequence.rows], device=start.tokens.device)
     if draft_step.serves(start.tokens.device, plan):
         replayed = draft_step.step_of(draft, plan, bound, start.tokens.shape[0], horizon)
-        return replayed.draft(start.tokens, start.positions, start.bounds[0], forced, horizon)
+        return replayed.draft(start.tokens, start.positions, start.bounds[0], forced, horizon, coming)
     tokens = [start.tokens]
     repeats = any(row.forced for row in sequence.rows)
     for step in range(horizon):
@@ -130,13 +164,14 @@ def draft_tokens(
             bound,
             tokens[-1],
             start.positions_at(step, plan.position_limit),
-            _drafting(draft, plan.draft, plan, start, step),
+            _drafting(draft, plan, start, step),
+            None if step else coming,
         )
         tokens.append(torch.where(forced, start.tokens, token) if repeats else token)
     return torch.cat(tokens, dim=1)
 
 
-def _drafting(draft: DraftKV, program: SegmentedProgram, plan: DecodePlan, start: Start, step: int) -> Attend:
+def _drafting(draft: DraftKV, plan: DecodePlan, start: Start, step: int) -> Attend:
     """Attention of one draft step: the new token goes to the tail, then over region and tail."""
     columns = [column + step for column in start.columns]
     grown = [column + 1 for column in columns]
@@ -153,7 +188,7 @@ def _drafting(draft: DraftKV, program: SegmentedProgram, plan: DecodePlan, start
 
 
 def verify_window(
-    sequence: Sequence, draft: DraftKV, plan: DecodePlan, bound: list[Tensor | None], start: Start, drafted: Tensor
+    coming: Incoming, draft: DraftKV, plan: DecodePlan, bound: list[Tensor | None], start: Start, drafted: Tensor
 ) -> tuple[tuple[Tensor, ...], list[Queries | None]]:
     """Verify always W rows per sequence, short drafts padded, so that shapes and bits stay the same.
 
@@ -170,16 +205,18 @@ def verify_window(
     queries: list[Queries | None] = [None] * len(plan.captured.sites)
     keep = draft.compressor.queries > 0
 
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        sequence.full.append(layer, k, v, start.columns)
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, *full: Tensor) -> Tensor:
+        keys, values = full or coming.wait(layer)
+        coming.append(layer, k, v)
         draft.layers[layer].write(k, v, start.columns)
         if keep:
             queries[layer] = Queries(q, [0] * batch)
-        full = sequence.full
         scale = plan.captured.sites[layer].scale
-        return attend_full(q, full.keys[layer], full.values[layer], start.columns, start.pads, scale, start.bounds)
+        out = attend_full(q, keys, values, start.columns, start.pads, scale, start.bounds)
+        coming.release(layer)
+        return out
 
-    return execute(plan.verify, bound, tokens, positions, attend), queries
+    return execute(plan.verify, bound, tokens, positions, attend, coming), queries
 
 
 def _commit(
@@ -205,6 +242,8 @@ def _commit(
         own = outputs if len(sequence.rows) == 1 else tuple(output[:kept, b : b + 1].clone() for output in outputs)
         row.held.extend(Held(row.length + i, window[b][i], own, i) for i in range(kept))
         row.length += kept
+        if len(row.tokens) == row.length - kept:
+            row.tokens += window[b][:kept]
         row.token = window[b][0] if row.forced else predicted[b][kept - 1]
         counts.add_row(plan.window, horizon, kept - 1)
         for held in queries:

@@ -135,14 +135,19 @@ def _read_prompt(file: str) -> str:
     return prompt
 
 
+def model_path(args: argparse.Namespace) -> str:
+    """The folder or name that --model stands for; fetches the demo model where it is missing."""
+    from vericache_compile.demo_model import demo_model_path
+
+    return str(demo_model_path()) if args.model == "demo" else args.model
+
+
 def load(args: argparse.Namespace, companion: str = "AutoConfig") -> tuple[Any, Any]:
     """The model that the arguments name, and what a class of transformers reads beside it; raises VericacheError."""
     import torch
     import transformers
 
-    from vericache_compile.demo_model import demo_model_path
-
-    path = str(demo_model_path()) if args.model == "demo" else args.model
+    path = model_path(args)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         beside = getattr(transformers, companion).from_pretrained(path)

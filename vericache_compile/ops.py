@@ -116,7 +116,39 @@ def _linear_window(info, in_dims, x, weight, bias):  # type: ignore[no-untyped-d
 torch.library.register_vmap("vericache::linear", _linear_window)
 
 
+@torch.library.custom_op("vericache::prefetch", mutates_args=())
+def prefetch(lengths: Tensor, layer: int) -> Tensor:
+    """Ask for a site's full KV, columns [0, lengths) of each row, without waiting; asking twice is asking once.
+
+    Returns a ticket ([1], int64) for `wait`. Where the cache is an input of the graph, as here, there is nothing to do.
+    """
+    return torch.full((1,), layer, device=lengths.device)
+
+
+@prefetch.register_fake
+def _prefetch_fake(lengths, layer):  # type: ignore[no-untyped-def]
+    return lengths.new_empty((1,))
+
+
+@torch.library.custom_op("vericache::wait", mutates_args=())
+def wait(past: Tensor, ticket: Tensor, layer: int) -> Tensor:
+    """A site's keys or values [B, K, C, *] once they are there: attention reads what this returns, not `past`."""
+    assert ticket.item() == layer, f"site {layer} waits with the ticket of site {ticket.item()}"
+    return past.clone()
+
+
+@wait.register_fake
+def _wait_fake(past, ticket, layer):  # type: ignore[no-untyped-def]
+    return torch.empty_like(past)
+
+
 ATTEND = torch.ops.vericache.attend.default
 """The node target of a site."""
+PREFETCH = torch.ops.vericache.prefetch.default
+"""The node target of a request for a site's full KV."""
+WAIT = torch.ops.vericache.wait.default
+"""The node target of a wait for one side, keys or values, of a site's full KV."""
+OUTSIDE = (ATTEND, PREFETCH, WAIT)
+"""What runs between segments, not in them."""
 LINEAR = torch.ops.vericache.linear.default
 """The node target of a product with a weight."""
