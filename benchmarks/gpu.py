@@ -65,7 +65,7 @@ class Scale:
 
 
 FULL = Scale(LARGE, torch.bfloat16, ((1, 32768), (1, 131072), (2, 131072)), 20 << 30, 128, 48, 7000)
-SMALL = Scale(TINY, torch.float32, ((1, 200), (2, 300)), 1 << 20, 40, 24, 0)
+SMALL = Scale(TINY, torch.float32, ((1, 200), (2, 300)), 256 << 10, 40, 24, 0)
 
 
 class SettledClock(Clock):
@@ -97,14 +97,13 @@ def bytes_per_token(config: Any, dtype: torch.dtype) -> int:
     return int(2 * config.num_hidden_layers * config.num_key_value_heads * size * dtype.itemsize)
 
 
-def hindrance(side: str, needed: int, scale: Scale, device: str, beyond: dict[str, Any] | None) -> str | None:
-    """Why a side cannot run a case, if it cannot."""
-    over = f"its KV, {needed / 2**30:.2f} GiB, is over the budget of {scale.kv_budget / 2**30:.2f} GiB"
+def hindrance(side: str, needed: int, scale: Scale, device: str) -> str | None:
+    """Why a side cannot run a case, if it cannot; vericache keeps full KV elsewhere where it does not fit."""
     if side == OFFLOADED:
         return None if device == "cuda" else "transformers offloads from an accelerator only"
-    if needed <= scale.kv_budget or (side == OURS and beyond is not None):
+    if needed <= scale.kv_budget or side == OURS:
         return None
-    return over + ("; give --beyond, options that keep full KV elsewhere" if side == OURS else "")
+    return f"its KV, {needed / 2**30:.2f} GiB, is over the budget of {scale.kv_budget / 2**30:.2f} GiB"
 
 
 def run_side(model: Any, side: str, inputs: dict[str, torch.Tensor], scale: Scale, options: dict[str, Any]) -> Any:
@@ -132,6 +131,7 @@ def run_side(model: Any, side: str, inputs: dict[str, torch.Tensor], scale: Scal
         now = stats(model)
         spent = now["seconds"]["draft"] + now["seconds"]["verify"]
         made["rounds"] = per_round(None, now, inputs["input_ids"].shape[0])
+        made["placement"] = now["placement"]
         made["round_ms"] = 1e3 * spent / now["rounds"]
     return made, out[:, inputs["input_ids"].shape[1] :].cpu()
 
@@ -147,13 +147,13 @@ def measure(
     reference: torch.Tensor | None = None
     longest = 0.0
     for side in SIDES:
-        reason = hindrance(side, needed, scale, device, arguments.beyond)
+        reason = hindrance(side, needed, scale, device)
         if reason is None and time.monotonic() + 1.5 * longest > deadline:
             reason = "the time was over"
         if reason is not None:
             yield side, {"not_run": reason}
             continue
-        options = arguments.options | (arguments.beyond or {} if needed > scale.kv_budget else {})
+        options = {"device_memory_mb": scale.kv_budget / 2**20, **arguments.options}
         try:
             made, out = run_side(model, side, inputs, scale, options)
         except torch.OutOfMemoryError as error:
@@ -194,7 +194,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="a tiny model and short prompts, on any device")
     parser.add_argument("--minutes", type=float, default=7.5, help="what would take longer is not run")
     parser.add_argument("--options", type=json.loads, default={"compressor": "snapkv", "keep": 0.2}, help="JSON")
-    parser.add_argument("--beyond", type=json.loads, help="JSON: options to add where KV is over the budget")
     parser.add_argument("--out", type=Path, help="where the JSON goes")
     return parser.parse_args()
 

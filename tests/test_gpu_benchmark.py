@@ -38,7 +38,9 @@ def test_the_tiny_configuration_runs_anywhere(tmp_path: Path) -> None:
     for case in report["cases"]:
         assert case["sides"]["vericache"]["ms_per_step"] > 0
         assert case["sides"]["vericache"]["differs_from_first_side_at"] is None
-    assert len(report["cases"]) == 2
+    small, large = report["cases"]
+    assert (small["sides"]["vericache"]["placement"], large["sides"]["vericache"]["placement"]) == ("device", "host")
+    assert "over the budget" in large["sides"]["plain"]["not_run"]
 
 
 @pytest.mark.slow

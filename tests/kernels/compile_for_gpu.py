@@ -20,7 +20,7 @@ from vericache_compile.kernels.row_invariant_linear import BYTES, OUTS, ROWS
 from vericache_compile.kernels.verify_attention import SPLIT, tile_sizes
 
 PARTS = {"outs", "tops", "totals"}
-NUMBERS = {"l_batch", "l_head", "kv_heads", "splits", "skipped", "tokens", "first", "rows"}
+NUMBERS = {"places", "l_batch", "l_head", "kv_heads", "splits", "skipped", "tokens", "first", "rows"}
 WIDTHS = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
@@ -32,7 +32,7 @@ def kind_of(name: str, dtype: str) -> str:
         return "fp32"
     if name.endswith("_codes"):
         return "*u8"
-    return {"starts": "*i64", "lefts": "*i64"}.get(name, "*fp32" if name in PARTS else f"*{dtype}")
+    return {"starts": "*i64", "lefts": "*i64", "bias": f"*{dtype}"}.get(name, "*fp32" if name in PARTS else f"*{dtype}")
 
 
 def compile_program(function: Any, capability: int, dtype: str, stages: int, constants: dict[str, Any]) -> int:
@@ -58,12 +58,13 @@ def main(capability: int, dtype: str, size: int) -> dict[str, int]:
     region = {**both, **own, "ROWS": 16, "TILE": read, "BITS": 4, "ZERO": True}
     region |= {"KEY_GROUP": 32, "KEY_CHANNELS": 0, "VALUE_GROUP": 32, "VALUE_CHANNELS": 32}
     inner = {"IN": 4096, "OUT": 4096, "BIAS": True, "ROWS": ROWS, "OUTS": OUTS, "INS": BYTES // width, "w_column": 1}
-    window = {"WINDOW": 16, "SLIDING": 0}
+    window = {"WINDOW": 16, "REACH": 0}
+    biased = {"BIAS": True, "RELATIVE": True}
     verify, draft = verify_attention_triton, draft_attention_triton
     return {
         name: compile_program(function, capability, dtype, depth, constants)
         for name, function, depth, constants in (
-            ("attend_splits", verify.attend_splits, 2, {**both, **own, **window, "ROWS": rows, "TILE": tile}),
+            ("attend_splits", verify.attend_splits, 2, {**both, **own, **window, **biased, "ROWS": rows, "TILE": tile}),
             ("merge_splits", verify.merge_splits, 3, {**both, **window, "SINKS": True}),
             ("attend_region", draft.attend_region, stages, region),
             ("multiply", row_invariant_linear_triton.multiply, 3, inner),

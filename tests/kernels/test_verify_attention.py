@@ -22,6 +22,8 @@ from vericache_compile.kernels.verify_attention import (
 from vericache_compile.runtime.attention import BLOCK, attend_full
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+MOST = 64
+"""Query rows of a tile."""
 DEVICE_FIXTURE = [HealthCheck.function_scoped_fixture]
 
 
@@ -66,19 +68,24 @@ def make_cache(
     return Cache(q, keys, normal(batch, kv_heads, columns, value_size), more)
 
 
-@settings(deadline=None, max_examples=6, suppress_health_check=DEVICE_FIXTURE)
+@settings(deadline=None, max_examples=8, suppress_health_check=DEVICE_FIXTURE)
 @given(
     shape=st.sampled_from([(4, 2, 16, 16), (3, 1, 24, 40), (2, 2, 80, 64)]),
     dtype=st.sampled_from(list(TOLERANCE)),
     window=st.sampled_from([1, 2, 8]),
-    choice=st.sampled_from([{}, {"sliding": 100}, {"soft_cap": 2.0}, {"sinks": True}]),
+    choice=st.sampled_from([{}, {"reach": 100}, {"soft_cap": 2.0}, {"sinks": True}, {"bias": False}, {"bias": True}]),
     data=st.data(),
 )
 def test_windows_equal_a_masked_softmax(
     device: torch.device, shape: Any, dtype: torch.dtype, window: int, choice: dict[str, Any], data: st.DataObject
 ) -> None:
+    heads = torch.linspace(-2, 2, shape[0], device=device)
     if "sinks" in choice:
-        choice = {"sinks": torch.linspace(-2, 2, shape[0], device=device)}
+        choice = {"sinks": heads}
+    if "bias" in choice:
+        slopes = torch.full((2 * MOST, 2 * SPLIT), float("nan"), device=device)  # what lies behind them is not read
+        slopes[: shape[0]] = heads[:, None] * torch.arange(2 * SPLIT, device=device) / 100
+        choice = {"bias": slopes[: shape[0]], "relative": choice["bias"], "soft_cap": 2.0}
     cache = make_cache(shape, 2 * SPLIT, device, dtype, batch=2, **choice)
     starts = [data.draw(st.integers(0, 2 * SPLIT - window)) for _ in range(2)]
     lefts = [[data.draw(st.integers(0, start)) for _ in range(shape[1])] for start in starts]
@@ -98,7 +105,7 @@ def test_it_equals_the_runtimes_reference(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("more", [{}, {"sliding": 40, "soft_cap": 5.0}], ids=["plain", "sliding, capped"])
+@pytest.mark.parametrize("more", [{}, {"reach": 40, "soft_cap": 5.0}], ids=["plain", "sliding, capped"])
 def test_a_rows_bits_do_not_depend_on_its_place_in_the_window(
     more: dict[str, Any], dtype: torch.dtype, device: torch.device
 ) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from vericache_compile.kernels import draft_attention, verify_attention
-from vericache_compile.runtime import draft_step, rounds
+from vericache_compile.runtime import draft_step, rounds, slots
 from vericache_compile.runtime.caches import DraftKV
 from vericache_compile.runtime.draft_step import DraftStep
 
@@ -62,6 +62,33 @@ def test_tokens_and_caches_are_those_of_lengths_in_python(batch: int, monkeypatc
         logits_of(model, switch, make_prompt(150, batch), 24, **method, window=4, **OPTIONS)
     assert len(set(compared)) == len(METHODS)
     assert len(compared) > 3 * len(METHODS)
+
+
+def test_full_kv_from_elsewhere_is_asked_for_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transfers are no part of a recording, and begin when drafting begins all the same."""
+    model = make_tiny("llama")
+    switch, inputs = compiled(model), make_prompt(150)
+    first = logits_of(model, switch, inputs, 16, window=4, **OPTIONS)
+    monkeypatch.setattr(draft_step, "serves", lambda device, plan: True)
+    asked: list[int] = []
+    ahead: list[list[int]] = []
+    prefetch, draft_tokens = slots.PagedIncoming.prefetch, rounds.draft_tokens
+
+    def note(self: slots.PagedIncoming, layer: int) -> None:
+        asked.append(layer)
+        prefetch(self, layer)
+
+    def drafting(*args: Any) -> Tensor:
+        asked.clear()
+        drafted = draft_tokens(*args)
+        ahead.append(list(asked))
+        return drafted
+
+    monkeypatch.setattr(slots.PagedIncoming, "prefetch", note)
+    monkeypatch.setattr(rounds, "draft_tokens", drafting)
+    assert torch.equal(logits_of(model, switch, inputs, 16, window=4, placement="host", **OPTIONS), first)
+    assert ahead[0]
+    assert all(layers in ([0, 1, 2], []) for layers in ahead), "none where drafting rests"
 
 
 def test_a_step_is_kept_until_what_it_reads_has_moved(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,19 +39,24 @@ def draft_attention(
     scale: float,
     regions: Sequence[Region] = (),
     *,
-    sliding: int = 0,
-    soft_cap: float = 0.0,
+    reach: int | None = None,
+    soft_cap: float | None = None,
+    bias: Tensor | None = None,
+    relative: bool = False,
     sinks: Tensor | None = None,
 ) -> Tensor:
     """q [B, H, 1, D] over keys [B, K, S, D] and values [B, K, S, E]: row b reads slots lefts[b, k] .. newest[b].
 
     newest [B] and lefts [B, K] are on the device. With packed `regions`, one a row, row b reads the whole of its own
-    first, then slots 0 .. newest[b]: lefts must then be `region_lefts(regions, K)`, and `sliding` 0. Returns
+    first, then slots 0 .. newest[b]: lefts must then be `region_lefts(regions, K)`, `reach` and `bias` None. Returns
     [B, H, 1, E].
     """
     if not regions:
-        return verify_attention(q, keys, values, newest, lefts, scale, sliding=sliding, soft_cap=soft_cap, sinks=sinks)
-    assert not sliding, "a region's slots are no columns: a sliding window over them means nothing"
+        return verify_attention(
+            q, keys, values, newest, lefts, scale,
+            reach=reach, soft_cap=soft_cap, bias=bias, relative=relative, sinks=sinks,
+        )  # fmt: skip
+    assert reach is None and bias is None, "slots of packed regions are no columns, by which these count"
     skipped = max(splits_of(region) for region in regions)
     parts = Parts.like(q, values.shape[3], skipped - (-keys.shape[2] // SPLIT))
     for b, region in enumerate(regions):
@@ -72,7 +77,7 @@ def region_lefts(regions: Sequence[Region], kv_heads: int) -> list[list[int]]:
 
 
 def _attend_region(
-    q: Tensor, region: Region, parts: Parts, row: int, first: int, scale: float, soft_cap: float
+    q: Tensor, region: Region, parts: Parts, row: int, first: int, scale: float, soft_cap: float | None
 ) -> None:
     """q [H, 1, D] of one row over its region, into the splits of `parts` from `first` on."""
     from vericache_compile.kernels import draft_attention_triton as programs
@@ -90,7 +95,7 @@ def _attend_region(
         q, keys.codes, keys.scale, keys.zero_or_scale, values.codes, values.scale, values.zero_or_scale,
         parts.outs[row], parts.tops[row], parts.totals[row], scale,
         keys.tokens, parts.tops.shape[3], first, q.stride(0),
-        GROUP=group, SIZE=keys.size, VALUE=values.size, SOFT_CAP=soft_cap, BITS=keys.bits,
+        GROUP=group, SIZE=keys.size, VALUE=values.size, SOFT_CAP=soft_cap or 0.0, BITS=keys.bits,
         KEY_GROUP=keys.group, KEY_CHANNELS=keys.channels, VALUE_GROUP=values.group, VALUE_CHANNELS=values.channels,
         ZERO=keys.zero is not None, ROWS=pad_size(group), SPLIT=SPLIT, TILE=tile,
         PAD_D=pad_size(keys.size), PAD_E=pad_size(values.size), num_warps=4, num_stages=stages,
@@ -123,8 +128,10 @@ def draft_attention_reference(
     scale: float,
     regions: Sequence[Region] = (),
     *,
-    sliding: int = 0,
-    soft_cap: float = 0.0,
+    reach: int | None = None,
+    soft_cap: float | None = None,
+    bias: Tensor | None = None,
+    relative: bool = False,
     sinks: Tensor | None = None,
 ) -> Tensor:
     """The same by dequantising regions and one masked softmax in float32, row by row."""
@@ -146,8 +153,10 @@ def draft_attention_reference(
                 newest[b : b + 1] + covered,
                 left,
                 scale,
-                sliding=sliding,
+                reach=reach,
                 soft_cap=soft_cap,
+                bias=bias,
+                relative=relative,
                 sinks=sinks,
             )
         )

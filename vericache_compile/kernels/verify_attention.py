@@ -48,20 +48,26 @@ def verify_attention(
     lefts: Tensor,
     scale: float,
     *,
-    sliding: int = 0,
-    soft_cap: float = 0.0,
+    reach: int | None = None,
+    soft_cap: float | None = None,
+    bias: Tensor | None = None,
+    relative: bool = False,
     sinks: Tensor | None = None,
 ) -> Tensor:
     """The token at place w of row b attends to columns lefts[b, k] .. starts[b] + w of KV head k; no other is read.
 
     q [B, H, W, D], keys [B, K, C, D], values [B, K, C, E], innermost stride 1; starts [B] and lefts [B, K] whole
-    numbers on the device. `sliding` > 0 lets a token see no more than so many columns, its own included; `soft_cap` > 0
-    makes scores cap * tanh(s / cap); `sinks` [H] are scores that take part in the sum alone. Returns [B, H, W, E].
+    numbers on the device. `reach` lets a token see no more than so many columns, its own included; `soft_cap` makes
+    scores cap * tanh(s / cap); `bias` [H, P] (float32) is then added by the key's place, counted on from lefts[b, k]
+    or, `relative`, back from the token's own column; `sinks` [H] are scores that take part in the sum alone. Returns
+    [B, H, W, E].
     """
     splits = -(-keys.shape[2] // SPLIT)
     parts = Parts.like(q, values.shape[3], splits)
-    attend_splits(q, keys, values, starts, lefts, scale, parts, sliding=sliding, soft_cap=soft_cap)
-    return merge_splits(q, parts, starts, lefts, keys.shape[1], sliding=sliding, sinks=sinks)
+    attend_splits(
+        q, keys, values, starts, lefts, scale, parts, reach=reach, soft_cap=soft_cap, bias=bias, relative=relative
+    )
+    return merge_splits(q, parts, starts, lefts, keys.shape[1], reach=reach, sinks=sinks)
 
 
 def attend_splits(
@@ -74,8 +80,10 @@ def attend_splits(
     parts: Parts,
     *,
     skipped: int = 0,
-    sliding: int = 0,
-    soft_cap: float = 0.0,
+    reach: int | None = None,
+    soft_cap: float | None = None,
+    bias: Tensor | None = None,
+    relative: bool = False,
 ) -> None:
     """Fill `parts` from split `skipped` on; `lefts` count columns from the first split, `starts` from this buffer's."""
     from vericache_compile.kernels import verify_attention_triton as programs
@@ -88,10 +96,12 @@ def attend_splits(
     group = heads // kv_heads
     rows, tile = tile_sizes(group * window, max(size, value_size) * keys.element_size())
     programs.attend_splits[(-(-columns // SPLIT), kv_heads * -(-group * window // rows), batch)](
-        q, keys, values, starts, lefts, parts.outs, parts.tops, parts.totals, scale,
-        kv_heads, parts.tops.shape[3], skipped, *lefts.stride(),
+        q, keys, values, starts, lefts, parts.totals if bias is None else bias,
+        parts.outs, parts.tops, parts.totals, scale,
+        kv_heads, parts.tops.shape[3], skipped, 0 if bias is None else bias.shape[1], *lefts.stride(),
         *q.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
-        GROUP=group, WINDOW=window, SIZE=size, VALUE=value_size, SLIDING=sliding, SOFT_CAP=soft_cap,
+        GROUP=group, WINDOW=window, SIZE=size, VALUE=value_size, REACH=reach or 0, SOFT_CAP=soft_cap or 0.0,
+        BIAS=bias is not None, RELATIVE=relative,
         ROWS=rows, SPLIT=SPLIT, TILE=tile, PAD_D=pad_size(size), PAD_E=pad_size(value_size),
         num_warps=4, num_stages=2,
     )  # fmt: skip
@@ -105,7 +115,7 @@ def merge_splits(
     kv_heads: int,
     *,
     skipped: int = 0,
-    sliding: int = 0,
+    reach: int | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
     """Outputs [B, H, W, E] in the type of q from what `attend_splits` left."""
@@ -116,7 +126,7 @@ def merge_splits(
     programs.merge_splits[(batch * heads * window,)](
         parts.outs, parts.tops, parts.totals, starts, lefts, parts.tops if sinks is None else sinks, result,
         kv_heads, splits, skipped, *lefts.stride(),
-        GROUP=heads // kv_heads, WINDOW=window, VALUE=value_size, SLIDING=sliding,
+        GROUP=heads // kv_heads, WINDOW=window, VALUE=value_size, REACH=reach or 0,
         SINKS=sinks is not None, SPLIT=SPLIT, PAD_E=pad_size(value_size), num_warps=4,
     )  # fmt: skip
     return result
@@ -137,8 +147,10 @@ def verify_attention_reference(
     lefts: Tensor,
     scale: float,
     *,
-    sliding: int = 0,
-    soft_cap: float = 0.0,
+    reach: int | None = None,
+    soft_cap: float | None = None,
+    bias: Tensor | None = None,
+    relative: bool = False,
     sinks: Tensor | None = None,
 ) -> Tensor:
     """The same by one masked softmax in float32, without blocks."""
@@ -147,13 +159,17 @@ def verify_attention_reference(
     column = torch.arange(keys.shape[2], device=q.device)
     own = starts.view(-1, 1, 1, 1) + torch.arange(window, device=q.device).view(1, 1, -1, 1)
     seen = (column <= own) & (column >= lefts.repeat_interleave(group, dim=1)[:, :, None, None])
-    if sliding:
-        seen &= column > own - sliding
+    if reach is not None:
+        seen &= column > own - reach
     shown = seen.any(dim=2).reshape(q.shape[0], -1, group, keys.shape[2]).any(dim=2)[..., None]
     k, v = (x.masked_fill(~shown, 0).float().repeat_interleave(group, dim=1) for x in (keys, values))
     scores = q.float() @ k.mT * scale
-    if soft_cap:
+    if soft_cap is not None:
         scores = soft_cap * torch.tanh(scores / soft_cap)
+    if bias is not None:
+        place = own - column if relative else column - lefts.repeat_interleave(group, dim=1)[:, :, None, None]
+        place = place.expand(scores.shape).clamp(0, bias.shape[1] - 1)
+        scores = scores + bias.expand(len(q), -1, -1).gather(2, place.flatten(2)).view(scores.shape)
     scores = scores.masked_fill(~seen, float("-inf"))
     if sinks is not None:
         scores = torch.cat([scores, sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], dim=3)

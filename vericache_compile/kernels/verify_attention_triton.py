@@ -49,11 +49,11 @@ def keep_part(outs, tops, totals, out, top, total, row, real, VALUE: tl.constexp
 
 @triton.jit
 def attend_splits(
-    q, keys, values, starts, lefts, outs, tops, totals, scale, kv_heads, splits, skipped, l_batch, l_head,
+    q, keys, values, starts, lefts, bias, outs, tops, totals, scale, kv_heads, splits, skipped, places, l_batch, l_head,
     q_batch, q_head, q_row, k_batch, k_head, k_column, v_batch, v_head, v_column,
     GROUP: tl.constexpr, WINDOW: tl.constexpr, SIZE: tl.constexpr, VALUE: tl.constexpr,
-    SLIDING: tl.constexpr, SOFT_CAP: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr, TILE: tl.constexpr,
-    PAD_D: tl.constexpr, PAD_E: tl.constexpr,
+    REACH: tl.constexpr, SOFT_CAP: tl.constexpr, BIAS: tl.constexpr, RELATIVE: tl.constexpr, ROWS: tl.constexpr,
+    SPLIT: tl.constexpr, TILE: tl.constexpr, PAD_D: tl.constexpr, PAD_E: tl.constexpr,
 ):  # fmt: skip
     """One split of the buffer for ROWS of the G * W query rows of one KV head of one row of the batch.
 
@@ -67,8 +67,8 @@ def attend_splits(
     start = tl.load(starts + batch).to(tl.int32) + skipped * SPLIT
     left = tl.load(lefts + batch * l_batch + head * l_head).to(tl.int32)
     lowest = left
-    if SLIDING > 0:
-        lowest = tl.maximum(left, start - SLIDING + 1)
+    if REACH > 0:
+        lowest = tl.maximum(left, start - REACH + 1)
     if (begin < start + WINDOW) & (begin + SPLIT > lowest):
         row = (tl.program_id(1) % TILES) * ROWS + tl.arange(0, ROWS)
         real = row < GROUP * WINDOW
@@ -76,8 +76,8 @@ def attend_splits(
         query_head = head * GROUP + row // WINDOW
         own = start + place
         first = tl.zeros([ROWS], tl.int32) + left
-        if SLIDING > 0:
-            first = tl.maximum(first, own - SLIDING + 1)
+        if REACH > 0:
+            first = tl.maximum(first, own - REACH + 1)
         size, value = tl.arange(0, PAD_D), tl.arange(0, PAD_E)
         at = q + batch * q_batch + query_head * q_head + place * q_row
         queries = tl.load(at[:, None] + size[None, :], mask=real[:, None] & (size < SIZE)[None, :], other=0.0)
@@ -93,7 +93,13 @@ def attend_splits(
             v_at = values + batch * v_batch + head * v_head + offset.to(tl.int64) * v_column
             v = tl.load(v_at[:, None] + value[None, :], mask=written[:, None] & (value < VALUE)[None, :], other=0.0)
             seen = (column[None, :] >= first[:, None]) & (column[None, :] <= own[:, None])
-            scores = tl.where(seen, score(queries, k, scale, SOFT_CAP), float("-inf"))
+            scores = score(queries, k, scale, SOFT_CAP)
+            if BIAS:
+                there = own[:, None] - column[None, :] if RELATIVE else column[None, :] - left
+                held = seen & real[:, None] & (there < places)
+                read = tl.load(bias + query_head[:, None] * places + there, mask=held, other=0.0)
+                scores += read * 1.4426950408889634
+            scores = tl.where(seen, scores, float("-inf"))
             out, top, total = absorb(out, top, total, scores, v)
         at_row = ((batch * kv_heads * GROUP + query_head) * WINDOW + place) * splits + part + skipped
         keep_part(outs, tops, totals, out, top, total, at_row, real, VALUE, PAD_E)
@@ -102,7 +108,7 @@ def attend_splits(
 @triton.jit
 def merge_splits(
     outs, tops, totals, starts, lefts, sinks, result, kv_heads, splits, skipped, l_batch, l_head,
-    GROUP: tl.constexpr, WINDOW: tl.constexpr, VALUE: tl.constexpr, SLIDING: tl.constexpr,
+    GROUP: tl.constexpr, WINDOW: tl.constexpr, VALUE: tl.constexpr, REACH: tl.constexpr,
     SINKS: tl.constexpr, SPLIT: tl.constexpr, PAD_E: tl.constexpr,
 ):  # fmt: skip
     """The splits that one query row sees, in order, into its output. Grid (B * H * W). Result [B, H, W, E]."""
@@ -111,8 +117,8 @@ def merge_splits(
     batch = row // (WINDOW * kv_heads * GROUP)
     own = tl.load(starts + batch).to(tl.int32) + skipped * SPLIT + (row % WINDOW).to(tl.int32)
     left = tl.load(lefts + batch * l_batch + query_head // GROUP * l_head).to(tl.int32)
-    if SLIDING > 0:
-        left = tl.maximum(left, own - SLIDING + 1)
+    if REACH > 0:
+        left = tl.maximum(left, own - REACH + 1)
     first, last = left // SPLIT, own // SPLIT
     value = tl.arange(0, PAD_E)
     out = tl.zeros([PAD_E], tl.float32)
