@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ from vericache_compile.compressors.facts import Facts, reader_of
 from vericache_compile.kernels.block_attention import BLOCK
 from vericache_compile.plan import Site, Tier
 from vericache_compile.runtime.attention import Visible
+
+if TYPE_CHECKING:
+    from vericache_compile.runtime.draft_step import DraftStep
 
 GROWTH = 1024
 """Columns added when a full cache is out of room."""
@@ -142,6 +146,12 @@ class DraftLayer:
         write_columns(self.keys, k, at)
         write_columns(self.values, v, at)
 
+    def write_at(self, k: Tensor, v: Tensor, tails: Tensor) -> None:
+        """Write k [B, K, 1, D] and v [B, K, 1, E] to the tail, row b at place tails[b]; tails [B] is on the device."""
+        at = (tails + self.offset).view(-1, 1, 1, 1)
+        self.keys.scatter_(2, at.expand_as(k), k)
+        self.values.scatter_(2, at.expand_as(v), v)
+
     def room(self, columns: Sequence[int]) -> int:
         """Columns that still fit in the fullest row's tail when rows are `columns` long."""
         tail = max(column - start for column, start in zip(columns, self.starts, strict=True))
@@ -152,6 +162,10 @@ class DraftLayer:
         tails = [column - start for column, start in zip(columns, self.starts, strict=True)]
         keys, values = self._materialize(max(tails), q) if self.packed else (self.keys, self.values)
         return keys, values, Visible(self.lefts, tuple(self.slots + tail for tail in tails))
+
+    def read_whole(self) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, K, S, *] with all of the tail's room: of the same shape however long rows are."""
+        return self._materialize(self.keys.shape[2], None) if self.packed else (self.keys, self.values)
 
     @cached_property
     def lefts(self) -> tuple[tuple[int, ...], ...]:
@@ -182,6 +196,8 @@ class DraftKV:
         self.layers = layers
         self.made = list(made)
         """How long each row was when all of it was last compressed."""
+        self.step: DraftStep | None = None
+        """One draft step over these buffers, where it runs with lengths on the device."""
 
     @property
     def nbytes(self) -> int:

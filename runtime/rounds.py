@@ -15,6 +15,7 @@ from torch import Tensor
 from vericache_compile.compressors.base import Compressor
 from vericache_compile.compressors.facts import KINDS
 from vericache_compile.plan import DecodePlan
+from vericache_compile.runtime import draft_step
 from vericache_compile.runtime.acceptance import accept, next_horizon
 from vericache_compile.runtime.attention import Visible, attend_compressed
 from vericache_compile.runtime.caches import CHUNK, DraftKV, compress, extend
@@ -39,6 +40,8 @@ class Start:
     """[B, 1] int64."""
     positions: Tensor
     """[B, 1] int64."""
+    bounds: Tensor
+    """Columns and pads on the device, [2, B] int64."""
 
     def positions_at(self, steps: int, limit: int | None) -> Tensor:
         """Positions after `steps` tokens; past the model's limit they are clamped, and their rows never handed out."""
@@ -48,15 +51,11 @@ class Start:
 
 def make_start(sequence: Sequence, device: torch.device) -> Start:
     """Each row starts at its own frontier with its own next token."""
-    tokens = [[row.token or 0] for row in sequence.rows]
-    columns = [row.length for row in sequence.rows]
-    positions = [[row.length + row.offset] for row in sequence.rows]
-    return Start(
-        columns,
-        [row.pad for row in sequence.rows],
-        torch.tensor(tokens, device=device),
-        torch.tensor(positions, device=device),
-    )
+    columns, pads = [row.length for row in sequence.rows], [row.pad for row in sequence.rows]
+    tokens = [row.token or 0 for row in sequence.rows]
+    positions = [row.length + row.offset for row in sequence.rows]
+    held = torch.tensor([tokens, positions, columns, pads], device=device)
+    return Start(columns, pads, held[0, :, None], held[1, :, None], held[2:])
 
 
 def run_round(
@@ -191,8 +190,11 @@ def draft_tokens(
     The first step asks for the full KV that is `coming`, as far ahead as it may. Rows whose caller feeds one token
     whatever is predicted (`forced`) repeat it.
     """
-    tokens = [start.tokens]
     forced = torch.tensor([[row.forced] for row in sequence.rows], device=start.tokens.device)
+    if draft_step.serves(start.tokens.device, plan, draft):
+        replayed = draft_step.step_of(draft, plan, bound, start.tokens.shape[0], horizon)
+        return replayed.draft(start.tokens, start.positions, start.bounds[0], forced, horizon, coming)
+    tokens = [start.tokens]
     repeats = any(row.forced for row in sequence.rows)
     for step in range(horizon):
         (token,) = execute(
@@ -242,7 +244,7 @@ def verify_window(
         if keep:
             queries[layer] = Queries(q, [0] * batch)
 
-    return verify_tokens(coming, start.pads, plan, bound, tokens, start.positions, note), queries
+    return verify_tokens(coming, start.pads, plan, bound, tokens, start.positions, note, start.bounds), queries
 
 
 def _commit(

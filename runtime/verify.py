@@ -28,8 +28,12 @@ def verify_tokens(
     tokens: Tensor,
     first: Tensor,
     note: Note,
+    bounds: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """The row outputs, each [W, B, ...], of tokens [W, B, 1] behind what is `coming`; first positions are [B, 1]."""
+    """The row outputs, each [W, B, ...], of tokens [W, B, 1] behind what is `coming`; first positions are [B, 1].
+
+    `bounds` is that of `attend_full`.
+    """
     positions = first + torch.arange(plan.window, device=tokens.device)[:, None, None]
     if plan.position_limit is not None:
         positions.clamp_(max=plan.position_limit - 1)
@@ -39,7 +43,7 @@ def verify_tokens(
         coming.append(layer, k, v)
         note(layer, q, k, v, keys)
         scale = plan.captured.sites[layer].scale
-        out = attend_full(q, keys, values, list(coming.columns), list(pads), scale)
+        out = attend_full(q, keys, values, list(coming.columns), list(pads), scale, bounds)
         coming.release(layer)
         return out
 

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vericache_compile.kernels.row_invariant_linear import is_row_invariant, row_invariant_linear
+
 
 @torch.library.custom_op("vericache::attend", mutates_args=())
 def attend(
@@ -74,13 +76,20 @@ torch.library.register_vmap("vericache::attend", _attend_window)
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """One GEMM over all leading axes: x [..., in], weight [out, in], bias [out] or None. Returns [..., out].
 
-    By oneDNN where it takes the weight: a row's bits then do not depend on where it stands among the others, nor on
-    what they hold (`tests/test_ops.py` tries it for many row counts).
+    By oneDNN on the CPU and a kernel of ours on a GPU, where they take the weight: a row's bits then do not depend on
+    where it stands among the others, nor on what they hold (`tests/test_ops.py` tries it for many row counts).
     """
+    if is_row_invariant(weight):
+        return row_invariant_linear(x, weight, bias)
     if has_onednn(weight):
         made: Tensor = torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
         return made
     return F.linear(x, weight, bias).contiguous()
+
+
+def keeps_rows_apart(weight: Tensor) -> bool:
+    """Whether `linear` gives a row the same bits wherever it stands, for a weight as it lies in memory."""
+    return has_onednn(weight) or is_row_invariant(weight)
 
 
 def has_onednn(weight: Tensor) -> bool:

@@ -16,6 +16,7 @@ from typing import ClassVar, Self
 from torch import Tensor
 
 from vericache_compile.compressors.facts import NOTHING, Facts
+from vericache_compile.compressors.packed import PackedSide
 from vericache_compile.plan import Site
 
 
@@ -36,6 +37,11 @@ class CompressedKV(ABC):
 
         `materialize` then gives the most of them, with a head's own at the right end; what lies before is not read.
         """
+        return None
+
+    @property
+    def packed(self) -> tuple[PackedSide, PackedSide] | None:
+        """Keys and values as a kernel can read them; None where only `materialize` gives them."""
         return None
 
     @property
