@@ -74,7 +74,8 @@ def _list_steps(variant: GraphModule, segments: list[SegmentGraph], runs: list[C
         if segment.outputs:
             steps.append(NodeStep(run, segment.inputs, segment.outputs))
         if i < len(sites):
-            steps.append(NodeStep(None, tuple(sites[i].args[:3]), (sites[i],), int(sites[i].args[8])))
+            sinks = sites[i].args[9:10] if sites[i].args[9:10] != (None,) else ()
+            steps.append(NodeStep(None, (*sites[i].args[:3], *sinks), (sites[i],), int(sites[i].args[8])))
     return steps
 
 

@@ -18,7 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vericache_compile.kernels import block_attention
-from vericache_compile.kernels.block_attention import BLOCK
+from vericache_compile.kernels.block_attention import BLOCK, Scores
+from vericache_compile.runtime.scores import attend_scores
+from vericache_compile.runtime.scores import merge as _merge
 
 
 class Visible(NamedTuple):
@@ -28,9 +30,20 @@ class Visible(NamedTuple):
     rights: tuple[int, ...]
 
 
-def attend_full(q: Tensor, keys: Tensor, values: Tensor, starts: list[int], pads: list[int], scale: float) -> Tensor:
+def attend_full(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    starts: list[int],
+    pads: list[int],
+    scale: float,
+    scores: Scores | None = None,
+) -> Tensor:
     """q [B, H, W, D] of tokens at columns starts[b] + (0..W-1), keys [B, K, C, D], values [B, K, C, E] (C a multiple of
-    BLOCK, written up to starts[b] + W). Row b sees columns from pads[b] up to its own. Returns [B, H, W, E]."""
+    BLOCK, written up to starts[b] + W). Row b sees columns from pads[b] up to its own. `scores` says what is
+    done to scores beside scaling them. Returns [B, H, W, E]."""
+    if scores is not None:
+        return attend_scores(q, keys, values, starts, [[pad] * keys.shape[1] for pad in pads], scale, scores)
     if block_attention.serves(q):
         return block_attention.attend(q, keys, values, starts, [[pad] * keys.shape[1] for pad in pads], scale)
     out = q.new_empty((q.shape[0], q.shape[1], q.shape[2], values.shape[3]))
@@ -105,22 +118,19 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, blocks: slice, 
     return made
 
 
-def _merge(out: Tensor, lse: Tensor) -> Tensor:
-    """Blocks' outputs [N, K, R, E] and log-sum-exps [N, K, R] into [K, R, E], in block order."""
-    share = (lse - lse.amax(dim=0)).exp_().unsqueeze(-1)
-    total = share[0].clone()
-    merged = out[0].to(share.dtype) * share[0]
-    for i in range(1, out.shape[0]):
-        merged.addcmul_(out[i].to(share.dtype), share[i])
-        total += share[i]
-    return merged.div_(total).to(out.dtype)
-
-
 def attend_compressed(
-    q: Tensor, keys: Tensor, values: Tensor, visible: Visible, scale: float, masks: dict[Visible, Tensor | None]
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    visible: Visible,
+    scale: float,
+    masks: dict[Visible, Tensor | None],
+    scores: Scores | None = None,
 ) -> Tensor:
     """One token per row over its compressed cache: q [B, H, 1, D], keys [B, K, S, D], values [B, K, S, E]; row b reads
-    its visible slots. `masks` keeps what layers share. Returns [B, H, 1, E]."""
+    its visible slots. `masks` keeps what layers share, `scores` as for `attend_full`. Returns [B, H, 1, E]."""
+    if scores is not None:
+        return attend_scores(q, keys, values, [end - 1 for end in visible.rights], visible.lefts, scale, scores)
     if block_attention.serves(q):
         return block_attention.attend(q, keys, values, [end - 1 for end in visible.rights], visible.lefts, scale)
     if visible not in masks:

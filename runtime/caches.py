@@ -5,7 +5,7 @@ Shapes: B batch, K KV heads, C columns allocated, D head size, E value head size
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vericache_compile.compressors.base import CompressedKV, Compressor
 from vericache_compile.compressors.dense import DenseKV
+from vericache_compile.compressors.none import NoCompression
 from vericache_compile.kernels.block_attention import BLOCK
 from vericache_compile.plan import Site
 from vericache_compile.runtime.attention import Visible
@@ -154,9 +155,11 @@ class DraftLayer:
 class DraftKV:
     """What the draft variant attends to: per site and row an immutable compressed region and an exact tail."""
 
-    def __init__(self, compressor: Compressor, layers: list[DraftLayer]) -> None:
+    def __init__(self, compressor: Compressor, layers: list[DraftLayer], whole: bool = False) -> None:
         self.compressor = compressor
         self.layers = layers
+        self.whole = whole
+        """Whether some site keeps every token although the compressor drops some."""
 
     @property
     def nbytes(self) -> int:
@@ -180,13 +183,15 @@ def compress(
     queries: Sequence[Sequence[Tensor | None]],
     room: int,
     before: DraftKV | None = None,
+    placed: Collection[int] = (),
 ) -> DraftKV:
     """Compress each row's columns [pads[b], columns[b]) at every site; with `before`, only what tails have gathered.
 
     `queries[layer][b]` holds the row's last queries [H, w, D], or None where they were never seen (the cache was built
-    by an uncompiled model). Tails get room for `room` columns more.
+    by an uncompiled model). Tails get room for `room` columns more. Slots do not say where in the text a token stood:
+    sites in `placed`, which need to know, keep every token where the method drops some.
     """
-    layers = []
+    layers, whole = [], before is not None and before.whole
     for layer in range(len(full.sites)):
         regions, starts = [], []
         own = compressor.for_layer(layer, len(full.sites))
@@ -202,10 +207,13 @@ def compress(
                 region = own.compress(k, v, asked)
             else:
                 region = held.regions[b].extend(k, v, asked) if end > begin else held.regions[b]
+            if layer in placed and region.slots != region.covered:
+                k, v = (x[b, :, pad:end] for x in (full.keys[layer], full.values[layer]))
+                region, whole = NoCompression().compress(k, v, None), True
             regions.append(region)
             starts.append(pad + region.covered)
         layers.append(_place(regions, starts, full, layer, columns, room))
-    return DraftKV(compressor, layers)
+    return DraftKV(compressor, layers, whole)
 
 
 def _stand_in(keys: Tensor, site: Site, count: int) -> Tensor:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from vericache_compile.plan import Cast, SegmentedProgram
 
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""(layer, q [B, H, T, D], k [B, K, T, D], v [B, K, T, E]) -> [B, H, T, E]"""
+Attend = Callable[..., Tensor]
+"""(layer, q [B, H, T, D], k [B, K, T, D], v [B, K, T, E]) -> [B, H, T, E]; then sinks [H] where the site has them."""
 
 
 class WeightCasts:
@@ -56,9 +56,7 @@ def execute(
     for step in program.steps:
         inputs = [slots[i] for i in step.inputs]
         if step.run is None:
-            q, k, v = inputs
-            assert q is not None and k is not None and v is not None, "an attention input was freed"
-            slots[step.outputs[0]] = attend(step.layer, q, k, v)
+            slots[step.outputs[0]] = attend(step.layer, *map(_present, inputs))
         else:
             for slot, value in zip(step.outputs, step.run(inputs), strict=True):  # type: ignore[arg-type]
                 slots[slot] = value
@@ -68,5 +66,5 @@ def execute(
 
 
 def _present(value: Tensor | None) -> Tensor:
-    assert isinstance(value, torch.Tensor), "a program output was freed"
+    assert isinstance(value, torch.Tensor), "a program value was freed"
     return value

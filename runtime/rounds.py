@@ -19,6 +19,7 @@ from vericache_compile.runtime.attention import Visible, attend_compressed, atte
 from vericache_compile.runtime.caches import CHUNK, DraftKV, compress
 from vericache_compile.runtime.counts import Counts, Round
 from vericache_compile.runtime.executor import Attend, WeightCasts, bind_weights, execute
+from vericache_compile.runtime.scores import scores_of
 from vericache_compile.runtime.sequences import Held, Queries, Sequence
 
 
@@ -66,7 +67,7 @@ def run_round(
     called = time.perf_counter()
     start = make_start(sequence, device)
     sequence.full.reserve(max(start.columns) + plan.window, device)
-    draft = prepare_draft(sequence, start, compressor, plan.window, counts)
+    draft = prepare_draft(sequence, start, compressor, plan, plan.window, counts)
     horizon = _horizon(sequence, plan.window)
     low = bind_weights(plan.draft, inputs, casts)
     began = time.perf_counter()
@@ -84,7 +85,9 @@ def run_round(
     counts.latest.append(Round(called, compressing, began, *took, len(sequence.rows), int(more), int(stood)))
 
 
-def prepare_draft(sequence: Sequence, start: Start, compressor: Compressor, window: int, counts: Counts) -> DraftKV:
+def prepare_draft(
+    sequence: Sequence, start: Start, compressor: Compressor, plan: DecodePlan, window: int, counts: Counts
+) -> DraftKV:
     """The sequence's draft cache, with room for a window: compressed anew when it is missing or cut into."""
     began = time.perf_counter()
     draft = sequence.draft
@@ -96,7 +99,8 @@ def prepare_draft(sequence: Sequence, start: Start, compressor: Compressor, wind
         ]
         spread = max(start.columns) - min(start.columns)
         room = CHUNK + 2 * window + spread
-        draft = compress(compressor, sequence.full, start.pads, start.columns, queries, room, draft)
+        placed = {site.layer for site in plan.captured.sites if site.alibi is not None}
+        draft = compress(compressor, sequence.full, start.pads, start.columns, queries, room, draft, placed)
         sequence.draft = draft
         counts.compress_seconds += time.perf_counter() - began
     return draft
@@ -141,11 +145,12 @@ def _drafting(draft: DraftKV, program: SegmentedProgram, plan: DecodePlan, start
     masks: dict[Visible, Tensor | None] = {}
     sites = plan.captured.sites
 
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
         held = draft.layers[layer]
         held.write(k, v, columns)
         keys, values, visible = held.read(grown)
-        return attend_compressed(q, keys, values, visible, sites[layer].scale, masks)
+        scores = scores_of(sites[layer], sinks, max(visible.rights), q.device)
+        return attend_compressed(q, keys, values, visible, sites[layer].scale, masks, scores)
 
     return attend
 
@@ -168,15 +173,14 @@ def verify_window(
     queries: list[Queries | None] = [None] * len(plan.captured.sites)
     keep = draft.compressor.queries > 0
 
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
         sequence.full.append(layer, k, v, start.columns)
         draft.layers[layer].write(k, v, start.columns)
         if keep:
             queries[layer] = Queries(q, [0] * batch)
-        full = sequence.full
-        return attend_full(
-            q, full.keys[layer], full.values[layer], start.columns, start.pads, plan.captured.sites[layer].scale
-        )
+        keys, values, site = sequence.full.keys[layer], sequence.full.values[layer], plan.captured.sites[layer]
+        scores = scores_of(site, sinks, max(start.columns) + plan.window, q.device)
+        return attend_full(q, keys, values, start.columns, start.pads, site.scale, scores)
 
     return execute(plan.verify, bound, tokens, positions, attend), queries
 
@@ -199,6 +203,8 @@ def _commit(
         if len(row.held) >= plan.window or row.token is None:
             continue
         kept = accept(window[b], predicted[b], row.forced)
+        if plan.column_limit is not None:
+            kept = min(kept, max(plan.column_limit - row.length, 1))
         if plan.position_limit is not None:
             kept = min(kept, max(plan.position_limit - (row.length + row.offset), 1))
         own = outputs if len(sequence.rows) == 1 else tuple(output[:kept, b : b + 1].clone() for output in outputs)

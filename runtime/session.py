@@ -69,7 +69,7 @@ class Session:
         self._newest: weakref.ref[Sequence] | None = None
         self._timelines: dict[str, Timeline] = {}
         self._timeline: Timeline | None = None
-        self._told = False
+        self._told = self._told_whole = False
         self._lock = lock
 
     def trace_to(self, path: str | None) -> None:
@@ -147,9 +147,20 @@ class Session:
                     weights = set(roles.weights)
                     self.last = (plan, [x if i in weights else None for i, x in enumerate(inputs)])
                 rounds.run_round(sequence, plan, inputs, self.compressor, self.counts, self.casts)
+                self._tell_whole(sequence)
                 self._note(sequence)
             made = self._take(sequence.rows)
             return self._assemble(plan.captured.outputs, made, sequence, columns + 1, tokens.device, marked=False)
+
+    def _tell_whole(self, sequence: Sequence) -> None:
+        """Say once that a compressor is not used at sites that need to know where kept tokens stood."""
+        if sequence.draft is not None and sequence.draft.whole and not self._told_whole:
+            self._told_whole = True
+            log.warning(
+                "vericache: drafts read every token of layers with ALiBi: a compressed cache does not say where in the "
+                "text its tokens stood\n  where: compressor %s\n  fix: use one that drops no token (int8, kivi)",
+                self.compressor,
+            )
 
     def _fed(
         self, plan: DecodePlan, inputs: Rows[Any], pads: list[int], columns: int
@@ -164,6 +175,8 @@ class Session:
             offsets = [-pad for pad in pads]
         else:
             offsets = [0] * len(tokens)
+        if plan.column_limit is not None and columns >= plan.column_limit:
+            return None
         limit = plan.position_limit
         if limit is not None and any(columns + offset >= limit for offset in offsets):
             return None
@@ -279,7 +292,7 @@ class Session:
                 row.token = token
                 row.offset = 0 if plan.position_rule == "column" else -row.pad
             start = rounds.make_start(copy, device)
-            draft = rounds.prepare_draft(copy, start, self.compressor, count, Counts())
+            draft = rounds.prepare_draft(copy, start, self.compressor, plan, count, Counts())
             bound = bind_weights(plan.draft, inputs, self.casts)
             return rounds.draft_tokens(copy, draft, plan, bound, start, count)[:, 1:].tolist()
 

@@ -23,7 +23,7 @@ from vericache_compile.kernels.block_attention import start_build, takes
 from vericache_compile.observers import make_observers
 from vericache_compile.passes.bind_scalars import scalar_inputs
 from vericache_compile.passes.pipeline import Observer, plan_capture
-from vericache_compile.passes.program import Compiled, batch_of
+from vericache_compile.passes.program import Compiled, batch_of, is_weight
 from vericache_compile.plan import CapturedPlan, DecodePlan, Site
 from vericache_compile.runtime.executor import WeightCasts
 from vericache_compile.runtime.ghosts import can_spell
@@ -163,7 +163,8 @@ def _take(
             low = config.draft_dtype_on(inputs[parameters[0]].device)
             watching = first or make_observers(config, made.dumps_failed)
             window, inductor = config.window, config.inductor
-            plans[key] = plan_capture(gm, batch, window, inductor, made.compiled, values, low, watching)
+            buffers = buffers_of(gm, inputs)
+            plans[key] = plan_capture(gm, batch, window, inductor, made.compiled, values, low, watching, buffers)
         return plans[key]
 
     plan = plan_for(example_inputs, batch_of(example_inputs))
@@ -181,6 +182,13 @@ def _take(
         return session.run(chosen, inputs)
 
     return run
+
+
+def buffers_of(gm: GraphModule, inputs: Sequence[Any]) -> dict[int, Tensor]:
+    """The model's buffers of whole numbers or truth values, which masks are made from, by input."""
+    nodes = gm.graph.find_nodes(op="placeholder", sort=True)
+    held = {i: x for i, x in enumerate(inputs) if isinstance(x, Tensor) and not isinstance(x, torch.nn.Parameter)}
+    return {i: x for i, x in held.items() if is_weight(nodes[i]) and not x.is_floating_point()}
 
 
 def check_parameters(parameters: Sequence[int]) -> None:
