@@ -48,32 +48,30 @@ class ExpertProducts:
         if x.dim() != 2 or weight.dim() != 3:
             return None
         row = torch.arange(x.shape[0], device=x.device)
-        return ops.experts_mm(x, weight, (offs[:, None] <= row).sum(0), 0)
+        return _product(x, weight, (offs[:, None] <= row).sum(0))
 
     def _batched(self, left: Tensor, right: Tensor) -> Tensor | None:
         """weight[experts] [S, out, in] by x [S, in, 1], or x [S, 1, in] by weight[experts] [S, in, out]."""
         for picked, weights, experts in self._picked:
             if picked is left and right.shape[-1] == 1:
-                return ops.experts_mm(right.squeeze(-1), weights.transpose(1, 2), experts, 0).unsqueeze(-1)
+                return _product(right.squeeze(-1), weights.transpose(1, 2), experts).unsqueeze(-1)
             if picked is right and left.shape[-2] == 1:
-                return ops.experts_mm(left.squeeze(-2), weights, experts, 0).unsqueeze(-2)
+                return _product(left.squeeze(-2), weights, experts).unsqueeze(-2)
         return None
+
+
+def _product(x: Tensor, weight: Tensor, experts: Tensor) -> Tensor:
+    made: Tensor = ops.experts_mm(x, weight, experts, 0)
+    return made
 
 
 def _is_pick(weights: Any, experts: Any) -> bool:
     """Whether an index picks one of the model's matrices [E, ...] per row."""
-    tensors = isinstance(weights, Tensor) and isinstance(experts, Tensor)
-    return (
-        tensors
-        and weights.dim() == 3
-        and experts.dim() == 1
-        and not experts.is_floating_point()
-        and _is_shared(weights)
-    )
-
-
-def _is_shared(weights: Tensor) -> bool:
-    return not torch._C._functorch.is_batchedtensor(weights) and weights.is_floating_point()
+    if not isinstance(weights, Tensor) or not isinstance(experts, Tensor):
+        return False
+    whole = experts.dtype in (torch.int64, torch.int32) and experts.dim() == 1
+    shared = not torch._C._functorch.is_batchedtensor(weights)
+    return whole and shared and weights.dim() == 3 and weights.is_floating_point()
 
 
 def _count(x: Tensor, bins: int, min: int, max: int) -> Tensor | None:

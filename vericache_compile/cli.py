@@ -1,4 +1,4 @@
-"""The `vericache` command: run, check, bench, explain, compressors, plot, doctor.
+"""The `vericache` command: run, check, bench, explain, sweep, compressors, plot, doctor.
 
 With --json, stdout holds exactly one JSON document; everything else goes to stderr. Exit codes: 0 all well,
 1 tokens differ or something needed is missing, 2 wrong input (three parts on stderr: found, where, fix).
@@ -19,6 +19,7 @@ from vericache_compile.cli_explain import explain
 from vericache_compile.doctor import doctor
 from vericache_compile.errors import VericacheError
 from vericache_compile.plot import plot
+from vericache_compile.sweep import sweep
 
 Command = Callable[[argparse.Namespace], tuple[Any, int]]
 
@@ -82,6 +83,12 @@ def make_parser() -> argparse.ArgumentParser:
     _add_device(made)
     _add_options(made)
     _finish(made, explain)
+
+    made = commands.add_parser("sweep", help="which families of models are taken, tried on small random ones")
+    made.add_argument("names", nargs="*", metavar="NAME", help="families, as llama or falcon-alibi (default: all)")
+    made.add_argument("--markdown", metavar="F", help="write the table to a page")
+    made.add_argument("--inductor", action="store_true", help="compile segments (default: run them eagerly)")
+    _finish(made, sweep)
 
     made = commands.add_parser("plot", help="draw a run's statistics: acceptance, tokens per round, time")
     made.add_argument("stats", metavar="STATS.json", help="what `vericache run --json` printed")
