@@ -43,13 +43,13 @@ class Scene:
         return (columns >= torch.tensor(self.pads)[:, None]).to(like.dtype).to(like.device)
 
 
-def scenes(program: Program, nodes: Sequence[Node], zeros: Collection[Node] = ()) -> list[Scene]:
+def scenes(program: Program, nodes: Sequence[Node], given: Collection[Node] = ()) -> list[Scene]:
     """Scenes that tell a rule from its look-alikes.
 
-    Besides a few fixed lengths they reach past every constant that `nodes` are computed with: a window, chunk or
-    clamp that begins to bite at 4,096 columns is seen at 4,099.
+    Besides a few fixed lengths they reach past every constant that `nodes` are computed with, up to those `given`: a
+    window, chunk or clamp that begins to bite at 4,096 columns is seen at 4,099.
     """
-    lengths = [5, 9, 70, 1000, *(c + 3 for c in sorted(set(_constants(nodes, zeros))) if 5 < c <= LONGEST)]
+    lengths = [5, 9, 70, 1000, *(c + 3 for c in sorted(set(_constants(nodes, given))) if 5 < c <= LONGEST)]
     none = (0,) * program.batch
     if program.found_roles.mask is None:
         return [Scene(past, none) for past in lengths]
@@ -58,9 +58,9 @@ def scenes(program: Program, nodes: Sequence[Node], zeros: Collection[Node] = ()
     return [Scene(5, none), *(Scene(past, padded[i % 3]) for i, past in enumerate(lengths))]
 
 
-def _constants(nodes: Sequence[Node], zeros: Collection[Node]) -> Iterator[int]:
+def _constants(nodes: Sequence[Node], given: Collection[Node]) -> Iterator[int]:
     """Integers among the arguments and symbolic sizes that nodes are computed with."""
-    for node in ancestors(nodes, zeros):
+    for node in ancestors(nodes, given):
         value = example(node)
         if isinstance(value, torch.SymInt):
             yield from (abs(int(atom)) for atom in value.node.expr.atoms() if atom.is_Integer)
@@ -108,19 +108,22 @@ def reads_data(node: Node, cached: set[Node]) -> bool:
     return isinstance(example(node), Tensor) and any(i in cached for i in node.all_input_nodes)
 
 
-def evaluate(program: Program, nodes: Sequence[Node], scene: Scene, zeros: Collection[Node] = ()) -> list[Any]:
-    """Values of `nodes` in a scene, those in `zeros` taken for zeros; raises UnsupportedGraph when they depend on
-    anything else, FailsAt when they cannot be computed in it."""
+def evaluate(
+    program: Program, nodes: Sequence[Node], scene: Scene, filled: Mapping[Node, float] | None = None
+) -> list[Any]:
+    """Values of `nodes` in a scene, tensors in `filled` taken for that number throughout; raises UnsupportedGraph when
+    they depend on anything else, FailsAt when they cannot be computed in it."""
+    filled = filled or {}
     env = bind_symbols(program, scene.past)
     cached = program.cached
-    needed = set(ancestors(nodes, zeros))
+    needed = set(ancestors(nodes, filled))
     interpreter = Interpreter(program.module)
     for node in program.module.graph.nodes:
         if node not in needed:
             continue
-        if node in zeros:
-            zeros_of = _zeros(node, env)
-            interpreter.env[node] = zeros_of.clone() if any(map(mutates, node.users)) else zeros_of
+        if node in filled:
+            value = _full(node, env, filled[node])
+            interpreter.env[node] = value.clone() if any(map(mutates, node.users)) else value
             continue
         if reads_data(node, cached):
             raise _depends("cached keys or values", node)
@@ -148,13 +151,13 @@ def _input(program: Program, node: Node, scene: Scene, env: Mapping[sympy.Symbol
     if node not in program.cached:
         names = {roles.tokens: "tokens", roles.positions: "given positions"}
         raise _depends("weights" if is_weight(node) else names.get(index, "an input that it does not know"), node)
-    return _zeros(node, env)
+    return _full(node, env, 0)
 
 
-def _zeros(node: Node, env: Mapping[sympy.Symbol, int]) -> Tensor:
+def _full(node: Node, env: Mapping[sympy.Symbol, int], number: float) -> Tensor:
     value = example(node)
     shape = [concrete(size, env) for size in value.shape]
-    return torch.zeros([1] * len(shape), dtype=value.dtype, device=value.device).expand(shape)
+    return torch.full([1] * len(shape), number, dtype=value.dtype, device=value.device).expand(shape)
 
 
 def _depends(what: str, node: Node) -> Exception:

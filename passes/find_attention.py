@@ -146,7 +146,7 @@ def _match(finder: Finder, layer: int, call: Attention) -> tuple[SiteNodes, Appe
         soft_cap=call.soft_cap,
         sinks=call.sinks is not None,
     )
-    given = (call.mask, call.sides, call.zeros, call.sinks, call.spelled)
+    given = (call.mask, call.sides, call.products, call.sinks, call.spelled)
     return SiteNodes(site, result, query, keys.new, values.new, *given), keys, values
 
 

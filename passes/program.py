@@ -32,8 +32,8 @@ class SiteNodes:
     """The mask that attention is given; where it is spelled out, the scores as its softmax reads them."""
     sides: tuple[Node, ...] = ()
     """Values other than scores that `mask` is made of."""
-    zeros: tuple[Node, ...] = ()
-    """Nodes that stand for zeros while `mask` is run: what is left is what is added to the scores."""
+    products: tuple[Node, ...] = ()
+    """Where attention is spelled out, the product of queries and keys; or its two factors, where it adds something."""
     sinks: Node | None = None
     """The model's weight [H]."""
     spelled: tuple[Node, ...] = ()

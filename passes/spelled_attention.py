@@ -3,11 +3,11 @@
     s = matmul(q, k.transpose(-1, -2)) * scale
     s = tanh(s / cap) * cap                         Attention(query, key, value, scale, soft_cap, sinks,
     s = s + bias + mask                     ->          mask = s as the softmax reads it,
-    s = cat([s, sinks], -1); s = s - max(s)             zeros = the product of q and k)
+    s = cat([s, sinks], -1); s = s - max(s)             products = the product of q and k)
     o = matmul(softmax(s)[..., :-1], v)
 
 Each part but the two products and the softmax may be missing, and any number of masks and biases may be added, filled
-in or chosen by `where`: what they come to is found later (prove_mask), by running these calls on products of zero.
+in or chosen by `where`: what they come to is found later (prove_mask), by running these calls on known products.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Attention:
     """None for 1 / sqrt(D)."""
     mask: Node | None
     sides: tuple[Node, ...]
-    zeros: tuple[Node, ...] = ()
+    products: tuple[Node, ...] = ()
     soft_cap: float | None = None
     sinks: Node | None = None
     spelled: tuple[Node, ...] = ()
@@ -91,11 +91,11 @@ def read_spelled(softmax: Node) -> Attention | None:
         scores.sides.append(parts["added"])
     scale = scores.factor * parts["alpha"] * (scores.soft_cap or 1.0)
     query = _query(parts["query"])
-    zeros = (product,) if parts["added"] is None else (parts["query"], parts["key"])
+    products = (product,) if parts["added"] is None else (parts["query"], parts["key"])
     value = result.args[1]
     assert isinstance(value, Node), f"{result.name} multiplies by a constant"
     calls, sides = tuple(reversed(scores.calls)), tuple(scores.sides)
-    return Attention(result, query, key, value, scale, logits, sides, zeros, scores.soft_cap, sinks, calls)
+    return Attention(result, query, key, value, scale, logits, sides, products, scores.soft_cap, sinks, calls)
 
 
 def _find_values(softmax: Node) -> tuple[Node, list[Node], bool] | None:
@@ -173,8 +173,8 @@ def _read_scores(node: Node, scores: _Scores) -> Node | None:
         elif name in SUMS | CHOICES:
             if scores.soft_cap is not None:
                 raise unsupported("a mask or bias below a soft cap of attention scores", node, "cap the scores first")
-            if node.args.index(own) != (1 if name == "where" else 0) and name != "add":
-                raise unsupported("attention scores in an unknown place", node, "write scores + mask")
+            if name in ("sub", "isub") and node.args[0] is not own:
+                raise unsupported("attention scores taken off something", node, "write scores + mask")
             scores.sides.extend(others)
         scores.calls.append(node)
         node = own
