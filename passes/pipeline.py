@@ -8,6 +8,7 @@ from functools import partial
 from typing import Protocol
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule
 
 from vericache_compile.errors import UnsupportedGraph
@@ -106,15 +107,16 @@ def plan_capture(
     draft_dtype: torch.dtype | None = None,
     staging: Staging | None = None,
     observers: Sequence[Observer] = (),
+    buffers: dict[int, Tensor] | None = None,
 ) -> CapturedPlan | DecodePlan:
     """Run the pipeline on a captured graph; raises UnsupportedGraph where a graph cannot be taken.
 
     `compiled` holds compiled segments by structure and is added to; `scalars` are the values of scalar
-    inputs; `draft_dtype` is the type that draft reads weights in (None: as they are); `staging` is that of
-    `decode_passes`. Observers are told all but a
-    refusal, which may also have reasons that the caller alone knows.
+    inputs, `buffers` those of the model's buffers; `draft_dtype` is the type that draft reads weights in (None: as they
+    are); `staging` is that of `decode_passes`. Observers are told all but a refusal, which may also have reasons that
+    the caller alone knows.
     """
-    program = Program(copy_module(module), batch, window, scalars or {}, compiled)
+    program = Program(copy_module(module), batch, window, scalars or {}, buffers or {}, compiled)
     decode = run_all(program, decode_passes(inductor, draft_dtype, staging), observers)
     captured = _captured_plan(program)
     if not decode:
@@ -129,6 +131,7 @@ def plan_capture(
         position_limit=program.position_limit,
         staging_bytes=0 if staging is None else staging.nbytes,
         rotations=tuple(program.rotations),
+        column_limit=program.column_limit,
     )
 
 

@@ -5,7 +5,7 @@ Shapes: B batch, K KV heads, C columns allocated, D head size, E value head size
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -17,6 +17,7 @@ from vericache_compile.compressors.base import CompressedKV, Compressor
 from vericache_compile.compressors.borrowed import BorrowedKV
 from vericache_compile.compressors.dense import DenseKV
 from vericache_compile.compressors.facts import Facts, reader_of
+from vericache_compile.compressors.none import NoCompression
 from vericache_compile.kernels.block_attention import BLOCK
 from vericache_compile.plan import Site, Tier
 from vericache_compile.runtime.attention import Visible
@@ -191,11 +192,15 @@ class DraftLayer:
 class DraftKV:
     """What the draft variant attends to: per site and row an immutable compressed region and an exact tail."""
 
-    def __init__(self, compressor: Compressor, layers: list[DraftLayer], made: Sequence[int]) -> None:
+    def __init__(
+        self, compressor: Compressor, layers: list[DraftLayer], made: Sequence[int], whole: bool = False
+    ) -> None:
         self.compressor = compressor
         self.layers = layers
         self.made = list(made)
         """How long each row was when all of it was last compressed."""
+        self.whole = whole
+        """Whether some site keeps every token although the compressor drops some."""
         self.step: DraftStep | None = None
         """One draft step over these buffers, where it runs with lengths on the device."""
 
@@ -272,12 +277,16 @@ def compress(
     room: int,
     early: Regions | None = None,
     tell: Tell | None = None,
+    placed: Collection[int] = (),
 ) -> DraftKV:
     """Compress each row's columns [pads[b], columns[b]) at every site, or take the regions that were made `early`.
 
-    `queries[layer][b]` are those of `compress_site`, and `tell` is. Tails get room for `room` columns more.
+    `queries[layer][b]` are those of `compress_site`, and `tell` is. Tails get room for `room` columns more. Slots do
+    not say where in the text a token stood: sites in `placed`, which need to know, keep every token where the method drops
+    some, and are given no `early` regions.
     """
     layers: list[DraftLayer] = []
+    whole = False
     for layer, site in enumerate(full.sites):
         begin = 0 if early is None else min(p + r.covered for p, r in zip(pads, early[layer], strict=True))
         exact = Columns(*full.read(layer, begin, max(columns)), [begin] * full.batch)
@@ -287,24 +296,28 @@ def compress(
             own = compressor.for_layer(layer, len(full.sites))
             spans, made = list(zip(pads, columns, strict=True)), [each.regions for each in layers]
             regions = compress_site(own, exact, site, spans, queries[layer], made, tell)
+        if layer in placed and not _keeps_all(regions):
+            regions, whole = _keep_all(exact, list(zip(pads, columns, strict=True))), True
         layers.append(_place(regions, pads, exact, columns, room))
-    return DraftKV(compressor, layers, columns)
+    return DraftKV(compressor, layers, columns, whole)
 
 
 def extend(
     before: DraftKV,
-    sites: Sequence[Site],
+    full: FullKV,
     pads: Sequence[int],
     columns: Sequence[int],
     queries: Sequence[Sequence[Tensor | None]],
     room: int,
     tell: Tell | None = None,
+    placed: Collection[int] = (),
 ) -> DraftKV:
     """Compress in what tails have gathered, all but the newest tokens; arguments as those of `compress`."""
     layers: list[DraftLayer] = []
-    for layer, (held, site) in enumerate(zip(before.layers, sites, strict=True)):
+    whole = before.whole
+    for layer, (held, site) in enumerate(zip(before.layers, full.sites, strict=True)):
         exact = Columns(held.keys, held.values, [start - held.offset for start in held.starts])
-        donor = before.compressor.for_layer(layer, len(sites)).donor
+        donor = before.compressor.for_layer(layer, len(full.sites)).donor
         regions: list[CompressedKV] = []
         for b, (region, start, column) in enumerate(zip(held.regions, held.starts, columns, strict=True)):
             end = max(start, column - EXACT)
@@ -315,8 +328,20 @@ def extend(
                 told = region if tell is None else region.knowing(tell(layer, b, start, end))
                 region = told.extend(k, v, _asked(before.compressor, k, site, queries[layer][b]))
             regions.append(region)
+        if layer in placed and not _keeps_all(regions):
+            exact, whole = Columns(*full.read(layer, 0, max(columns)), [0] * full.batch), True
+            regions = _keep_all(exact, list(zip(pads, columns, strict=True)))
         layers.append(_place(regions, pads, exact, columns, room))
-    return DraftKV(before.compressor, layers, before.made)
+    return DraftKV(before.compressor, layers, before.made, whole)
+
+
+def _keeps_all(regions: Sequence[CompressedKV]) -> bool:
+    return all(region.slots == region.covered for region in regions)
+
+
+def _keep_all(exact: Columns, spans: Sequence[tuple[int, int]]) -> list[CompressedKV]:
+    """Regions of every token of each row's columns spans[b]."""
+    return [NoCompression().compress(*exact.row(b, *span), None) for b, span in enumerate(spans)]
 
 
 def _asked(compressor: Compressor, keys: Tensor, site: Site, queries: Tensor | None) -> Tensor | None:

@@ -26,11 +26,11 @@ Bound = list[Tensor | None]
 
 
 def serves(device: torch.device, plan: DecodePlan, draft: DraftKV) -> bool:
-    """Whether draft steps run with their lengths on the device: where kernels read lengths there, and no region
-    chooses by the query what is read."""
+    """Whether draft steps run with their lengths on the device: where kernels read lengths there, which do
+    nothing to scores but scale them, and no region chooses by the query what is read."""
     if any(region.selects for layer in draft.layers for region in layer.regions):
         return False
-    return all(launch.takes(device, site.dtype) for site in plan.captured.sites)
+    return all(launch.takes(device, site.dtype) and site.is_plain for site in plan.captured.sites)
 
 
 def step_of(draft: DraftKV, plan: DecodePlan, bound: Bound, batch: int, horizon: int) -> DraftStep:
@@ -101,7 +101,7 @@ class DraftStep:
         self.positions += 1
         self.columns += 1
 
-    def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, _: Tensor | None) -> Tensor:
         site = self.sites[layer]
         tails = self.columns - site.starts
         site.layer.write_at(k, v, tails)

@@ -24,6 +24,7 @@ from vericache_compile.runtime.executor import Attend, WeightCasts, bind_weights
 from vericache_compile.runtime.pace import Seen
 from vericache_compile.runtime.repeat import knows_context, repeat_context
 from vericache_compile.runtime.rotations import Rotations
+from vericache_compile.runtime.scores import scores_of
 from vericache_compile.runtime.sequences import Held, Queries, Sequence
 from vericache_compile.runtime.slots import Incoming, Ring, incoming
 from vericache_compile.runtime.told import Telling
@@ -138,11 +139,12 @@ def prepare_draft(
         spread = max(start.columns) - min(start.columns)
         room = CHUNK + 2 * window + spread
         tell = telling.of if compressor.wants & KINDS else None
+        full, placed = sequence.full, {site.layer for site in telling.plan.captured.sites if site.alibi is not None}
         if draft is not None:
-            draft = extend(draft, sequence.full.sites, start.pads, start.columns, queries, room, tell)
+            draft = extend(draft, full, start.pads, start.columns, queries, room, tell, placed)
         else:
             early = sequence.take_early(compressor, start.columns)
-            draft = compress(compressor, sequence.full, start.pads, start.columns, queries, room, early, tell)
+            draft = compress(compressor, full, start.pads, start.columns, queries, room, early, tell, placed)
         sequence.draft = draft
         counts.compress_seconds += time.perf_counter() - began
     return draft
@@ -216,11 +218,12 @@ def _drafting(draft: DraftKV, plan: DecodePlan, start: Start, step: int) -> Atte
     masks: dict[Visible, Tensor | None] = {}
     sites = plan.captured.sites
 
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
         held = draft.layers[layer]
         held.write(k, v, columns)
         keys, values, visible = held.read(grown, q)
-        return attend_compressed(q, keys, values, visible, sites[layer].scale, masks)
+        scores = scores_of(sites[layer], sinks, max(visible.rights), q.device)
+        return attend_compressed(q, keys, values, visible, sites[layer].scale, masks, scores)
 
     return attend
 
@@ -265,6 +268,8 @@ def _commit(
         if len(row.held) >= plan.window or row.token is None:
             continue
         kept = accept(window[b], predicted[b], row.forced)
+        if plan.column_limit is not None:
+            kept = min(kept, max(plan.column_limit - row.length, 1))
         if plan.position_limit is not None:
             kept = min(kept, max(plan.position_limit - (row.length + row.offset), 1))
         own = outputs if len(sequence.rows) == 1 else tuple(output[:kept, b : b + 1].clone() for output in outputs)

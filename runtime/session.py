@@ -77,7 +77,7 @@ class Session:
         self._newest: weakref.ref[Sequence] | None = None
         self._timelines: dict[str, Timeline] = {}
         self._timeline: Timeline | None = None
-        self._told = False
+        self._told = self._told_whole = False
         self._lock = lock
         self._rotations = Rotations()
 
@@ -125,7 +125,8 @@ class Session:
         pads = self._padding(sequence, roles, inputs)
         if "attention" in self.compressor.wants and (sequence.drawn is None or columns == 0):
             sequence.drawn = None if columns else Drawn.empty(plan.sites, batch, device)
-        compresses = not columns and not sequence.full.resident and not self.compressor.wants & KINDS
+        early = not columns and not sequence.full.resident and not self.compressor.wants & KINDS
+        compresses = early and all(site.alibi is None for site in plan.sites)
         sequence.early = Early(self.compressor, pads, []) if compresses else None
         try:
             made = plan.module(Store(sequence, columns, self.compressor.queries, pads), *inputs)
@@ -164,6 +165,7 @@ class Session:
                     self.last = (plan, [x if i in weights else None for i, x in enumerate(inputs)])
                 sequence.decode = self.last
                 self._run_round(sequence)
+                self._tell_whole(sequence)
                 self._note(sequence)
             made = self._take(sequence.rows)
             return self._assemble(plan.captured.outputs, made, sequence, columns + 1, tokens.device, marked=False)
@@ -204,6 +206,16 @@ class Session:
 
         recover(sequence, lost, replica, run_call, verify)
 
+    def _tell_whole(self, sequence: Sequence) -> None:
+        """Say once that a compressor is not used at sites that need to know where kept tokens stood."""
+        if sequence.draft is not None and sequence.draft.whole and not self._told_whole:
+            self._told_whole = True
+            log.warning(
+                "vericache: drafts read every token of layers with ALiBi: a compressed cache does not say where in the "
+                "text its tokens stood\n  where: compressor %s\n  fix: use one that drops no token (int8, kivi)",
+                self.compressor,
+            )
+
     def _fed(
         self, plan: DecodePlan, inputs: Rows[Any], pads: list[int], columns: int
     ) -> list[tuple[int, int, int]] | None:
@@ -217,6 +229,8 @@ class Session:
             offsets = [-pad for pad in pads]
         else:
             offsets = [0] * len(tokens)
+        if plan.column_limit is not None and columns >= plan.column_limit:
+            return None
         limit = plan.position_limit
         if limit is not None and any(columns + offset >= limit for offset in offsets):
             return None

@@ -13,6 +13,7 @@ from torch import Tensor
 from vericache_compile.plan import DecodePlan
 from vericache_compile.runtime.attention import attend_full
 from vericache_compile.runtime.executor import execute
+from vericache_compile.runtime.scores import scores_of
 from vericache_compile.runtime.slots import Incoming
 
 Note = Callable[[int, Tensor, Tensor, Tensor, Tensor], None]
@@ -38,12 +39,13 @@ def verify_tokens(
     if plan.position_limit is not None:
         positions.clamp_(max=plan.position_limit - 1)
 
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, *full: Tensor) -> Tensor:
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *full: Tensor) -> Tensor:
         keys, values = full or coming.wait(layer)
         coming.append(layer, k, v)
         note(layer, q, k, v, keys)
-        scale = plan.captured.sites[layer].scale
-        out = attend_full(q, keys, values, list(coming.columns), list(pads), scale, bounds)
+        site = plan.captured.sites[layer]
+        scores = scores_of(site, sinks, max(coming.columns) + plan.window, q.device)
+        out = attend_full(q, keys, values, list(coming.columns), list(pads), site.scale, bounds, scores)
         coming.release(layer)
         return out
 

@@ -1,4 +1,4 @@
-"""The `vericache` command: run, trace, check, bench, explain, plan, compressors, calibrate, plot, doctor.
+"""The `vericache` command: run, trace, check, bench, explain, plan, sweep, compressors, calibrate, plot, doctor.
 
 With --json, stdout holds exactly one JSON document; everything else goes to stderr. Exit codes: 0 all well,
 1 tokens differ or something needed is missing, 2 wrong input (three parts on stderr: found, where, fix).
@@ -22,6 +22,7 @@ from vericache_compile.cli_plan import plan
 from vericache_compile.doctor import doctor
 from vericache_compile.errors import VericacheError
 from vericache_compile.plot import plot
+from vericache_compile.sweep import sweep
 
 Command = Callable[[argparse.Namespace], tuple[Any, int]]
 
@@ -101,6 +102,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     _add_plan(made)
     _finish(made, plan)
+    made = commands.add_parser("sweep", help="which families of models are taken, tried on small random ones")
+    made.add_argument("names", nargs="*", metavar="NAME", help="families, as llama or falcon-alibi (default: all)")
+    made.add_argument("--markdown", metavar="F", help="write the table to a page")
+    made.add_argument("--inductor", action="store_true", help="compile segments (default: run them eagerly)")
+    _finish(made, sweep)
 
     made = commands.add_parser("plot", help="draw a run's statistics: acceptance, tokens per round, time")
     made.add_argument("stats", metavar="STATS.json", help="what `vericache run --json` printed")

@@ -52,7 +52,7 @@ def _extend(before: caches.DraftKV, full: caches.FullKV, begin: int, end: int) -
     """With columns [begin, end) written to the tails first."""
     for held, keys, values in zip(before.layers, full.keys, full.values, strict=True):
         held.write(keys[:, :, begin:end], values[:, :, begin:end], [begin])
-    return caches.extend(before, full.sites, [0], [end], [[None]] * len(full.sites), 8)
+    return caches.extend(before, full, [0], [end], [[None]] * len(full.sites), 8)
 
 
 def test_a_borrower_reads_the_lenders_region_and_its_own_tail() -> None:

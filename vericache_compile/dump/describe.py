@@ -81,7 +81,16 @@ def segment_of(graph: Graph) -> dict[Node, int]:
 
 
 def mask_kind(nodes: SiteNodes, proved: bool) -> str:
-    """How an attention is masked, as a person would say it."""
+    """How an attention is masked, and what else is done to its scores, as a person would say it."""
+    site = nodes.site
+    cap = "" if site.soft_cap is None else f"soft cap {site.soft_cap:g}"
+    more = (cap, "sinks" if site.sinks else "", "ALiBi" if site.alibi is not None else "")
+    return ", ".join(filter(None, (_mask_alone(nodes, proved), *more)))
+
+
+def _mask_alone(nodes: SiteNodes, proved: bool) -> str:
+    if nodes.products and not nodes.sides:
+        return "none"
     if nodes.mask is not None:
         return "causal with left padding (proved)" if proved else "a tensor"
     given = dict(zip(("attn_mask", "dropout_p", "is_causal"), nodes.attention.args[3:], strict=False))
