@@ -282,8 +282,8 @@ def compress(
     """Compress each row's columns [pads[b], columns[b]) at every site, or take the regions that were made `early`.
 
     `queries[layer][b]` are those of `compress_site`, and `tell` is. Tails get room for `room` columns more. Slots do
-    not say where in the text a token stood: sites in `placed`, which need to know, keep every token where the method drops
-    some, and are given no `early` regions.
+    not say where in the text a token stood: sites in `placed`, which need to know, keep every token where the method
+    drops some, and are given no `early` regions.
     """
     layers: list[DraftLayer] = []
     whole = False

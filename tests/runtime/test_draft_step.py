@@ -48,7 +48,7 @@ def test_tokens_and_caches_are_those_of_lengths_in_python(batch: int, monkeypatc
         for held, was in zip(layers_of(draft), before, strict=True):
             held.copy_(was)
         with monkeypatch.context() as switched:
-            switched.setattr(draft_step, "serves", lambda device, plan: True)
+            switched.setattr(draft_step, "serves", lambda device, plan, draft: True)
             made = original(sequence, draft, *rest)
         assert torch.equal(made, expected)
         assert all(torch.equal(a, b) for a, b in zip(layers_of(draft), written, strict=True))
@@ -69,7 +69,7 @@ def test_full_kv_from_elsewhere_is_asked_for_before_the_first_step(monkeypatch: 
     model = make_tiny("llama")
     switch, inputs = compiled(model), make_prompt(150)
     first = logits_of(model, switch, inputs, 16, window=4, **OPTIONS)
-    monkeypatch.setattr(draft_step, "serves", lambda device, plan: True)
+    monkeypatch.setattr(draft_step, "serves", lambda device, plan, draft: True)
     asked: list[int] = []
     ahead: list[list[int]] = []
     prefetch, draft_tokens = slots.PagedIncoming.prefetch, rounds.draft_tokens
@@ -92,7 +92,7 @@ def test_full_kv_from_elsewhere_is_asked_for_before_the_first_step(monkeypatch: 
 
 
 def test_a_step_is_kept_until_what_it_reads_has_moved(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(draft_step, "serves", lambda device, plan: True)
+    monkeypatch.setattr(draft_step, "serves", lambda device, plan, draft: True)
     made: list[tuple[DraftStep, DraftKV]] = []
     original = draft_step.step_of
 
@@ -117,7 +117,7 @@ def test_a_step_is_kept_until_what_it_reads_has_moved(monkeypatch: pytest.Monkey
 
 def test_a_caller_that_repeats_a_token_is_drafted_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that have ended are fed padding whatever is predicted."""
-    monkeypatch.setattr(draft_step, "serves", lambda device, plan: True)
+    monkeypatch.setattr(draft_step, "serves", lambda device, plan, draft: True)
     model = make_tiny("llama")
     inputs = make_prompt(40, 3)
     plain = model.generate(**inputs, max_new_tokens=20, do_sample=False)
