@@ -5,7 +5,11 @@
     o = scaled_dot_product_attention(q, k, v)      cached in inputs (past_k, past_v), returned as outputs (k, v)
 
 K and V may reach the attention through a repetition over the query group (repeat_kv), which is checked by running it.
-An empty cache (prefill) appends to nothing or to an empty tensor.
+An empty cache (prefill) appends to nothing or to an empty tensor. A sliding layer returns the newest columns of the cat
+alone, and attends to the whole of it; where it returns all (so that it can be cropped), it attends to the newest alone:
+
+    full = cat([past_k, k_new], -2)                    full = cat([past_k, k_new], -2)
+    return full[:, :, -n:], attend(q, full, ...)       return full, attend(q, full[:, :, -n:], ...)
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from vericache_compile.passes.program import (
     SiteNodes,
     ancestors,
     example,
+    is_integer,
     is_weight,
     output_node,
     row_width,
@@ -52,8 +57,14 @@ class Appended:
     new: Node
     past: int | None
     """Input that holds the cached part; None where there is none yet."""
+    read: Node
+    """What attention reads, before heads are repeated."""
     repeats: tuple[Node, ...]
-    """Calls from the cache tensor to what attention reads."""
+    """Calls from there to the attention."""
+    kept: int | None = None
+    """Newest columns that `output` is cut to; None where it is not cut."""
+    recent: int | None = None
+    """Newest past columns that attention reads; None for all."""
 
 
 @dataclass
@@ -135,6 +146,8 @@ def _match(finder: Finder, layer: int, call: Node) -> tuple[SiteNodes, Appended,
         if not _repeats_heads(finder, side, heads // kv_heads):
             raise unsupported("keys or values change between cache and attention", call, "attend to them as cached")
     head_size, value_size = (int(example(node).shape[3]) for node in (query, values.new))
+    if (keys.kept, keys.recent) != (values.kept, values.recent):
+        raise unsupported("keys cut to other columns than values", call, "cut both alike")
     site = Site(
         layer=layer,
         heads=heads,
@@ -144,23 +157,50 @@ def _match(finder: Finder, layer: int, call: Node) -> tuple[SiteNodes, Appended,
         scale=float(scale) if scale is not None else 1.0 / math.sqrt(head_size),
         dtype=example(keys.new).dtype,
         past=None if keys.past is None or values.past is None else (keys.past, values.past),
+        recent=keys.recent,
+        kept=keys.kept,
     )
     return SiteNodes(site, call, query, keys.new, values.new, mask_of(call)), keys, values
 
 
 def _append(finder: Finder, call: Node, query: Node, used: Node) -> Appended:
     """From the tensor that attention reads back to the returned cache tensor, and to what that was made from."""
-    node, repeats = used, list[Node]()
-    while node not in finder.returned and target_name(node) in REPEATS and isinstance(node.args[0], Node):
-        repeats.insert(0, node)
-        node = node.args[0]
-    if node not in finder.returned:
+    read, repeats, fed = used, list[Node](), example(query).shape[2]
+    while read not in finder.returned and target_name(read) in REPEATS and isinstance(read.args[0], Node):
+        if newest_columns(read) is not None:
+            break
+        repeats.insert(0, read)
+        read = read.args[0]
+    node, recent = read, None
+    if read not in finder.returned and (seen := newest_columns(read)) is not None and isinstance(fed, int):
+        assert isinstance(read.args[0], Node), "newest columns are those of a call's result"
+        node, recent = read.args[0], seen - fed
+    cuts = [user for user in node.users if user in finder.returned and newest_columns(user) is not None]
+    if node not in finder.returned and (recent is not None or not cuts):
         raise unsupported("attention over keys or values that are not returned", call, "call with use_cache=True")
     if node.target not in APPENDS:
-        cached, fed = (concrete(example(n).shape[2], {}) for n in (node, query))
+        cached, fed = (concrete(size, {}) for size in (example(node).shape[2], fed))
         if cached != fed:
             raise unsupported("a cache that is updated in place", node, CACHE)
-        return Appended(node, node, None, tuple(repeats))
+        return Appended(node, node, None, read, tuple(repeats), recent=recent)
+    output = node if node in finder.returned else cuts[0]
+    kept = newest_columns(output) if output is not node else None
+    past, new = _parts(finder, node)
+    return Appended(output, new, past, read, tuple(repeats), kept, recent if kept is None else kept)
+
+
+def newest_columns(node: Node) -> int | None:
+    """n of a call x[:, :, -n:] or x[:, :, -n:, :]; None for any other."""
+    index = node.args[1] if target_name(node) == "getitem" and len(node.args) > 1 else None
+    if not isinstance(index, tuple) or len(index) not in (3, 4) or not isinstance(index[2], slice):
+        return None
+    first, cut = index[2].start, index[2] == slice(index[2].start, None, None)
+    others = [part == slice(None) for i, part in enumerate(index) if i != 2]
+    return -first if cut and all(others) and isinstance(first, int) and first < 0 else None
+
+
+def _parts(finder: Finder, node: Node) -> tuple[int | None, Node]:
+    """The cached input (None while it is empty) and the new part that a cat appends to it."""
     parts, dim = node.args[0], node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
     if not isinstance(parts, (list, tuple)) or len(parts) != 2 or dim not in (-2, 2):
         raise unsupported("an append that is not cat([past, new], -2)", node, CACHE)
@@ -168,9 +208,9 @@ def _append(finder: Finder, call: Node, query: Node, used: Node) -> Appended:
     assert isinstance(past, Node), f"{node.name} appends to a constant"
     assert isinstance(new, Node), f"{node.name} appends a constant"
     if past in finder.inputs and not is_weight(past):
-        return Appended(node, new, finder.inputs[past], tuple(repeats))
+        return finder.inputs[past], new
     if example(past).numel() == 0:
-        return Appended(node, new, None, tuple(repeats))
+        return None, new
     raise unsupported("an append to something other than the cache", node, CACHE)
 
 
@@ -181,7 +221,7 @@ def _repeats_heads(finder: Finder, side: Appended, group: int) -> bool:
     """
     if not side.repeats:
         return True
-    shape = example(side.output).shape
+    shape = example(side.read).shape
     lengths = [example(node) for node in finder.inputs if isinstance(example(node), torch.SymInt)]
     env = {symbol: COLUMNS for length in lengths for symbol in length.node.expr.free_symbols}
     if isinstance(shape[0], torch.SymInt):
@@ -211,13 +251,23 @@ def _arguments(node: Node, env: dict[Any, int]) -> tuple[tuple[Any, ...], dict[s
 
 
 def _classify_outputs(program: Program, returned: list[Any], cached: dict[Node, OutputRole]) -> list[OutputRole]:
-    for value in returned:
-        if not isinstance(value, Node) or not isinstance(example(value), torch.Tensor):
+    outputs = [cached.get(value) or _as_length(program, value) or OutputRole(Output.ROWS) for value in returned]
+    for value, role in zip(returned, outputs, strict=True):
+        is_tensor = isinstance(value, Node) and isinstance(example(value), torch.Tensor)
+        if not is_tensor and role.kind is not Output.LENGTH:
             raise unsupported("an output that is not a tensor", output_node(program.module), "return tensors only")
-    outputs = [cached.get(value, OutputRole(Output.ROWS)) for value in returned]
     widths = {i: row_width(returned[i]) for i, role in enumerate(outputs) if role.kind is Output.ROWS}
     if not any(widths.values()):
         fix = "return the logits"
         raise unsupported("no logits [batch, tokens, vocabulary] among the outputs", output_node(program.module), fix)
     outputs[max(widths, key=widths.__getitem__)] = OutputRole(Output.LOGITS)
     return outputs
+
+
+def _as_length(program: Program, value: Any) -> OutputRole | None:
+    """The role of a returned integer that is a past length grown by this call's tokens; None for anything else."""
+    if not isinstance(value, Node) or not is_integer(value):
+        return None
+    inputs, made = program.placeholders, set(ancestors([value]))
+    source = next((i for i in program.found_roles.lengths if inputs[i] in made), None)
+    return None if source is None else OutputRole(Output.LENGTH, source=source)

@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 from vericache_compile.errors import UnsupportedGraph
 from vericache_compile.passes.bind_scalars import bind_scalars
 from vericache_compile.passes.check import check
+from vericache_compile.passes.evaluate import bounds
 from vericache_compile.passes.expand_window import expand_window
 from vericache_compile.passes.find_attention import find_attention
 from vericache_compile.passes.find_roles import find_roles
@@ -112,7 +113,15 @@ def plan_capture(
         logits=program.logits,
         position_rule=program.position_rule,
         position_limit=program.position_limit,
+        column_limit=column_limit(program),
     )
+
+
+def column_limit(program: Program) -> int | None:
+    """The first column whose token would run another graph; None where this one is for all."""
+    held = bounds(program)
+    assert held is not None, "a decode step is for some number of columns"
+    return None if held[1] is None else held[1] + 1
 
 
 def _captured_plan(program: Program) -> CapturedPlan:

@@ -143,6 +143,16 @@ def example(node: Node) -> Any:
     return node.meta.get("example_value", node.meta.get("val"))
 
 
+def is_integer(node: Node) -> bool:
+    """Whether a node is one integer, known or symbolic."""
+    return isinstance(example(node), (int, torch.SymInt)) and not isinstance(example(node), bool)
+
+
+def expression(size: int | torch.SymInt) -> Any:
+    """A size as a sympy expression, to be compared without a new guard on it (or the int that it is)."""
+    return size.node.expr if isinstance(size, torch.SymInt) else size
+
+
 def is_weight(node: Node) -> bool:
     """Whether a graph input is a parameter or buffer of the model."""
     return "_dynamo_static_input_type" in node.meta.get("tensor_dict", {}) or isinstance(

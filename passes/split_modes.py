@@ -5,7 +5,7 @@ Before                                              After, `captured`
     o = scaled_dot_product_attention(q, k, v)           returns the row outputs only
     return v, k, logits                             After, `draft` and `verify` (decode steps only)
                                                         o = vericache.attend(q, k_new, v_new, past_k, past_v,
-                                                                             lengths, pads, scale, layer)
+                                                                             lengths, pads, scale, layer, window)
                                                         reads tokens, positions, lengths, pads; no mask, no past length
 
 Inputs that a variant adds carry their name in `meta["role"]`; those it keeps, their index in `meta["captured_input"]`.
@@ -17,7 +17,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from vericache_compile.ops import ATTEND
-from vericache_compile.passes.evaluate import batch_symbols, bind_symbols, concrete
+from vericache_compile.passes.evaluate import batch_symbols, bind_symbols, bounds, concrete
 from vericache_compile.passes.program import (
     Program,
     SiteNodes,
@@ -35,12 +35,11 @@ MAPPED = LEADING[:2]
 
 
 def is_decode(program: Program) -> bool:
-    """Whether the graph is one decode step: one token per row over a cache of any length."""
-    inputs = program.placeholders
+    """Whether the graph is one decode step: one token per row over a cache of more than one length."""
     if program.found_roles.tokens_per_call != 1 or any(nodes.site.past is None for nodes in program.sites):
         return False
-    cached = [example(inputs[i]) for nodes in program.sites for i in nodes.site.past or ()]
-    return all(isinstance(value.shape[2], torch.SymInt) for value in cached)
+    held = bounds(program)
+    return held is not None and held[0] != held[1]
 
 
 def split_captured(program: Program) -> int:
@@ -96,7 +95,8 @@ def _replace_attention(program: Program, node_of: dict[Node, Node], nodes: SiteN
     parts = [node_of[n] for n in (nodes.query, nodes.key, nodes.value)]
     cache = (*past, leading["lengths"], leading["pads"])
     with attention.graph.inserting_before(attention):
-        call = attention.graph.call_function(ATTEND, (*parts, *cache, nodes.site.scale, nodes.site.layer))
+        site = nodes.site
+        call = attention.graph.call_function(ATTEND, (*parts, *cache, site.scale, site.layer, site.window))
     call.meta.update(attention.meta)
     attention.replace_all_uses_with(call)
 

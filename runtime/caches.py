@@ -17,6 +17,7 @@ from vericache_compile.compressors.dense import DenseKV
 from vericache_compile.kernels.block_attention import BLOCK
 from vericache_compile.plan import Site
 from vericache_compile.runtime.attention import Visible
+from vericache_compile.runtime.sliding import OutOfWindow
 
 GROWTH = 1024
 """Columns added when a full cache is out of room."""
@@ -103,6 +104,8 @@ class DraftLayer:
     values: Tensor
     packed: bool
     """Whether regions are kept packed and materialised at each use; else they live in `keys` and `values`."""
+    reach: int | None = None
+    """Columns that a token attends to (a sliding layer: all of them in the tail, and no region); None for all."""
 
     @property
     def offset(self) -> int:
@@ -130,7 +133,18 @@ class DraftLayer:
         """Keys and values [B, K, S, *], and which slots rows `columns` long read of them."""
         tails = [column - start for column, start in zip(columns, self.starts, strict=True)]
         keys, values = self._materialize(max(tails)) if self.packed else (self.keys, self.values)
-        return keys, values, Visible(self.lefts, tuple(self.slots + tail for tail in tails))
+        lefts = self.lefts
+        if self.reach is not None:
+            lefts = tuple((max(tail - self.reach, 0),) * keys.shape[1] for tail in tails)
+        return keys, values, Visible(lefts, tuple(self.slots + tail for tail in tails))
+
+    def valid(self, columns: Sequence[int]) -> bool:
+        """Whether rows may be `columns` long: no region covers a token beyond, and no tail starts inside a window."""
+        if self.reach is None:
+            return all(c >= start for c, start in zip(columns, self.starts, strict=True))
+        firsts = (start - region.covered for start, region in zip(self.starts, self.regions, strict=True))
+        sees = [max(c + 1 - self.reach, first) for c, first in zip(columns, firsts, strict=True)]
+        return all(column >= start for column, start in zip(sees, self.starts, strict=True))
 
     @cached_property
     def lefts(self) -> tuple[tuple[int, ...], ...]:
@@ -164,8 +178,13 @@ class DraftKV:
         return sum(layer.nbytes for layer in self.layers)
 
     def valid(self, columns: Sequence[int]) -> bool:
-        """Whether rows may be `columns` long: no region covers a token beyond."""
-        return all(c >= s for layer in self.layers for c, s in zip(columns, layer.starts, strict=True))
+        """Whether rows may be `columns` long at every site."""
+        return all(layer.valid(columns) for layer in self.layers)
+
+    @property
+    def reaches(self) -> list[int | None]:
+        """Per site the columns that a token attends to; None for all."""
+        return [layer.reach for layer in self.layers]
 
     def room(self, columns: Sequence[int]) -> int:
         """Columns that every site's tail can still take."""
@@ -180,15 +199,21 @@ def compress(
     queries: Sequence[Sequence[Tensor | None]],
     room: int,
     before: DraftKV | None = None,
+    reaches: Sequence[int | None] | None = None,
 ) -> DraftKV:
     """Compress each row's columns [pads[b], columns[b]) at every site; with `before`, only what tails have gathered.
 
     `queries[layer][b]` holds the row's last queries [H, w, D], or None where they were never seen (the cache was built
-    by an uncompiled model). Tails get room for `room` columns more.
+    by an uncompiled model). Tails get room for `room` columns more. A site that reaches a number of columns back
+    (`reaches`, a sliding window) is not compressed: its tail has all that the next token sees.
     """
     layers = []
     for layer in range(len(full.sites)):
         regions, starts = [], []
+        reach = reaches[layer] if reaches is not None else None
+        if reach is not None:
+            layers.append(_place_window(full, layer, pads, columns, room, reach))
+            continue
         own = compressor.for_layer(layer, len(full.sites))
         for b, (pad, column) in enumerate(zip(pads, columns, strict=True)):
             held = before.layers[layer] if before is not None else None
@@ -206,6 +231,20 @@ def compress(
             starts.append(pad + region.covered)
         layers.append(_place(regions, starts, full, layer, columns, room))
     return DraftKV(compressor, layers)
+
+
+def _place_window(
+    full: FullKV, layer: int, pads: Sequence[int], columns: Sequence[int], room: int, reach: int
+) -> DraftLayer:
+    """The draft cache of a sliding layer: nothing before the window, and the window itself exact in the tail."""
+    starts = [max(pad, column + 1 - reach) for pad, column in zip(pads, columns, strict=True)]
+    k, v = full.keys[layer][0], full.values[layer][0]
+    regions: list[CompressedKV] = [
+        OutOfWindow.like(k, v, start - pad) for start, pad in zip(starts, pads, strict=True)
+    ]
+    made = _place(regions, starts, full, layer, columns, room)
+    made.reach = reach
+    return made
 
 
 def _stand_in(keys: Tensor, site: Site, count: int) -> Tensor:

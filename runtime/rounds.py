@@ -66,7 +66,7 @@ def run_round(
     called = time.perf_counter()
     start = make_start(sequence, device)
     sequence.full.reserve(max(start.columns) + plan.window, device)
-    draft = prepare_draft(sequence, start, compressor, plan.window, counts)
+    draft = prepare_draft(sequence, start, compressor, plan, plan.window, counts)
     horizon = _horizon(sequence, plan.window)
     low = bind_weights(plan.draft, inputs, casts)
     began = time.perf_counter()
@@ -84,11 +84,15 @@ def run_round(
     counts.latest.append(Round(called, compressing, began, *took, len(sequence.rows), int(more), int(stood)))
 
 
-def prepare_draft(sequence: Sequence, start: Start, compressor: Compressor, window: int, counts: Counts) -> DraftKV:
+def prepare_draft(
+    sequence: Sequence, start: Start, compressor: Compressor, plan: DecodePlan, window: int, counts: Counts
+) -> DraftKV:
     """The sequence's draft cache, with room for a window: compressed anew when it is missing or cut into."""
     began = time.perf_counter()
     draft = sequence.draft
-    if draft is not None and (draft.compressor is not compressor or not draft.valid(start.columns)):
+    reaches = [site.window for site in plan.captured.sites]
+    fits = draft is not None and draft.compressor is compressor and draft.reaches == reaches
+    if draft is not None and not (fits and draft.valid(start.columns)):
         draft = None
     if draft is None or draft.room(start.columns) < window:
         queries = [
@@ -96,7 +100,7 @@ def prepare_draft(sequence: Sequence, start: Start, compressor: Compressor, wind
         ]
         spread = max(start.columns) - min(start.columns)
         room = CHUNK + 2 * window + spread
-        draft = compress(compressor, sequence.full, start.pads, start.columns, queries, room, draft)
+        draft = compress(compressor, sequence.full, start.pads, start.columns, queries, room, draft, reaches)
         sequence.draft = draft
         counts.compress_seconds += time.perf_counter() - began
     return draft
@@ -173,9 +177,9 @@ def verify_window(
         draft.layers[layer].write(k, v, start.columns)
         if keep:
             queries[layer] = Queries(q, [0] * batch)
-        full = sequence.full
+        full, site = sequence.full, plan.captured.sites[layer]
         return attend_full(
-            q, full.keys[layer], full.values[layer], start.columns, start.pads, plan.captured.sites[layer].scale
+            q, full.keys[layer], full.values[layer], start.columns, start.pads, site.scale, site.window
         )
 
     return execute(plan.verify, bound, tokens, positions, attend), queries
@@ -201,6 +205,8 @@ def _commit(
         kept = accept(window[b], predicted[b], row.forced)
         if plan.position_limit is not None:
             kept = min(kept, max(plan.position_limit - (row.length + row.offset), 1))
+        if plan.column_limit is not None and (kept := min(kept, plan.column_limit - row.length)) <= 0:
+            continue
         own = outputs if len(sequence.rows) == 1 else tuple(output[:kept, b : b + 1].clone() for output in outputs)
         row.held.extend(Held(row.length + i, window[b][i], own, i) for i in range(kept))
         row.length += kept

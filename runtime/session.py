@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from vericache_compile.compressors.base import Compressor
-from vericache_compile.plan import CapturedPlan, DecodePlan, Output, OutputRole, Roles
+from vericache_compile.errors import GhostError
+from vericache_compile.plan import CapturedPlan, DecodePlan, Output, OutputRole, Roles, Site
 from vericache_compile.runtime import rounds
 from vericache_compile.runtime.counts import Counts
 from vericache_compile.runtime.executor import WeightCasts, bind_weights
@@ -78,7 +79,7 @@ class Session:
             self._timelines[path] = Timeline(path)
         self._timeline = None if path is None else self._timelines[path]
 
-    def run(self, plan: CapturedPlan | DecodePlan, inputs: Rows[Any]) -> list[Tensor]:
+    def run(self, plan: CapturedPlan | DecodePlan, inputs: Rows[Any]) -> list[Any]:
         """One call of a captured graph, by its plan."""
         with self._lock:
             began, rounds_before = time.perf_counter(), self.counts.rounds
@@ -89,24 +90,22 @@ class Session:
                 self._timeline.call(what, began, time.perf_counter() - began, ran)
             return made
 
-    def run_captured(self, plan: CapturedPlan, inputs: Rows[Any]) -> list[Tensor]:
+    def run_captured(self, plan: CapturedPlan, inputs: Rows[Any]) -> list[Any]:
         """Run a prefill, a second turn, or any call that no round can serve: as captured, on real KV."""
         with self._lock, torch.no_grad():
             roles = plan.roles
-            sequence = self._sequence(plan, inputs) if plan.attends_to_past else None
-            return self._run_captured(plan, inputs, sequence, roles)
+            sequence, columns = self._sequence(plan, inputs) if plan.attends_to_past else (None, 0)
+            return self._run_captured(plan, inputs, sequence, columns)
 
     def _run_captured(
-        self, plan: CapturedPlan, inputs: Rows[Any], sequence: Sequence | None, roles: Roles
-    ) -> list[Tensor]:
-        began = time.perf_counter()
+        self, plan: CapturedPlan, inputs: Rows[Any], sequence: Sequence | None, columns: int
+    ) -> list[Any]:
+        began, roles = time.perf_counter(), plan.roles
         batch, count = inputs[roles.tokens].shape
         device = inputs[roles.tokens].device
-        columns = 0
         if sequence is None:
             sequence = self.table.create(plan.sites, batch)
         else:
-            columns = _columns(plan, inputs)
             for row in sequence.rows:
                 row.truncate(columns)
         sequence.full.reserve(columns + count, device)
@@ -116,26 +115,25 @@ class Session:
         arguments = list(inputs)
         for site in plan.sites:
             if site.past is not None:
-                arguments[site.past[0]] = sequence.full.keys[site.layer][:, :, :columns]
-                arguments[site.past[1]] = sequence.full.values[site.layer][:, :, :columns]
+                newest = slice(columns - inputs[site.past[0]].shape[2], columns)
+                arguments[site.past[0]] = sequence.full.keys[site.layer][:, :, newest]
+                arguments[site.past[1]] = sequence.full.values[site.layer][:, :, newest]
         made = plan.module(Store(sequence, columns, self.compressor.queries), *arguments)
         pads = self._padding(sequence, roles, inputs)
         for row, pad in zip(sequence.rows, pads, strict=True):
             row.length, row.pad = columns + count, pad
         self._note(sequence)
         self.prefill_seconds += time.perf_counter() - began
-        return self._assemble(plan.outputs, list(made), sequence, columns + count, device, marked=True)
+        return self._assemble(plan, list(made), sequence, inputs, columns + count, marked=True)
 
-    def run_decode(self, plan: DecodePlan, inputs: Rows[Any]) -> list[Tensor]:
+    def run_decode(self, plan: DecodePlan, inputs: Rows[Any]) -> list[Any]:
         """One decode call: serve held rows, after a round where a row of the batch has none."""
         with self._lock, torch.no_grad():
             roles = plan.captured.roles
-            sequence = self._sequence(plan.captured, inputs)
-            columns = _columns(plan.captured, inputs)
-            tokens = inputs[roles.tokens]
+            sequence, columns = self._sequence(plan.captured, inputs)
             fed = self._fed(plan, inputs, self._padding(sequence, roles, inputs), columns)
-            if fed is None or not sequence.regular:
-                return self._run_captured(plan.captured, inputs, sequence, roles)
+            if fed is None or not sequence.regular or _is_short(plan.captured, inputs, columns):
+                return self._run_captured(plan.captured, inputs, sequence, columns)
             version = sum(inputs[i]._version for i in roles.weights if not inputs[i].is_inference())
             for row, (token, offset, pad) in zip(sequence.rows, fed, strict=True):
                 if version != sequence.version:
@@ -149,7 +147,7 @@ class Session:
                 rounds.run_round(sequence, plan, inputs, self.compressor, self.counts, self.casts)
                 self._note(sequence)
             made = self._take(sequence.rows)
-            return self._assemble(plan.captured.outputs, made, sequence, columns + 1, tokens.device, marked=False)
+            return self._assemble(plan.captured, made, sequence, inputs, columns + 1, marked=False)
 
     def _fed(
         self, plan: DecodePlan, inputs: Rows[Any], pads: list[int], columns: int
@@ -189,24 +187,26 @@ class Session:
         parts = zip(*([output[held.index] for output in held.outputs] for held in taken), strict=True)
         return [torch.cat(part) for part in parts]
 
-    def _sequence(self, plan: CapturedPlan, inputs: Rows[Any]) -> Sequence:
+    def _sequence(self, plan: CapturedPlan, inputs: Rows[Any]) -> tuple[Sequence, int]:
         past = [inputs[i] for site in plan.sites if site.past is not None for i in site.past]
-        found = self.table.find(past)
-        return self._adopt(plan, inputs) if found is None else found
+        columns = _columns(plan, inputs)
+        return self.table.find(past, columns) or self._adopt(plan, inputs, columns)
 
-    def _adopt(self, plan: CapturedPlan, inputs: Rows[Any]) -> Sequence:
-        """A sequence over a copy of real cached data (a cache that an uncompiled model built)."""
+    def _adopt(self, plan: CapturedPlan, inputs: Rows[Any], columns: int | None) -> tuple[Sequence, int]:
+        """A sequence over a copy of real cached data (a cache that an uncompiled model built), and its columns."""
+        if columns is None:
+            found = "a cache of sliding layers, built outside, that does not say how many columns it stands for"
+            raise GhostError(found, "the cache of this call", "run the prompt through the compiled model")
         batch = inputs[plan.roles.tokens].shape[0]
         sequence = self.table.create(plan.sites, batch)
-        columns = _columns(plan, inputs)
         sequence.full.reserve(columns + 1, inputs[plan.roles.tokens].device)
         for site in plan.sites:
             assert site.past is not None, "a graph that attends to a cache at some sites only"
             keys, values = (inputs[i] for i in site.past)
-            sequence.full.append(site.layer, keys, values, [0] * batch)
+            sequence.full.append(site.layer, keys, values, [columns - keys.shape[2]] * batch)
         for row in sequence.rows:
             row.length = columns
-        return sequence
+        return sequence, columns
 
     def _padding(self, sequence: Sequence, roles: Roles, inputs: Rows[Any]) -> list[int]:
         """Left padding per row from the caller's mask [B, columns]; notes whether the mask is of that form."""
@@ -227,23 +227,32 @@ class Session:
 
     def _assemble(
         self,
-        roles: Rows[OutputRole],
+        plan: CapturedPlan,
         rows: list[Tensor],
         sequence: Sequence,
+        inputs: Rows[Any],
         columns: int,
-        device: torch.device,
         *,
         marked: bool,
-    ) -> list[Tensor]:
+    ) -> list[Any]:
         """The captured graph's outputs in order: rows where it returns rows, ghosts where it returns the cache."""
-        pairs = self.table.mint(sequence, columns, device)
-        if marked and columns > FEW:
-            for pair in pairs:
-                for ghost in pair:
+        tokens = inputs[plan.roles.tokens]
+        shown = [_columns_after(site, inputs, tokens.shape[1]) for site in plan.sites]
+        pairs = self.table.mint(sequence, columns, tokens.device, shown)
+        if marked:
+            for site, width, pair in zip(plan.sites, shown, pairs, strict=True):
+                for ghost in pair if width > FEW and width != site.kept else ():
                     torch._dynamo.maybe_mark_dynamic(ghost, 2)
         remaining = iter(rows)
-        side = {Output.KEYS: 0, Output.VALUES: 1}
-        return [pairs[role.layer][side[role.kind]] if role.kind in side else next(remaining) for role in roles]
+
+        def output(role: OutputRole) -> Any:
+            if role.kind is Output.LENGTH:
+                return int(inputs[role.source]) + tokens.shape[1]
+            if role.kind in (Output.KEYS, Output.VALUES):
+                return pairs[role.layer][role.kind is Output.VALUES]
+            return next(remaining)
+
+        return [output(role) for role in plan.outputs]
 
     def with_data(self, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         """Inputs for a graph that is not taken: ghosts become real KV."""
@@ -260,12 +269,12 @@ class Session:
     def _materialize(self, inputs: tuple[Any, ...], places: dict[int, int]) -> tuple[Any, ...]:
         with self._lock, torch.no_grad():
             ghosts = [inputs[i] for i in places]
-            sequence = self.table.find(ghosts)
-            assert sequence is not None, "a ghost was recognised and then was not"
-            real = list(inputs)
+            found = self.table.find(ghosts)
+            assert found is not None, "a ghost was recognised and then was not"
+            (sequence, columns), real = found, list(inputs)
             for i, place in places.items():
                 held = sequence.full.values if place % 2 else sequence.full.keys
-                real[i] = held[place // 2][:, :, : inputs[i].shape[2]].clone()
+                real[i] = held[place // 2][:, :, columns - inputs[i].shape[2] : columns].clone()
             return tuple(real)
 
     def draft_alone(self, sequence: Sequence, first: list[int], count: int) -> list[list[int]]:
@@ -279,12 +288,31 @@ class Session:
                 row.token = token
                 row.offset = 0 if plan.position_rule == "column" else -row.pad
             start = rounds.make_start(copy, device)
-            draft = rounds.prepare_draft(copy, start, self.compressor, count, Counts())
+            draft = rounds.prepare_draft(copy, start, self.compressor, plan, count, Counts())
             bound = bind_weights(plan.draft, inputs, self.casts)
             return rounds.draft_tokens(copy, draft, plan, bound, start, count)[:, 1:].tolist()
 
 
-def _columns(plan: CapturedPlan, inputs: Rows[Any]) -> int:
-    """Columns that the caller's cache shows."""
-    past = plan.sites[0].past
-    return int(inputs[past[0]].shape[2]) if past is not None else 0
+def _columns(plan: CapturedPlan, inputs: Rows[Any]) -> int | None:
+    """Columns that the caller's cache stands for; None where neither a counted length nor a tensor's shape says so."""
+    lengths = {int(inputs[i]) for i in plan.roles.lengths}
+    lengths |= {inputs[i].shape[2] for site in plan.sites if site.recent is None for i in site.past or ()}
+    if not lengths:
+        cut = {inputs[i].shape[2] for site in plan.sites for i in site.past or () if inputs[i].shape[2] < site.recent}
+        lengths = cut
+    if len(lengths) > 1:
+        found = f"cache tensors of different lengths ({sorted(lengths)})"
+        raise GhostError(found, "the cache of this call", "crop or build all layers alike")
+    return lengths.pop() if lengths else None
+
+
+def _columns_after(site: Site, inputs: Rows[Any], count: int) -> int:
+    """Columns that a site's cache tensors show after `count` more tokens."""
+    before = inputs[site.past[0]].shape[2] if site.past is not None else 0
+    return before + count if site.kept is None else min(before + count, site.kept)
+
+
+def _is_short(plan: CapturedPlan, inputs: Rows[Any], columns: int) -> bool:
+    """Whether a sliding layer's tensors show fewer columns than its window reaches back."""
+    cut = ((site, site.past) for site in plan.sites if site.window is not None and site.past is not None)
+    return any(inputs[past[0]].shape[2] < min(columns, (site.window or 1) - 1) for site, past in cut)

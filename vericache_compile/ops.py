@@ -21,19 +21,27 @@ def attend(
     pads: Tensor,
     scale: float,
     layer: int,
+    window: int | None = None,
 ) -> Tensor:
     """Attend from new tokens over a row's past columns [pads, lengths) and, causally, over the new tokens.
 
     q [B, H, T, D], k [B, K, T, D], v [B, K, T, E], past_k [B, K, C, D], past_v [B, K, C, E], lengths and pads
-    [B] (int64), scale multiplies the scores. Whatever other columns hold (NaN too) is not read. Returns
+    [B] (int64), scale multiplies the scores. With a window a token sees that many columns, its own included, and
+    past_k and past_v hold the C columns before `lengths`. Whatever other columns hold (NaN too) is not read. Returns
     [B, H, T, E].
     """
     batch, heads, tokens, _ = q.shape
     columns = past_k.shape[2]
-    column = torch.arange(columns, device=q.device)
+    column = torch.arange(columns, device=q.device)[None]
+    if window is not None:
+        column = column + (lengths - columns)[:, None]
     seen = (column >= pads[:, None]) & (column < lengths[:, None])
     past = seen[:, None, None, :].expand(batch, 1, tokens, columns)
     new = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).tril()
+    if window is not None:
+        own = lengths[:, None] + torch.arange(tokens, device=q.device)
+        past = past & (column[:, None, None, :] > own[:, None, :, None] - window)
+        new = new.triu(1 - window)
     visible = torch.cat([past, new.expand(batch, 1, tokens, tokens)], dim=-1)
     unseen = ~seen[:, None, :, None]
     return F.scaled_dot_product_attention(
@@ -47,16 +55,16 @@ def attend(
 
 
 @attend.register_fake
-def _attend_fake(q, k, v, past_k, past_v, lengths, pads, scale, layer):  # type: ignore[no-untyped-def]
+def _attend_fake(q, k, v, past_k, past_v, lengths, pads, scale, layer, window=None):  # type: ignore[no-untyped-def]
     return q.new_empty((q.shape[0], q.shape[1], q.shape[2], v.shape[3]))
 
 
-def _attend_window(info, in_dims, q, k, v, past_k, past_v, lengths, pads, scale, layer):  # type: ignore[no-untyped-def]
+def _attend_window(info, in_dims, q, k, v, past_k, past_v, lengths, pads, scale, layer, window=None):  # type: ignore[no-untyped-def]
     """W one-token calls become one call on W tokens: the window is the token axis of the canonical operator."""
     if any(d is not None for d in in_dims[3:]):
         raise NotImplementedError("only queries, keys and values differ over a window")
     q, k, v = (_as_tokens(x, d, info.batch_size) for x, d in zip((q, k, v), in_dims[:3], strict=True))
-    out = attend(q, k, v, past_k, past_v, lengths, pads, scale, layer)
+    out = attend(q, k, v, past_k, past_v, lengths, pads, scale, layer, window)
     return out.permute(2, 0, 1, 3).unsqueeze(3), 0
 
 

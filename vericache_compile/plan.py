@@ -21,6 +21,8 @@ class Output(StrEnum):
     ROWS = "rows"
     KEYS = "keys"
     VALUES = "values"
+    LENGTH = "length"
+    """The past length that the caller counts, grown by this call's tokens: an integer."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,12 @@ class Site:
     dtype: torch.dtype
     past: tuple[int, int] | None
     """Graph inputs that carry this site's cached keys and values; None where the cache is still empty."""
+    window: int | None = None
+    """Columns that a token attends to, its own included; None for all. Proved of decode steps only."""
+    recent: int | None = None
+    """Newest past columns that this call may find in the cache tensors of a sliding layer; None where all are there."""
+    kept: int | None = None
+    """Newest columns that the returned cache tensors are cut to; None where they are not cut."""
 
     @property
     def bytes_per_token(self) -> int:
@@ -56,14 +64,17 @@ class Roles:
     mask: int | None
     """The two-dimensional padding mask [B, past + T], when there is one."""
     weights: tuple[int, ...]
+    lengths: tuple[int, ...] = ()
+    """Integer inputs that hold the past length, as caches count it whose tensors do not show it."""
 
 
 @dataclass(frozen=True)
 class OutputRole:
-    """What an output is, and for a cache tensor the site it belongs to."""
+    """What an output is; for a cache tensor the site it belongs to, for a length the input that it continues."""
 
     kind: Output
     layer: int = -1
+    source: int = -1
 
 
 @dataclass(frozen=True)
@@ -150,3 +161,5 @@ class DecodePlan:
     """given | column | unpadded: where a token's position comes from."""
     position_limit: int | None
     """First position that the model cannot embed; None where there is no such limit."""
+    column_limit: int | None = None
+    """First column at which another graph was or will be captured; None where this one holds for all."""

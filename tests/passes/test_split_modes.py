@@ -36,7 +36,7 @@ def test_attend_reads_this_call_then_the_cache_then_lengths_and_pads() -> None:
     [call] = (node for node in variant.graph.nodes if node.target is torch.ops.vericache.attend.default)
     names = [node.name for node in (nodes.query, nodes.key, nodes.value)]
     assert [str(a) for a in call.args[:7]] == [*names, "l_k_", "l_v_", "lengths", "pads"]
-    assert call.args[7:] == (nodes.site.scale, 0)
+    assert call.args[7:] == (nodes.site.scale, 0, None)
 
 
 @pytest.mark.parametrize("loop", ["generate", "plain", "masked"])

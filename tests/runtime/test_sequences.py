@@ -70,7 +70,9 @@ class World:
     def find(self, cache: Cache) -> Sequence:
         found = self.table.find(cache.past)
         assert found is not None
-        return found
+        sequence, columns = found
+        assert columns == cache.columns
+        return sequence
 
     def _compute(self, sequence: Sequence, begin: int, end: int) -> Cache:
         self.runs += 1
