@@ -136,10 +136,11 @@ def captured_past(program: Program) -> int | None:
     roles, nodes = program.found_roles, program.placeholders
     if roles.lengths:
         return concrete(example(nodes[roles.lengths[0]]), {})
-    for site in (found.site for found in program.sites if found.site.past is not None):
-        held = concrete(example(nodes[site.past[0]]).shape[2], {})
-        if site.recent is None or held < site.recent:
-            return held
+    for site in (found.site for found in program.sites):
+        if site.past is not None:
+            held = concrete(example(nodes[site.past[0]]).shape[2], {})
+            if site.recent is None or held < site.recent:
+                return held
     return None if roles.mask is None else concrete(example(nodes[roles.mask]).shape[1], {}) - 1
 
 

@@ -28,6 +28,7 @@ from vericache_compile.passes.program import (
     SiteNodes,
     ancestors,
     example,
+    expression,
     is_integer,
     is_weight,
     output_node,
@@ -172,9 +173,9 @@ def _append(finder: Finder, call: Node, query: Node, used: Node) -> Appended:
         repeats.insert(0, read)
         read = read.args[0]
     node, recent = read, None
-    if read not in finder.returned and (seen := newest_columns(read)) is not None and isinstance(fed, int):
+    if read not in finder.returned and (seen := newest_columns(read)) is not None:
         assert isinstance(read.args[0], Node), "newest columns are those of a call's result"
-        node, recent = read.args[0], seen - fed
+        node, recent = read.args[0], _as_number(seen - expression(fed))
     cuts = [user for user in node.users if user in finder.returned and newest_columns(user) is not None]
     if node not in finder.returned and (recent is not None or not cuts):
         raise unsupported("attention over keys or values that are not returned", call, "call with use_cache=True")
@@ -184,19 +185,32 @@ def _append(finder: Finder, call: Node, query: Node, used: Node) -> Appended:
             raise unsupported("a cache that is updated in place", node, CACHE)
         return Appended(node, node, None, read, tuple(repeats), recent=recent)
     output = node if node in finder.returned else cuts[0]
-    kept = newest_columns(output) if output is not node else None
+    kept = _as_number(newest_columns(output)) if output is not node else None
     past, new = _parts(finder, node)
     return Appended(output, new, past, read, tuple(repeats), kept, recent if kept is None else kept)
 
 
-def newest_columns(node: Node) -> int | None:
-    """n of a call x[:, :, -n:] or x[:, :, -n:, :]; None for any other."""
+def newest_columns(node: Node) -> Any:
+    """n of a call x[:, :, -n:] or x[:, :, -n:, :], an int or an expression; None for any other."""
     index = node.args[1] if target_name(node) == "getitem" and len(node.args) > 1 else None
     if not isinstance(index, tuple) or len(index) not in (3, 4) or not isinstance(index[2], slice):
         return None
     first, cut = index[2].start, index[2] == slice(index[2].start, None, None)
     others = [part == slice(None) for i, part in enumerate(index) if i != 2]
-    return -first if cut and all(others) and isinstance(first, int) and first < 0 else None
+    if isinstance(first, Node) and not is_integer(first):
+        return None
+    start = expression(example(first)) if isinstance(first, Node) else first
+    counted = start is not None and (not isinstance(start, int) or start < 0)
+    return -start if cut and all(others) and counted else None
+
+
+def _as_number(columns: Any) -> int | None:
+    """A count of columns as an int; refuses one that varies."""
+    if columns is None or isinstance(columns, int) or columns.is_number:
+        return None if columns is None else int(columns)
+    raise UnsupportedGraph(
+        f"a cache cut to {columns} columns", "the captured graph", "keep as many columns whatever the call"
+    )
 
 
 def _parts(finder: Finder, node: Node) -> tuple[int | None, Node]:
@@ -269,5 +283,8 @@ def _as_length(program: Program, value: Any) -> OutputRole | None:
     if not isinstance(value, Node) or not is_integer(value):
         return None
     inputs, made = program.placeholders, set(ancestors([value]))
+    fed = example(inputs[program.found_roles.tokens]).shape[1]
+    if expression(example(value)) == expression(fed) and all(nodes.site.past is None for nodes in program.sites):
+        return OutputRole(Output.LENGTH)
     source = next((i for i in program.found_roles.lengths if inputs[i] in made), None)
     return None if source is None else OutputRole(Output.LENGTH, source=source)

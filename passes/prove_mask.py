@@ -1,7 +1,7 @@
 """Prove that every mask is causal with left padding, and maybe a sliding window, by running the mask's own subgraph.
 
 Before: each site may carry a mask node. After: every mask was evaluated in several scenes (columns cached, left
-padding per row) and shows column c to the new token of row b exactly when c >= padding of b and c > own column - window;
+padding per row) and shows column c to the new token of row b exactly when c >= padding of b and c > own - window;
 `Site.window` is the width that was found (None: all columns). The decode variants then need no mask: lengths, paddings
 and windows say the same. Anything else raises UnsupportedGraph with the mask's source line.
 """
@@ -68,7 +68,7 @@ def _expected(scene: Scene, window: int | None) -> Tensor:
 
 
 def _columns_shown(mask: Tensor, scene: Scene) -> Tensor | None:
-    """A mask [B or 1, H or 1, 1, C] of the newest C columns as booleans [B, H or 1, past + 1]; None for another form."""
+    """A mask [B or 1, H or 1, 1, C] of the newest C columns as booleans [B, H or 1, past + 1]; or None."""
     mask = mask[(None,) * (4 - mask.dim())]
     columns = scene.past + 1
     if mask.shape[-1] > columns or mask.shape[-2] != 1:

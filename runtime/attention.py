@@ -66,9 +66,7 @@ def _attend_row(
     return _merge(torch.cat([o for o, _ in parts]), torch.cat([s for _, s in parts])).view(heads, window, -1)
 
 
-def _window_mask(
-    q: Tensor, begin: int, end: int, start: int, pad: int, reach: int | None, group: int
-) -> Tensor:
+def _window_mask(q: Tensor, begin: int, end: int, start: int, pad: int, reach: int | None, group: int) -> Tensor:
     """Additive mask [N, 1, G * W, BLOCK] for blocks begin..end: large but finite where hidden, so nothing is NaN."""
     window = q.shape[1]
     column = torch.arange(begin * BLOCK, end * BLOCK, device=q.device)

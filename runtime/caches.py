@@ -239,9 +239,7 @@ def _place_window(
     """The draft cache of a sliding layer: nothing before the window, and the window itself exact in the tail."""
     starts = [max(pad, column + 1 - reach) for pad, column in zip(pads, columns, strict=True)]
     k, v = full.keys[layer][0], full.values[layer][0]
-    regions: list[CompressedKV] = [
-        OutOfWindow.like(k, v, start - pad) for start, pad in zip(starts, pads, strict=True)
-    ]
+    regions: list[CompressedKV] = [OutOfWindow.like(k, v, start - pad) for start, pad in zip(starts, pads, strict=True)]
     made = _place(regions, starts, full, layer, columns, room)
     made.reach = reach
     return made

@@ -178,9 +178,7 @@ def verify_window(
         if keep:
             queries[layer] = Queries(q, [0] * batch)
         full, site = sequence.full, plan.captured.sites[layer]
-        return attend_full(
-            q, full.keys[layer], full.values[layer], start.columns, start.pads, site.scale, site.window
-        )
+        return attend_full(q, full.keys[layer], full.values[layer], start.columns, start.pads, site.scale, site.window)
 
     return execute(plan.verify, bound, tokens, positions, attend), queries
 

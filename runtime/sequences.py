@@ -235,9 +235,7 @@ class SequenceTable:
                 made[place] = one.expand(-1, -1, width, -1)
         return [(made[2 * layer], made[2 * layer + 1]) for layer in range(len(sequence.full.sites))]
 
-    def _register(
-        self, base: Tensor, places: Rows[int], sequence: Sequence, columns: int, shown: Rows[int]
-    ) -> None:
+    def _register(self, base: Tensor, places: Rows[int], sequence: Sequence, columns: int, shown: Rows[int]) -> None:
         storage = base.untyped_storage()
         step = base.stride(0) * base.element_size()
         pointers = [storage.data_ptr() + i * step for i in range(len(places))]

@@ -93,7 +93,6 @@ class Session:
     def run_captured(self, plan: CapturedPlan, inputs: Rows[Any]) -> list[Any]:
         """Run a prefill, a second turn, or any call that no round can serve: as captured, on real KV."""
         with self._lock, torch.no_grad():
-            roles = plan.roles
             sequence, columns = self._sequence(plan, inputs) if plan.attends_to_past else (None, 0)
             return self._run_captured(plan, inputs, sequence, columns)
 
@@ -247,7 +246,7 @@ class Session:
 
         def output(role: OutputRole) -> Any:
             if role.kind is Output.LENGTH:
-                return int(inputs[role.source]) + tokens.shape[1]
+                return tokens.shape[1] + (int(inputs[role.source]) if role.source >= 0 else 0)
             if role.kind in (Output.KEYS, Output.VALUES):
                 return pairs[role.layer][role.kind is Output.VALUES]
             return next(remaining)

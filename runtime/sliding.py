@@ -15,8 +15,8 @@ class OutOfWindow(DenseKV):
     @classmethod
     def like(cls, keys: Tensor, values: Tensor, covered: int) -> Self:
         """For one row of a site, with its head count, sizes and type: keys [K, any, D], values [K, any, E]."""
-        none = (x.new_empty(x.shape[0], 0, x.shape[2]) for x in (keys, values))
-        return cls(*none, covered=covered)
+        no_keys, no_values = (x.new_empty(x.shape[0], 0, x.shape[2]) for x in (keys, values))
+        return cls(no_keys, no_values, covered)
 
     def extend(self, keys: Tensor, values: Tensor, queries: Tensor | None) -> Self:
         """Also covers the next S tokens: keys [K, S, D], values [K, S, E]."""

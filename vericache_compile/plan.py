@@ -70,7 +70,8 @@ class Roles:
 
 @dataclass(frozen=True)
 class OutputRole:
-    """What an output is; for a cache tensor the site it belongs to, for a length the input that it continues."""
+    """What an output is; for a cache tensor the site it belongs to, for a length the input that it continues (-1: none,
+    as nothing was cached)."""
 
     kind: Output
     layer: int = -1

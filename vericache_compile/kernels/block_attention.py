@@ -51,8 +51,8 @@ def attend(
     scale: float,
     reach: int | None = None,
 ) -> Tensor:
-    """The token at place w of row b attends to columns pads[b][k] .. starts[b] + w of KV head k, and of these to the last
-    `reach` (None: all); no other is read.
+    """The token at place w of row b attends to columns pads[b][k] .. starts[b] + w of KV head k, and of these to
+    the last `reach` (None: all); no other is read.
 
     q [B, H, W, D], keys [B, K, C, D], values [B, K, C, E], the latter two with any strides but the innermost, which is
     1. Returns [B, H, W, E]. For W > 1 a row's bits do not depend on its place in the window, nor on the batch.
