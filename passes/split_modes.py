@@ -6,12 +6,15 @@ Before                                              After, `captured`
     return v, k, logits                             After, `draft` and `verify` (decode steps only)
                                                         o = vericache.attend(q, k_new, v_new, past_k, past_v,
                                                                              lengths, pads, scale, layer, window)
-                                                        reads tokens, positions, lengths, pads; no mask, no past length
+                                                        reads tokens, positions, lengths, pads; no mask, no past length,
+                                                        and no slice of one token's hidden states that is all of them
 
 Inputs that a variant adds carry their name in `meta["role"]`; those it keeps, their index in `meta["captured_input"]`.
 """
 
 from __future__ import annotations
+
+import operator
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -74,11 +77,25 @@ def _canonical(program: Program) -> GraphModule:
         _replace_attention(program, node_of, nodes, leading)
     for original in program.position_nodes:
         _replace_position(program, node_of[original], leading["positions"])
+    _drop_idle_slices(graph)
     module = GraphModule(program.module, graph)
     _return_rows(program, module, node_of)
     graph.eliminate_dead_code(lambda node: node.is_impure() or mutates(node))
     _drop_unused_inputs(program, module, node_of)
     return module
+
+
+def _drop_idle_slices(graph: Graph) -> None:
+    """Slices that leave out nothing go, and with them integers that say where they start (`logits_to_keep`, say)."""
+    for node in graph.find_nodes(op="call_function", target=operator.getitem):
+        source, index = node.args
+        parts = index if isinstance(index, tuple) else (index,)
+        if not isinstance(source, Node) or not all(isinstance(part, slice) for part in parts):
+            continue
+        before, after = (getattr(example(n), "shape", None) for n in (source, node))
+        is_known = before is not None and all(isinstance(size, int) for size in before)
+        if is_known and before == after and all(part.step in (None, 1) for part in parts):
+            node.replace_all_uses_with(source)
 
 
 def _leading(graph: Graph, name: str, batch: int, device: torch.device) -> Node:
