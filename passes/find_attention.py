@@ -31,6 +31,7 @@ from vericache_compile.passes.program import (
     expression,
     is_integer,
     is_weight,
+    mutates,
     output_node,
     row_width,
     target_name,
@@ -107,6 +108,8 @@ def attention_calls(program: Program) -> list[Node]:
 def _no_attention(program: Program) -> UnsupportedGraph:
     """Why a graph without an attention call has none, as far as its softmax tells."""
     found, fix = "no scaled_dot_product_attention call", "compile the whole model"
+    if flex := next((n for n in program.module.graph.nodes if target_name(n) == "flex_attention"), None):
+        return unsupported("FlexAttention", flex, "attend by scaled_dot_product_attention in decode steps")
     softmax = next(
         (n for n in program.module.graph.nodes if target_name(n).strip("_") in ("softmax", "_softmax")), None
     )
@@ -178,7 +181,7 @@ def _append(finder: Finder, call: Node, query: Node, used: Node) -> Appended:
         node, recent = read.args[0], _as_number(seen - expression(fed))
     cuts = [user for user in node.users if user in finder.returned and newest_columns(user) is not None]
     if node not in finder.returned and (recent is not None or not cuts):
-        raise unsupported("attention over keys or values that are not returned", call, "call with use_cache=True")
+        raise _not_returned(finder, call, node)
     if node.target not in APPENDS:
         cached, fed = (concrete(size, {}) for size in (example(node).shape[2], fed))
         if cached != fed:
@@ -188,6 +191,16 @@ def _append(finder: Finder, call: Node, query: Node, used: Node) -> Appended:
     kept = _as_number(newest_columns(output)) if output is not node else None
     past, new = _parts(finder, node)
     return Appended(output, new, past, read, tuple(repeats), kept, recent if kept is None else kept)
+
+
+def _not_returned(finder: Finder, call: Node, node: Node) -> UnsupportedGraph:
+    """Why the keys or values that attention reads are none that the graph returns."""
+    if any(mutates(user) and user.args[0] is node for user in node.users):
+        return unsupported("a cache that is updated in place", node, CACHE)
+    if any(found in finder.returned and found.target in APPENDS for found in ancestors([node])):
+        found = "keys or values computed anew from what is cached (a latent cache)"
+        return unsupported(found, call, "run this model without vericache")
+    return unsupported("attention over keys or values that are not returned", call, "call with use_cache=True")
 
 
 def newest_columns(node: Node) -> Any:

@@ -80,11 +80,12 @@ def segment_of(graph: Graph) -> dict[Node, int]:
 
 def mask_kind(nodes: SiteNodes, proved: bool) -> str:
     """How an attention is masked, as a person would say it."""
+    window = f", window {nodes.site.window}" if nodes.site.window is not None else ""
     if nodes.mask is not None:
-        return "causal with left padding (proved)" if proved else "a tensor"
+        return f"causal with left padding{window} (proved)" if proved else "a tensor"
     given = dict(zip(("attn_mask", "dropout_p", "is_causal"), nodes.attention.args[3:], strict=False))
     causal = (given | dict(nodes.attention.kwargs)).get("is_causal")
-    return "is_causal" if causal else "none"
+    return f"is_causal{window}" if causal else f"none{window}"
 
 
 def describe_sites(program: Program) -> list[dict[str, Any]]:
