@@ -146,6 +146,8 @@ def captured_past(program: Program) -> int | None:
 
 def bounds(program: Program) -> tuple[int, int | None] | None:
     """Least and greatest number of cached columns that the graph is for (None: no greatest); None if for none."""
+    if program.writes:
+        return 0, None  # past its last column a buffer cannot be written to, whatever the step
     now = captured_past(program)
 
     def fits(past: int) -> bool:

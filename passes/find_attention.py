@@ -15,7 +15,7 @@ alone, and attends to the whole of it; where it returns all (so that it can be c
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from torch.fx import Node
 
 from vericache_compile.errors import UnsupportedGraph
 from vericache_compile.passes.evaluate import concrete
+from vericache_compile.passes.find_writes import find_counters, find_write
 from vericache_compile.passes.program import (
     Program,
     SiteNodes,
@@ -31,7 +32,6 @@ from vericache_compile.passes.program import (
     expression,
     is_integer,
     is_weight,
-    mutates,
     output_node,
     row_width,
     target_name,
@@ -67,6 +67,8 @@ class Appended:
     """Newest columns that `output` is cut to; None where it is not cut."""
     recent: int | None = None
     """Newest past columns that attention reads; None for all."""
+    in_place: bool = False
+    """Whether `output` is a buffer with room for every column, which is written in place."""
 
 
 @dataclass
@@ -94,7 +96,24 @@ def find_attention(program: Program) -> int:
             pasts.add(side.past)
         program.sites.append(site)
     program.outputs = _classify_outputs(program, finder.returned, cached)
+    if any(nodes.site.in_place for nodes in program.sites):
+        _find_buffers(program)
     return len(program.sites)
+
+
+def _find_buffers(program: Program) -> None:
+    """Caches written in place and their counters, which Dynamo gives as it gives weights, get roles of their own."""
+    roles, inputs = program.found_roles, program.placeholders
+    if not all(nodes.site.in_place for nodes in program.sites):
+        raise unsupported("caches of which some are updated in place", program.sites[0].attention, CACHE)
+    if roles.tokens_per_call != 1 or any(nodes.site.past is None for nodes in program.sites):
+        return
+    writes = [write for node in program.cached if (write := find_write(node)) is not None]
+    counters, changes = find_counters(program, writes)
+    program.writes = [*(write.call for write in writes), *changes]
+    own = {inputs.index(node) for node in (*program.cached, *counters)}
+    weights = tuple(i for i in roles.weights if i not in own)
+    program.roles = replace(roles, weights=weights, counters=tuple(map(inputs.index, counters)))
 
 
 def attention_calls(program: Program) -> list[Node]:
@@ -143,11 +162,12 @@ def _match(finder: Finder, layer: int, call: Node) -> tuple[SiteNodes, Appended,
     keys, values = (_append(finder, call, query, given[side]) for side in ("key", "value"))
     if (keys.past is None) != (values.past is None):
         raise unsupported("keys are cached but values are not, or the reverse", call, "cache both")
-    if keys.past is not None and given.get("is_causal"):
+    as_it_is = keys.in_place and (keys.past is None or finder.program.found_roles.tokens_per_call != 1)
+    if keys.past is not None and given.get("is_causal") and not as_it_is:
         raise unsupported("is_causal=True over a filled cache", call, "pass a mask, or is_causal=False for one token")
     heads, kv_heads = (int(example(node).shape[1]) for node in (query, keys.new))
     for side in (keys, values):
-        if not _repeats_heads(finder, side, heads // kv_heads):
+        if not as_it_is and not _repeats_heads(finder, side, heads // kv_heads):
             raise unsupported("keys or values change between cache and attention", call, "attend to them as cached")
     head_size, value_size = (int(example(node).shape[3]) for node in (query, values.new))
     if (keys.kept, keys.recent) != (values.kept, values.recent):
@@ -163,6 +183,7 @@ def _match(finder: Finder, layer: int, call: Node) -> tuple[SiteNodes, Appended,
         past=None if keys.past is None or values.past is None else (keys.past, values.past),
         recent=keys.recent,
         kept=keys.kept,
+        in_place=keys.in_place,
     )
     return SiteNodes(site, call, query, keys.new, values.new, mask_of(call)), keys, values
 
@@ -175,6 +196,8 @@ def _append(finder: Finder, call: Node, query: Node, used: Node) -> Appended:
             break
         repeats.insert(0, read)
         read = read.args[0]
+    if (write := find_write(read)) is not None:
+        return Appended(read, write.new, finder.inputs.get(read), read, tuple(repeats), in_place=True)
     node, recent = read, None
     if read not in finder.returned and (seen := newest_columns(read)) is not None:
         assert isinstance(read.args[0], Node), "newest columns are those of a call's result"
@@ -195,8 +218,6 @@ def _append(finder: Finder, call: Node, query: Node, used: Node) -> Appended:
 
 def _not_returned(finder: Finder, call: Node, node: Node) -> UnsupportedGraph:
     """Why the keys or values that attention reads are none that the graph returns."""
-    if any(mutates(user) and user.args[0] is node for user in node.users):
-        return unsupported("a cache that is updated in place", node, CACHE)
     if any(found in finder.returned and found.target in APPENDS for found in ancestors([node])):
         found = "keys or values computed anew from what is cached (a latent cache)"
         return unsupported(found, call, "run this model without vericache")

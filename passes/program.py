@@ -57,6 +57,8 @@ class Program:
     roles: Roles | None = None
     sites: list[SiteNodes] = field(default_factory=list)
     outputs: list[OutputRole] = field(default_factory=list)
+    writes: list[Node] = field(default_factory=list)
+    """Calls of a decode step that change caches and their counters in place."""
     position_rule: str = "given"
     position_nodes: list[Node] = field(default_factory=list)
     position_limit: int | None = None

@@ -29,12 +29,24 @@ def prove_mask(program: Program) -> int:
         if nodes.mask is None and program.found_roles.mask is not None:
             raise unsupported("an attention that leaves out the padding mask", nodes.attention, FIX)
     masks = [nodes.mask for nodes in program.sites if nodes.mask is not None]
+    if program.writes:
+        _find_given_mask(program, masks)
+        return len(masks)
     found = _windows(program, list(dict.fromkeys(masks)))
     for i, nodes in enumerate(program.sites):
         cut = None if nodes.site.recent is None else nodes.site.recent + 1
         window = found[nodes.mask] if nodes.mask is not None and found[nodes.mask] is not None else cut
         program.sites[i] = replace(nodes, site=replace(nodes.site, window=window))
     return len(masks)
+
+
+def _find_given_mask(program: Program, masks: list[Node]) -> None:
+    """Over caches written in place the caller gives the mask whole: its role is set, and each call looks at it."""
+    inputs, distinct = program.placeholders, list(dict.fromkeys(masks))
+    if len(masks) < len(program.sites) or len(distinct) != 1 or distinct[0] not in inputs:
+        fix = "use transformers' DynamicCache (the default), or call generate"
+        raise unsupported("a cache updated in place under no mask that is an input", program.sites[0].attention, fix)
+    program.roles = replace(program.found_roles, shown=inputs.index(distinct[0]))
 
 
 def _windows(program: Program, masks: list[Node]) -> dict[Node, int | None]:

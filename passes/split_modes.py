@@ -25,6 +25,7 @@ from vericache_compile.passes.program import (
     Program,
     SiteNodes,
     copy_graph,
+    copy_module,
     example,
     mutates,
     output_node,
@@ -46,7 +47,13 @@ def is_decode(program: Program) -> bool:
 
 
 def split_captured(program: Program) -> int:
-    """Make the `captured` variant; returns the number of sites that hand their keys and values to the store."""
+    """Make the `captured` variant; returns the number of sites that hand their keys and values to the store.
+
+    Caches that are written in place keep themselves: there it is the graph as it is.
+    """
+    if any(nodes.site.in_place for nodes in program.sites):
+        program.captured = copy_module(program.module)
+        return 0
     graph, node_of = copy_graph(program.module)
     with graph.inserting_before(next(iter(graph.nodes))):
         store = graph.placeholder("store")
@@ -77,6 +84,8 @@ def _canonical(program: Program) -> GraphModule:
         _replace_attention(program, node_of, nodes, leading)
     for original in program.position_nodes:
         _replace_position(program, node_of[original], leading["positions"])
+    for original in program.writes:
+        graph.erase_node(node_of[original])
     _drop_idle_slices(graph)
     module = GraphModule(program.module, graph)
     _return_rows(program, module, node_of)

@@ -7,7 +7,7 @@ import weakref
 from collections import deque
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from vericache_compile.errors import GhostError
 from vericache_compile.plan import Site
 from vericache_compile.runtime import ghosts
 from vericache_compile.runtime.caches import DraftKV, FullKV
+
+if TYPE_CHECKING:
+    from vericache_compile.runtime.mirrors import Mirror
 
 REBUILD = "run the prompt again, or keep the cache that it was copied from alive and uncropped while copies are in use"
 CROPPED = "an older state of a cache that was cropped below it since then"
@@ -197,6 +200,8 @@ class SequenceTable:
         self._by_storage: dict[int, Minted] = {}
         """By data pointer."""
         self._by_number: dict[int, Sequence] = {}
+        self.mirrors: dict[int, Mirror] = {}
+        """Sequences that copy a caller's buffers, by data pointer of the first buffer."""
 
     def create(self, sites: Rows[Site], batch: int) -> Sequence:
         """A new, empty sequence. Sequences without live ghosts are released first."""
@@ -204,6 +209,10 @@ class SequenceTable:
         made = Sequence(next(self._numbers), sites, batch)
         self._by_number[made.number] = made
         return made
+
+    def unnamed(self, sites: Rows[Site], batch: int) -> Sequence:
+        """A new, empty sequence that no ghost names: whoever asks for it holds it."""
+        return Sequence(next(self._numbers), sites, batch)
 
     def release_orphans(self, spared: Sequence | None = None) -> None:
         """Drop sequences that no live ghost stands for: copies of their ghosts are no longer recognised.
@@ -219,7 +228,8 @@ class SequenceTable:
     @property
     def nbytes(self) -> int:
         """Bytes of KV that all sequences hold."""
-        return sum(sequence.nbytes for sequence in self._by_number.values())
+        mirrored = sum(mirror.sequence.nbytes for mirror in self.mirrors.values())
+        return mirrored + sum(sequence.nbytes for sequence in self._by_number.values())
 
     def mint(
         self, sequence: Sequence, columns: int, device: torch.device, shown: Rows[int] | None = None

@@ -19,6 +19,7 @@ from vericache_compile.plan import CapturedPlan, DecodePlan, Output, OutputRole,
 from vericache_compile.runtime import rounds
 from vericache_compile.runtime.counts import Counts
 from vericache_compile.runtime.executor import WeightCasts, bind_weights
+from vericache_compile.runtime.mirrors import find_mirror, has_versions, paddings, write_back
 from vericache_compile.runtime.sequences import Queries, Row, Sequence, SequenceTable
 from vericache_compile.runtime.timeline import Timeline
 
@@ -93,6 +94,8 @@ class Session:
     def run_captured(self, plan: CapturedPlan, inputs: Rows[Any]) -> list[Any]:
         """Run a prefill, a second turn, or any call that no round can serve: as captured, on real KV."""
         with self._lock, torch.no_grad():
+            if plan.in_place:
+                return list(plan.module(*inputs))
             sequence, columns = self._sequence(plan, inputs) if plan.attends_to_past else (None, 0)
             return self._run_captured(plan, inputs, sequence, columns)
 
@@ -129,24 +132,51 @@ class Session:
         """One decode call: serve held rows, after a round where a row of the batch has none."""
         with self._lock, torch.no_grad():
             roles = plan.captured.roles
+            if plan.captured.in_place:
+                return self._run_in_place(plan, inputs)
             sequence, columns = self._sequence(plan.captured, inputs)
             fed = self._fed(plan, inputs, self._padding(sequence, roles, inputs), columns)
             if fed is None or not sequence.regular or _is_short(plan.captured, inputs, columns):
                 return self._run_captured(plan.captured, inputs, sequence, columns)
-            version = sum(inputs[i]._version for i in roles.weights if not inputs[i].is_inference())
-            for row, (token, offset, pad) in zip(sequence.rows, fed, strict=True):
-                if version != sequence.version:
-                    row.truncate(columns)  # what was computed ahead is the old weights'
-                row.feed(columns, token, offset, pad)
-            sequence.version = version
-            if any(not row.held for row in sequence.rows):
-                if self.last is None or self.last[0] is not plan:
-                    weights = set(roles.weights)
-                    self.last = (plan, [x if i in weights else None for i, x in enumerate(inputs)])
-                rounds.run_round(sequence, plan, inputs, self.compressor, self.counts, self.casts)
-                self._note(sequence)
-            made = self._take(sequence.rows)
+            made = self._rows(plan, inputs, sequence, fed, columns)
             return self._assemble(plan.captured, made, sequence, inputs, columns + 1, marked=False)
+
+    def _rows(
+        self, plan: DecodePlan, inputs: Rows[Any], sequence: Sequence, fed: list[tuple[int, int, int]], columns: int
+    ) -> list[Tensor]:
+        """The row outputs of a decode call, after a round where a row of the batch has none held."""
+        version = sum(inputs[i]._version for i in plan.captured.roles.weights if not inputs[i].is_inference())
+        for row, (token, offset, pad) in zip(sequence.rows, fed, strict=True):
+            if version != sequence.version:
+                row.truncate(columns)  # what was computed ahead is the old weights'
+            row.feed(columns, token, offset, pad)
+        sequence.version = version
+        if any(not row.held for row in sequence.rows):
+            if self.last is None or self.last[0] is not plan:
+                weights = set(plan.captured.roles.weights)
+                self.last = (plan, [x if i in weights else None for i, x in enumerate(inputs)])
+            rounds.run_round(sequence, plan, inputs, self.compressor, self.counts, self.casts)
+            self._note(sequence)
+        return self._take(sequence.rows)
+
+    def _run_in_place(self, plan: DecodePlan, inputs: Rows[Any]) -> list[Any]:
+        """A decode call over the caller's own buffers, which get what it appends."""
+        captured = plan.captured
+        columns = int(inputs[captured.roles.counters[0]])
+        shown = captured.roles.shown
+        assert shown is not None, "a decode step over buffers is given a mask"
+        pads = paddings(inputs[shown], columns)
+        same = all(int(inputs[i]) == columns for i in captured.roles.counters)
+        fed = self._fed(plan, inputs, pads, columns) if pads is not None and same else None
+        if fed is None or not has_versions(captured, inputs):
+            return list(captured.module(*inputs))
+        mirror = find_mirror(self.table, captured, inputs, columns)
+        made = iter(self._rows(plan, inputs, mirror.sequence, fed, columns))
+        write_back(mirror, captured, inputs, columns)
+        self._note(mirror.sequence)
+        past = [site.past or () for site in captured.sites]
+        side = {Output.KEYS: 0, Output.VALUES: 1}
+        return [inputs[past[r.layer][side[r.kind]]] if r.kind in side else next(made) for r in captured.outputs]
 
     def _fed(
         self, plan: DecodePlan, inputs: Rows[Any], pads: list[int], columns: int

@@ -95,10 +95,14 @@ def early_stop_and_again(model: PreTrainedModel) -> Tensor:
     return torch.cat([stopped, greedy(model, prompt())], dim=1)
 
 
+def static_cache(model: PreTrainedModel) -> Tensor:
+    return greedy(model, prompt(), cache_implementation="static")
+
+
 TAKEN: list[Caller] = [
     greedy_generate, sampling, several_samples, logits_processors, second_turn, crop_and_go_on, hand_written_loop,
     two_caches_interleaved, cache_from_the_uncompiled_model, reset_half_way, padded_batch_that_ends_early,
-    chunked_prefill, early_stop_and_again,
+    chunked_prefill, early_stop_and_again, static_cache,
 ]  # fmt: skip
 
 
@@ -132,10 +136,6 @@ def no_cache(model: PreTrainedModel) -> Tensor:
     return greedy(model, prompt(), count=10, use_cache=False)
 
 
-def static_cache(model: PreTrainedModel) -> Tensor:
-    return greedy(model, prompt(), cache_implementation="static")
-
-
 def loop_with_gradients(model: PreTrainedModel) -> Tensor:
     cache, ids, out = DynamicCache(config=model.config), prompt(), []
     for _ in range(6):
@@ -145,7 +145,7 @@ def loop_with_gradients(model: PreTrainedModel) -> Tensor:
 
 
 LEFT: list[Caller] = [
-    mask_with_holes, right_padding, embeddings_in, prompt_lookup, no_cache, static_cache, loop_with_gradients,
+    mask_with_holes, right_padding, embeddings_in, prompt_lookup, no_cache, loop_with_gradients,
 ]  # fmt: skip
 
 

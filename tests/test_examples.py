@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vericache_compile import stats
 
+IN_PLACE = "a cache that is updated in place, not by one index_copy_ of columns"
 EXAMPLE = Path(__file__).parent.parent / "examples" / "plain_pytorch.py"
 
 
@@ -80,9 +81,7 @@ def decode(model: Any, ids: Tensor, count: int) -> Tensor:
     return torch.cat(tokens, dim=1)
 
 
-@pytest.mark.parametrize(
-    ("model", "reason"), [(Fixed, "a cache that is updated in place"), (Flexible, "FlexAttention")]
-)
+@pytest.mark.parametrize(("model", "reason"), [(Fixed, IN_PLACE), (Flexible, "FlexAttention")])
 def test_what_is_not_taken_says_why_and_is_right(
     model: type[Fixed], reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:

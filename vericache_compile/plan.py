@@ -44,6 +44,8 @@ class Site:
     """Newest past columns that this call may find in the cache tensors of a sliding layer; None where all are there."""
     kept: int | None = None
     """Newest columns that the returned cache tensors are cut to; None where they are not cut."""
+    in_place: bool = False
+    """Whether the cache tensors have room for every column, and are written in place."""
 
     @property
     def bytes_per_token(self) -> int:
@@ -66,6 +68,10 @@ class Roles:
     weights: tuple[int, ...]
     lengths: tuple[int, ...] = ()
     """Integer inputs that hold the past length, as caches count it whose tensors do not show it."""
+    counters: tuple[int, ...] = ()
+    """Inputs (int64 scalars) that hold the past length of caches written in place, and are counted up in place."""
+    shown: int | None = None
+    """Input that holds the whole mask [B, 1, T, C] of caches written in place."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,11 @@ class CapturedPlan:
     sites: tuple[Site, ...]
     outputs: tuple[OutputRole, ...]
     attends_to_past: bool
+
+    @property
+    def in_place(self) -> bool:
+        """Whether caches are written in place: `module(*inputs)` is then the graph itself, and returns all outputs."""
+        return any(site.in_place for site in self.sites)
 
 
 @dataclass(frozen=True)
