@@ -27,10 +27,11 @@ Bound = list[Tensor | None]
 
 def serves(device: torch.device, plan: DecodePlan, draft: DraftKV) -> bool:
     """Whether draft steps run with their lengths on the device: where kernels read lengths there, which do
-    nothing to scores but scale them, and no region chooses by the query what is read."""
+    nothing to scores but scale them and know no window, and no region chooses by the query what is read."""
     if any(region.selects for layer in draft.layers for region in layer.regions):
         return False
-    return all(launch.takes(device, site.dtype) and site.is_plain for site in plan.captured.sites)
+    sites = plan.captured.sites
+    return all(launch.takes(device, site.dtype) and site.is_plain and site.window is None for site in sites)
 
 
 def step_of(draft: DraftKV, plan: DecodePlan, bound: Bound, batch: int, horizon: int) -> DraftStep:
