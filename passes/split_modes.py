@@ -57,6 +57,7 @@ def split_captured(program: Program) -> int:
     if any(nodes.site.in_place for nodes in program.sites):
         program.captured = copy_module(program.module)
         return 0
+    _refuse_unknown_length(program)
     graph, node_of = copy_graph(program.module)
     with graph.inserting_before(next(iter(graph.nodes))):
         store = graph.placeholder("store")
@@ -76,6 +77,18 @@ def _read_past(graph: Graph, store: Node, layer: int, side: int, past: Node) -> 
     for append in [user for user in past.users if user.target in APPENDS]:
         with graph.inserting_before(append):
             append.replace_input_with(past, graph.call_method("past", (store, layer, side)))
+
+
+def _refuse_unknown_length(program: Program) -> None:
+    """Where all layers slide, the length must be an input: Dynamo makes the first one that it sees a constant."""
+    filled = [nodes.site for nodes in program.sites if nodes.site.past is not None]
+    if not filled or program.found_roles.lengths or any(site.recent is None for site in filled):
+        return
+    inputs = program.placeholders
+    held = [(example(inputs[i]).shape[2], site.recent) for site in filled for i in site.past or ()]
+    if not all(isinstance(columns, int) and recent is not None and columns < recent for columns, recent in held):
+        fix = "nothing: the next call, at another length, is taken"
+        raise unsupported("a sliding cache whose length is a constant of the graph", program.sites[0].attention, fix)
 
 
 def split_modes(program: Program) -> int:

@@ -351,10 +351,11 @@ class SequenceTable:
         sequence = known[0].sequence if len(known) == len(past) else None
         if sequence is None or any(minted.sequence is not sequence for minted in known):
             return self._by_value(past, columns)
-        lengths = [minted.total - minted.shown + x.shape[2] for minted, x in zip(known, past, strict=True)]
-        if columns is None and len(set(lengths)) > 1:
-            raise GhostError("cache tensors of different lengths", f"{HERE} ({lengths[0]} columns at layer 0)", REBUILD)
-        columns = lengths[0] if columns is None else columns
+        if columns is None:
+            lengths = {minted.total - minted.shown + x.shape[2] for minted, x in zip(known, past, strict=True)}
+            if len(lengths) > 1:
+                raise GhostError(f"cache tensors of different lengths ({sorted(lengths)})", HERE, REBUILD)
+            [columns] = lengths
         if columns > min(minted.total for minted in known):
             raise GhostError("a cache that says it is longer than what was computed", f"column {columns}", REBUILD)
         batch = past[0].shape[0]

@@ -180,12 +180,12 @@ class Session:
     def _run_in_place(self, plan: DecodePlan, inputs: Rows[Any]) -> list[Any]:
         """A decode call over the caller's own buffers, which get what it appends."""
         captured = plan.captured
-        columns = int(inputs[captured.roles.counters[0]])
+        counted = torch.stack([inputs[i] for i in captured.roles.counters]).tolist()
+        columns = int(counted[0])
         shown = captured.roles.shown
         assert shown is not None, "a decode step over buffers is given a mask"
         pads = paddings(inputs[shown], columns)
-        same = all(int(inputs[i]) == columns for i in captured.roles.counters)
-        fed = self._fed(plan, inputs, pads, columns) if pads is not None and same else None
+        fed = self._fed(plan, inputs, pads, columns) if pads is not None and len(set(counted)) == 1 else None
         if fed is None or not has_versions(captured, inputs):
             return list(captured.module(*inputs))
         mirror = find_mirror(self.table, captured, inputs, columns)

@@ -82,6 +82,14 @@ def test_callers_with_sliding_layers_get_plain_tokens(call: Caller) -> None:
     assert stats(model)["rounds"] > 0 or call is prompt_lookup
 
 
+def test_a_first_call_on_a_full_sliding_cache_falls_back_once() -> None:
+    """Where all layers slide, nothing in that call's graph says how long the cache is."""
+    plain, ours, model = both(a_cache_from_the_uncompiled_model, "mistral")
+    assert torch.equal(ours, plain)
+    assert stats(model)["graphs"]["not taken"] == 1
+    assert stats(model)["rounds"] > 0
+
+
 @pytest.mark.parametrize("tokens", [5, 40])
 def test_ghosts_have_the_shapes_of_the_plain_cache(tokens: int) -> None:
     def shapes(model: PreTrainedModel) -> list[tuple[int, ...]]:
