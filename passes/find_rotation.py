@@ -11,6 +11,7 @@ output, so a rotation that cannot be cut out is one that is not known, and never
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from vericache_compile.errors import UnsupportedGraph
@@ -48,7 +49,7 @@ def _before_rotation(key: Node, fed: set[Node], placed: set[Node]) -> Node | Non
     order = {node: i for i, node in enumerate(key.graph.nodes)}
     front, mixed = {key}, False
     while front:
-        if len(front) == 1 and mixed:
+        if len(front) == 1 and mixed and all(isinstance(example(node), Tensor) for node in front):
             return front.pop()
         last = max(front, key=order.__getitem__)
         front.remove(last)
