@@ -1,6 +1,7 @@
 """Compile each distinct segment once (Inductor, or eagerly), and lay the program out as steps over numbered slots.
 
 segments s0, s1, s2 and sites 0, 1   ->   steps  run s0 | attend 0 | run s1 | attend 1 | run s2
+with transfers, lookahead 1          ->          prefetch 0 | run s0 | wait 0 | attend 0 | prefetch 1 | run s1 | ...
 """
 
 from __future__ import annotations
@@ -14,19 +15,21 @@ from torch._guards import tracing
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 
-from vericache_compile.ops import ATTEND
+from vericache_compile.ops import ATTEND, PREFETCH, WAIT
 from vericache_compile.passes.program import Compiled, Program, SegmentGraph, placeholders, returned
-from vericache_compile.plan import SegmentedProgram, Step
+from vericache_compile.plan import Act, SegmentedProgram, Step
 
 
 @dataclass(frozen=True)
 class NodeStep:
     """A step before its values have slots."""
 
+    act: Act
     run: Compiled | None
     inputs: tuple[Node, ...]
     outputs: tuple[Node, ...]
     layer: int = -1
+    side: int = 0
 
 
 def lower(program: Program, *, inductor: bool) -> int:
@@ -67,15 +70,36 @@ def _eager(module: GraphModule) -> Compiled:
 
 
 def _list_steps(variant: GraphModule, segments: list[SegmentGraph], runs: list[Compiled]) -> list[NodeStep]:
-    """Segments and attentions in turn; a segment that makes nothing is left out."""
-    sites = [node for node in variant.graph.nodes if node.target is ATTEND]
+    """Segments and attentions in turn, prefetches where the graph has them; segments that make nothing are left out."""
+    between: list[list[NodeStep]] = [[]]
+    for node in variant.graph.nodes:
+        if node.target is PREFETCH:
+            between[-1].append(NodeStep(Act.PREFETCH, None, (), (), _layer(node, 1)))
+        elif node.target is ATTEND:
+            between.append([])
     steps: list[NodeStep] = []
+    sites = [node for node in variant.graph.nodes if node.target is ATTEND]
     for i, (segment, run) in enumerate(zip(segments, runs, strict=True)):
+        steps += between[i]
         if segment.outputs:
-            steps.append(NodeStep(run, segment.inputs, segment.outputs))
+            steps.append(NodeStep(Act.RUN, run, segment.inputs, segment.outputs))
         if i < len(sites):
-            steps.append(NodeStep(None, tuple(sites[i].args[:3]), (sites[i],), int(sites[i].args[8])))
+            steps += _attention_steps(sites[i])
     return steps
+
+
+def _attention_steps(site: Node) -> list[NodeStep]:
+    """The waits of one site, if it has any, and its attention, which then reads what they bring."""
+    waits = [node for node in site.args[3:5] if isinstance(node, Node) and node.target is WAIT]
+    layer, read = _layer(site, 8), [node for node in site.args[:3] if isinstance(node, Node)]
+    steps = [NodeStep(Act.WAIT, None, (), (node,), layer, side) for side, node in enumerate(waits)]
+    return [*steps, NodeStep(Act.ATTEND, None, (*read, *waits), (site,), layer)]
+
+
+def _layer(node: Node, place: int) -> int:
+    layer = node.args[place]
+    assert isinstance(layer, int), f"{node.name} has no layer"
+    return layer
 
 
 def _lay_out(mode: str, variant: GraphModule, steps: list[NodeStep], distinct: int) -> SegmentedProgram:
@@ -98,11 +122,13 @@ def _lay_out(mode: str, variant: GraphModule, steps: list[NodeStep], distinct: i
         mode=mode,
         steps=tuple(
             Step(
+                step.act,
                 step.run,
                 slots(step.inputs),
                 slots(step.outputs),
                 slots([node for node, at in last.items() if at == i]),
                 step.layer,
+                step.side,
             )
             for i, step in enumerate(steps)
         ),

@@ -2,6 +2,8 @@
 
     s0 | attend 0 | s1 | attend 1 | ... | sL      s1 ... s(L-1) of a decoder differ only in their inputs: one artefact
 
+Prefetches and waits stand between segments as well; a prefetch keeps its place in the graph.
+
 A node goes to the segment after the last attention it depends on; what depends on weights alone is repeated in each
 segment that reads it. Inputs are numbered in the order of first use, so that equal layers get equal keys.
 """
@@ -15,7 +17,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from vericache_compile.ops import ATTEND
+from vericache_compile.ops import ATTEND, OUTSIDE
 from vericache_compile.passes.program import Program, SegmentGraph, placeholders
 
 
@@ -33,7 +35,7 @@ def cut(variant: GraphModule) -> list[SegmentGraph]:
     sites = sum(node.target is ATTEND for node in variant.graph.nodes)
     members: list[list[Node]] = [[] for _ in range(sites + 1)]
     for node in variant.graph.nodes:
-        if node.op in ("call_function", "get_attr") and node.target is not ATTEND and node not in free:
+        if node.op in ("call_function", "get_attr") and node.target not in OUTSIDE and node not in free:
             members[level[node]].append(node)
     return [_segment(variant, nodes, [n for n in nodes if _is_needed(n, level)], free) for nodes in members]
 
@@ -45,7 +47,8 @@ def levels(graph: Graph, sites: Collection[Any] = (ATTEND,)) -> dict[Node, int]:
     for node in graph.nodes:
         is_site = node.target in sites
         seen += is_site
-        level[node] = seen if is_site else max((level[i] for i in node.all_input_nodes), default=0)
+        placed = is_site or node.target in OUTSIDE
+        level[node] = seen if placed else max((level[i] for i in node.all_input_nodes), default=0)
     return level
 
 
@@ -54,14 +57,15 @@ def _weight_only(variant: GraphModule) -> set[Node]:
     free: set[Node] = set()
     for node in variant.graph.nodes:
         known = (i in free or (i.op == "placeholder" and not i.meta.get("role")) for i in node.all_input_nodes)
-        if node.op in ("call_function", "get_attr") and not any(map(_is_seam, node.users)) and all(known):
+        inside = node.op in ("call_function", "get_attr") and node.target not in OUTSIDE
+        if inside and not any(map(_is_seam, node.users)) and all(known):
             free.add(node)
     return free
 
 
 def _is_seam(node: Node) -> bool:
     """Whether a node reads values from outside of any segment."""
-    return node.op == "output" or node.target is ATTEND
+    return node.op == "output" or node.target in OUTSIDE
 
 
 def _is_needed(node: Node, level: dict[Node, int]) -> bool:

@@ -16,6 +16,9 @@ from vericache_compile.passes.check import check
 from vericache_compile.passes.expand_window import expand_window
 from vericache_compile.passes.find_attention import find_attention
 from vericache_compile.passes.find_roles import find_roles
+from vericache_compile.passes.find_rotation import find_rotation
+from vericache_compile.passes.hoist_prefetch import hoist_prefetch
+from vericache_compile.passes.insert_transfers import insert_transfers
 from vericache_compile.passes.lift_positions import lift_positions
 from vericache_compile.passes.lower import lower
 from vericache_compile.passes.partition import partition
@@ -23,7 +26,7 @@ from vericache_compile.passes.program import Compiled, Program, copy_module
 from vericache_compile.passes.prove_mask import prove_mask
 from vericache_compile.passes.spell_products import spell_products
 from vericache_compile.passes.split_modes import is_decode, split_captured, split_modes
-from vericache_compile.plan import CapturedPlan, DecodePlan
+from vericache_compile.plan import CapturedPlan, DecodePlan, Staging
 
 log = logging.getLogger(__name__)
 
@@ -47,14 +50,24 @@ FIND: tuple[Pass, ...] = (bind_scalars, find_roles, find_attention, split_captur
 """What every captured graph goes through."""
 
 
-def decode_passes(inductor: bool, draft_dtype: torch.dtype | None = None) -> tuple[Pass, ...]:
-    """The passes that make draft and verify of a decode step, in order."""
+def decode_passes(
+    inductor: bool, draft_dtype: torch.dtype | None = None, staging: Staging | None = None
+) -> tuple[Pass, ...]:
+    """The passes that make draft and verify of a decode step, in order.
+
+    `staging` is what full KV comes to that lives outside the device; None where it is on the device for good.
+    """
+    transfers: tuple[Pass, ...] = ()
+    if staging is not None:
+        transfers = (insert_transfers, partial(hoist_prefetch, staging=staging))
     return (
         prove_mask,
         lift_positions,
+        find_rotation,
         split_modes,
         expand_window,
         partial(spell_products, inductor=inductor, draft_dtype=draft_dtype),
+        *transfers,
         partition,
         partial(lower, inductor=inductor),
     )
@@ -91,16 +104,18 @@ def plan_capture(
     compiled: dict[str, Compiled],
     scalars: dict[int, float] | None = None,
     draft_dtype: torch.dtype | None = None,
+    staging: Staging | None = None,
     observers: Sequence[Observer] = (),
 ) -> CapturedPlan | DecodePlan:
     """Run the pipeline on a captured graph; raises UnsupportedGraph where a graph cannot be taken.
 
     `compiled` holds compiled segments by structure and is added to; `scalars` are the values of scalar
-    inputs; `draft_dtype` is the type that draft reads weights in (None: as they are). Observers are told all but a
+    inputs; `draft_dtype` is the type that draft reads weights in (None: as they are); `staging` is that of
+    `decode_passes`. Observers are told all but a
     refusal, which may also have reasons that the caller alone knows.
     """
     program = Program(copy_module(module), batch, window, scalars or {}, compiled)
-    decode = run_all(program, decode_passes(inductor, draft_dtype), observers)
+    decode = run_all(program, decode_passes(inductor, draft_dtype, staging), observers)
     captured = _captured_plan(program)
     if not decode:
         return captured
@@ -112,6 +127,8 @@ def plan_capture(
         logits=program.logits,
         position_rule=program.position_rule,
         position_limit=program.position_limit,
+        staging_bytes=0 if staging is None else staging.nbytes,
+        rotations=tuple(program.rotations),
     )
 
 

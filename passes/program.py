@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from vericache_compile.errors import UnsupportedGraph
-from vericache_compile.plan import Output, OutputRole, Roles, SegmentedProgram, Site
+from vericache_compile.plan import Output, OutputRole, Roles, Rope, SegmentedProgram, Site
 
 Compiled = Callable[[list[Tensor]], Sequence[Tensor]]
 IN_PLACE = {"iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "setitem"}
@@ -60,6 +60,8 @@ class Program:
     position_rule: str = "given"
     position_nodes: list[Node] = field(default_factory=list)
     position_limit: int | None = None
+    rotations: list[Rope | None] = field(default_factory=list)
+    """Per site, once find_rotation has run."""
     captured: GraphModule | None = None
     """The graph as captured, handing new keys and values to a store."""
     variants: dict[str, GraphModule] = field(default_factory=dict)

@@ -1,11 +1,11 @@
 """Spell every product with a weight in aten, in the form that suits its variant.
 
-    verify, eager, many rows     vericache.linear(x, w, b)  ->  stays (oneDNN), or view, mm or addmm, view
+    verify, eager, many rows     vericache.linear(x, w, b)  ->  stays (oneDNN, Triton), or view, mm or addmm, view
     draft with few rows          vericache.linear(x, w, b)  ->  cat((w * x[m]).sum(-1) for m) + b
 
-Verify's bits must not depend on where in a window a token stands. The operator keeps to that where oneDNN takes the
-weight. Other libraries were seen to for 2 rows and for multiples of 4, and not for 5, 6, 9 or 10: there, row counts
-are padded.
+Verify's bits must not depend on where in a window a token stands. The operator keeps to that where oneDNN (on the CPU)
+or our kernel (on a GPU) takes the weight. Other libraries were seen to for 2 rows and for multiples of 4, and not for
+5, 6, 9 or 10: there, row counts are padded.
 
 A few rows make a product that is bound by the weight's bytes: fastest as one reduction per row, which Inductor fuses
 with each other (the weight is then read once) and with their neighbours. Drafting needs no exact weights, so with a
@@ -27,7 +27,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from vericache_compile.ops import LINEAR, has_onednn
+from vericache_compile.ops import LINEAR, has_onednn, keeps_rows_apart
 from vericache_compile.passes.program import Program
 from vericache_compile.plan import Cast
 
@@ -52,7 +52,7 @@ def spell_products(program: Program, *, inductor: bool, draft_dtype: torch.dtype
             spelling = _Spelling(module.graph, node, copies, dtype if mode == "draft" else None)
             if mode == "draft" and few:
                 spelling.rewrite(spelling.reductions)
-            elif spelling.is_exact and has_onednn(node.args[1].meta["val"]):
+            elif spelling.is_exact and keeps_rows_apart(node.args[1].meta["val"]):
                 continue
             else:
                 spelling.rewrite(spelling.gemm if mode == "draft" else spelling.padded_gemm)

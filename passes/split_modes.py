@@ -1,9 +1,10 @@
 """One captured graph becomes the variants that run: captured, and for a decode step draft and verify.
 
 Before                                              After, `captured`
-    k = cat([past_k, k_new]); v = ...                   the same, and store.append(layer, q, k_new, v_new) at each site;
-    o = scaled_dot_product_attention(q, k, v)           returns the row outputs only
-    return v, k, logits                             After, `draft` and `verify` (decode steps only)
+    k = cat([past_k, k_new]); v = ...                   k = cat([store.past(layer, 0), k_new]); v = ...
+    o = scaled_dot_product_attention(q, k, v)           the same, and store.append(layer, q, k_new, v_new) at each site;
+    return v, k, logits                                 returns the row outputs only
+                                                   After, `draft` and `verify` (decode steps only)
                                                         o = vericache.attend(q, k_new, v_new, past_k, past_v,
                                                                              lengths, pads, scale, layer)
                                                         reads tokens, positions, lengths, pads; no mask, no past length
@@ -18,6 +19,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from vericache_compile.ops import ATTEND
 from vericache_compile.passes.evaluate import batch_symbols, bind_symbols, concrete
+from vericache_compile.passes.find_attention import APPENDS
 from vericache_compile.passes.program import (
     Program,
     SiteNodes,
@@ -52,9 +54,18 @@ def split_captured(program: Program) -> int:
         with graph.inserting_after(node_of[nodes.attention]):
             parts = (node_of[n] for n in (nodes.query, nodes.key, nodes.value))
             graph.call_method("append", (store, nodes.site.layer, *parts))
+        for side, index in enumerate(nodes.site.past or ()):
+            _read_past(graph, store, nodes.site.layer, side, node_of[program.placeholders[index]])
     program.captured = GraphModule(program.module, graph)
     _return_rows(program, program.captured, node_of)
     return len(program.sites)
+
+
+def _read_past(graph: Graph, store: Node, layer: int, side: int, past: Node) -> None:
+    """Where a cached input is appended to, its data comes from the store: only then need it be on the device."""
+    for append in [user for user in past.users if user.target in APPENDS]:
+        with graph.inserting_before(append):
+            append.replace_input_with(past, graph.call_method("past", (store, layer, side)))
 
 
 def split_modes(program: Program) -> int:

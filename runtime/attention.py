@@ -2,7 +2,8 @@
 
 Verify's bits must not depend on where a round starts: keys are taken in blocks of 256 columns anchored at column 0,
 each block is attended on its own, and blocks are merged in order. A block that a row cannot see adds exactly zero.
-In float32 on the CPU that is a kernel of ours; for other types there it is torch's flash kernel. In 16-bit types flash
+In float32 on the CPU that is a kernel of ours, and so it is on a GPU, in Triton, whatever the type. For other types on
+the CPU it is torch's flash kernel. In 16-bit types flash
 chooses how to multiply by the number of blocks it is given, so it gets them one by one; heads whose keys and values
 differ in size are filled up with zeros, which change no sum (plain batched products are not invariant).
 
@@ -17,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vericache_compile.kernels import block_attention
+from vericache_compile.kernels import block_attention, launch
 from vericache_compile.kernels.block_attention import BLOCK
+from vericache_compile.kernels.verify_attention import verify_attention
 
 
 class Visible(NamedTuple):
@@ -28,9 +30,21 @@ class Visible(NamedTuple):
     rights: tuple[int, ...]
 
 
-def attend_full(q: Tensor, keys: Tensor, values: Tensor, starts: list[int], pads: list[int], scale: float) -> Tensor:
+def attend_full(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    starts: list[int],
+    pads: list[int],
+    scale: float,
+    bounds: Tensor | None = None,
+) -> Tensor:
     """q [B, H, W, D] of tokens at columns starts[b] + (0..W-1), keys [B, K, C, D], values [B, K, C, E] (C a multiple of
-    BLOCK, written up to starts[b] + W). Row b sees columns from pads[b] up to its own. Returns [B, H, W, E]."""
+    BLOCK, written up to starts[b] + W). Row b sees columns from pads[b] up to its own. `bounds` [2, B] is starts and
+    pads on the device, where they are there already. Returns [B, H, W, E]."""
+    if launch.serves(q):
+        begin, left = torch.tensor([starts, pads], device=q.device) if bounds is None else bounds
+        return verify_attention(q, keys, values, begin, left[:, None].expand(-1, keys.shape[1]), scale)
     if block_attention.serves(q):
         return block_attention.attend(q, keys, values, starts, [[pad] * keys.shape[1] for pad in pads], scale)
     out = q.new_empty((q.shape[0], q.shape[1], q.shape[2], values.shape[3]))

@@ -5,9 +5,10 @@ Shapes: B batch, K KV heads, C columns allocated, D head size, E value head size
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,9 +16,13 @@ from torch import Tensor
 from vericache_compile.compressors.base import CompressedKV, Compressor
 from vericache_compile.compressors.borrowed import BorrowedKV
 from vericache_compile.compressors.dense import DenseKV
+from vericache_compile.compressors.facts import Facts, reader_of
 from vericache_compile.kernels.block_attention import BLOCK
-from vericache_compile.plan import Site
+from vericache_compile.plan import Site, Tier
 from vericache_compile.runtime.attention import Visible
+
+if TYPE_CHECKING:
+    from vericache_compile.runtime.draft_step import DraftStep
 
 GROWTH = 1024
 """Columns added when a full cache is out of room."""
@@ -32,7 +37,7 @@ def _zeros(shape: Sequence[int], like: Tensor) -> Tensor:
         return torch.zeros(tuple(shape), dtype=like.dtype, device=like.device)
 
 
-def _write(target: Tensor, source: Tensor, columns: Sequence[int]) -> None:
+def write_columns(target: Tensor, source: Tensor, columns: Sequence[int]) -> None:
     """Write source [B, K, T, *] to target [B, K, C, *], row b from column columns[b] on."""
     width = source.shape[2]
     if len(set(columns)) == 1:
@@ -43,7 +48,15 @@ def _write(target: Tensor, source: Tensor, columns: Sequence[int]) -> None:
 
 
 class FullKV:
-    """Every key and value of a sequence, written by prefill and verify only."""
+    """Every key and value of a sequence, written by prefill and verify only. This one lies on the device for good."""
+
+    tier: Tier = Tier.DEVICE
+    """Where it lives."""
+
+    @property
+    def resident(self) -> bool:
+        """Whether it lies in device memory."""
+        return self.tier is Tier.DEVICE
 
     def __init__(self, sites: Sequence[Site], batch: int) -> None:
         self.sites = tuple(sites)
@@ -55,7 +68,7 @@ class FullKV:
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated."""
+        """Bytes allocated, wherever they lie."""
         return sum(x.untyped_storage().nbytes() for x in (*self.keys, *self.values))
 
     def reserve(self, columns: int, device: torch.device) -> None:
@@ -76,8 +89,19 @@ class FullKV:
 
     def append(self, layer: int, k: Tensor, v: Tensor, columns: Sequence[int]) -> None:
         """Write k [B, K, T, D] and v [B, K, T, E] from column columns[b] on."""
-        _write(self.keys[layer], k, columns)
-        _write(self.values[layer], v, columns)
+        write_columns(self.keys[layer], k, columns)
+        write_columns(self.values[layer], v, columns)
+
+    def settle(self, layer: int, lengths: Sequence[int]) -> None:
+        """Rows are verified up to `lengths` at a site: whatever lies below may move to where it is kept."""
+
+    def read(self, layer: int, begin: int, end: int) -> tuple[Tensor, Tensor]:
+        """Columns [begin, end) of all rows, on the device: keys [B, K, end - begin, D] and values; perhaps views."""
+        return self.keys[layer][:, :, begin:end], self.values[layer][:, :, begin:end]
+
+    def gather(self, layer: int, row: int, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """Chosen columns [K, n] of a row, on the device: keys [K, n, D] and values [K, n, E]."""
+        return reader_of(self.keys[layer][row], self.values[layer][row])(columns)
 
     def select(self, rows: Sequence[int], columns: int) -> FullKV:
         """A copy of the first `columns` columns of the given rows (repeats allowed)."""
@@ -119,19 +143,29 @@ class DraftLayer:
     def write(self, k: Tensor, v: Tensor, columns: Sequence[int]) -> None:
         """Write k [B, K, T, D] and v [B, K, T, E] to the tail, row b from column columns[b] on."""
         at = [self.offset + column - start for column, start in zip(columns, self.starts, strict=True)]
-        _write(self.keys, k, at)
-        _write(self.values, v, at)
+        write_columns(self.keys, k, at)
+        write_columns(self.values, v, at)
+
+    def write_at(self, k: Tensor, v: Tensor, tails: Tensor) -> None:
+        """Write k [B, K, 1, D] and v [B, K, 1, E] to the tail, row b at place tails[b]; tails [B] is on the device."""
+        at = (tails + self.offset).view(-1, 1, 1, 1)
+        self.keys.scatter_(2, at.expand_as(k), k)
+        self.values.scatter_(2, at.expand_as(v), v)
 
     def room(self, columns: Sequence[int]) -> int:
         """Columns that still fit in the fullest row's tail when rows are `columns` long."""
         tail = max(column - start for column, start in zip(columns, self.starts, strict=True))
         return self.keys.shape[2] - self.offset - tail
 
-    def read(self, columns: Sequence[int]) -> tuple[Tensor, Tensor, Visible]:
-        """Keys and values [B, K, S, *], and which slots rows `columns` long read of them."""
+    def read(self, columns: Sequence[int], q: Tensor | None = None) -> tuple[Tensor, Tensor, Visible]:
+        """Keys and values [B, K, S, *], and which slots rows `columns` long read of them, for queries [B, H, 1, D]."""
         tails = [column - start for column, start in zip(columns, self.starts, strict=True)]
-        keys, values = self._materialize(max(tails)) if self.packed else (self.keys, self.values)
+        keys, values = self._materialize(max(tails), q) if self.packed else (self.keys, self.values)
         return keys, values, Visible(self.lefts, tuple(self.slots + tail for tail in tails))
+
+    def read_whole(self) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, K, S, *] with all of the tail's room: of the same shape however long rows are."""
+        return self._materialize(self.keys.shape[2], None) if self.packed else (self.keys, self.values)
 
     @cached_property
     def lefts(self) -> tuple[tuple[int, ...], ...]:
@@ -140,8 +174,10 @@ class DraftLayer:
         kept = [region.head_slots or (region.slots,) * heads for region in self.regions]
         return tuple(tuple(self.slots - count for count in row) for row in kept)
 
-    def _materialize(self, longest: int) -> tuple[Tensor, Tensor]:
-        parts = [region.materialize() for region in self.regions]
+    def _materialize(self, longest: int, q: Tensor | None) -> tuple[Tensor, Tensor]:
+        parts = [
+            region.materialize() if q is None else region.select(q[b, :, 0]) for b, region in enumerate(self.regions)
+        ]
         out = []
         for held, side in ((self.keys, 0), (self.values, 1)):
             joined = held.new_zeros((held.shape[0], held.shape[1], self.slots + longest, held.shape[3]))
@@ -155,9 +191,13 @@ class DraftLayer:
 class DraftKV:
     """What the draft variant attends to: per site and row an immutable compressed region and an exact tail."""
 
-    def __init__(self, compressor: Compressor, layers: list[DraftLayer]) -> None:
+    def __init__(self, compressor: Compressor, layers: list[DraftLayer], made: Sequence[int]) -> None:
         self.compressor = compressor
         self.layers = layers
+        self.made = list(made)
+        """How long each row was when all of it was last compressed."""
+        self.step: DraftStep | None = None
+        """One draft step over these buffers, where it runs with lengths on the device."""
 
     @property
     def nbytes(self) -> int:
@@ -168,9 +208,59 @@ class DraftKV:
         """Whether rows may be `columns` long: no region covers a token beyond."""
         return all(c >= s for layer in self.layers for c, s in zip(columns, layer.starts, strict=True))
 
+    def age(self, columns: Sequence[int]) -> int:
+        """The most tokens that a row, now `columns` long, has gained since all of it was compressed."""
+        return max(column - then for column, then in zip(columns, self.made, strict=True))
+
     def room(self, columns: Sequence[int]) -> int:
         """Columns that every site's tail can still take."""
         return min(layer.room(columns) for layer in self.layers)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Exact keys and values of one site [B, K, *, D or E]; column c of row b is at c - origins[b]."""
+
+    keys: Tensor
+    values: Tensor
+    origins: list[int]
+
+    def row(self, b: int, begin: int, end: int) -> tuple[Tensor, Tensor]:
+        """Columns [begin, end) of a row: keys [K, end - begin, D] and values."""
+        own = slice(begin - self.origins[b], end - self.origins[b])
+        return self.keys[b, :, own], self.values[b, :, own]
+
+
+Regions = list[list[CompressedKV]]
+"""A region per site and row."""
+
+
+Tell = Callable[[int, int, int, int], Facts]
+"""(layer, row, begin, end) -> what a compressor that wants it is told of columns [begin, end)."""
+
+
+def compress_site(
+    compressor: Compressor,
+    exact: Columns,
+    site: Site,
+    spans: Sequence[tuple[int, int]],
+    queries: Sequence[Tensor | None],
+    earlier: Regions,
+    tell: Tell | None = None,
+) -> list[CompressedKV]:
+    """One site's regions: row b's columns spans[b] compressed by the method of that site, or borrowed from `earlier`.
+
+    `queries[b]` holds the row's last queries [H, w, D], or None where they were never seen (the cache was built by an
+    uncompiled model).
+    """
+    if compressor.donor is not None:
+        return [BorrowedKV(region) for region in earlier[compressor.donor]]
+    regions = []
+    for b, span in enumerate(spans):
+        keys, values = exact.row(b, *span)
+        told = compressor if tell is None else compressor.knowing(tell(site.layer, b, *span))
+        regions.append(told.compress(keys, values, _asked(compressor, keys, site, queries[b])))
+    return regions
 
 
 def compress(
@@ -180,36 +270,59 @@ def compress(
     columns: Sequence[int],
     queries: Sequence[Sequence[Tensor | None]],
     room: int,
-    before: DraftKV | None = None,
+    early: Regions | None = None,
+    tell: Tell | None = None,
 ) -> DraftKV:
-    """Compress each row's columns [pads[b], columns[b]) at every site; with `before`, only what tails have gathered.
+    """Compress each row's columns [pads[b], columns[b]) at every site, or take the regions that were made `early`.
 
-    `queries[layer][b]` holds the row's last queries [H, w, D], or None where they were never seen (the cache was built
-    by an uncompiled model). Tails get room for `room` columns more.
+    `queries[layer][b]` are those of `compress_site`, and `tell` is. Tails get room for `room` columns more.
     """
     layers: list[DraftLayer] = []
-    for layer in range(len(full.sites)):
-        regions, starts = [], []
-        own = compressor.for_layer(layer, len(full.sites))
-        for b, (pad, column) in enumerate(zip(pads, columns, strict=True)):
-            held = before.layers[layer] if before is not None else None
-            begin = held.starts[b] if held is not None else pad
-            end = column if held is None else max(begin, column - EXACT)
-            k, v = (x[b, :, begin:end] for x in (full.keys[layer], full.values[layer]))
-            asked = queries[layer][b]
-            if asked is None and compressor.queries:
-                asked = _stand_in(k, full.sites[layer], compressor.queries)
-            region: CompressedKV
-            if own.donor is not None:
-                region = BorrowedKV(layers[own.donor].regions[b])
-            elif held is None:
-                region = own.compress(k, v, asked)
-            else:
-                region = held.regions[b].extend(k, v, asked) if end > begin else held.regions[b]
+    for layer, site in enumerate(full.sites):
+        begin = 0 if early is None else min(p + r.covered for p, r in zip(pads, early[layer], strict=True))
+        exact = Columns(*full.read(layer, begin, max(columns)), [begin] * full.batch)
+        if early is not None:
+            regions = early[layer]
+        else:
+            own = compressor.for_layer(layer, len(full.sites))
+            spans, made = list(zip(pads, columns, strict=True)), [each.regions for each in layers]
+            regions = compress_site(own, exact, site, spans, queries[layer], made, tell)
+        layers.append(_place(regions, pads, exact, columns, room))
+    return DraftKV(compressor, layers, columns)
+
+
+def extend(
+    before: DraftKV,
+    sites: Sequence[Site],
+    pads: Sequence[int],
+    columns: Sequence[int],
+    queries: Sequence[Sequence[Tensor | None]],
+    room: int,
+    tell: Tell | None = None,
+) -> DraftKV:
+    """Compress in what tails have gathered, all but the newest tokens; arguments as those of `compress`."""
+    layers: list[DraftLayer] = []
+    for layer, (held, site) in enumerate(zip(before.layers, sites, strict=True)):
+        exact = Columns(held.keys, held.values, [start - held.offset for start in held.starts])
+        donor = before.compressor.for_layer(layer, len(sites)).donor
+        regions: list[CompressedKV] = []
+        for b, (region, start, column) in enumerate(zip(held.regions, held.starts, columns, strict=True)):
+            end = max(start, column - EXACT)
+            k, v = exact.row(b, start, end)
+            if donor is not None:
+                region = BorrowedKV(layers[donor].regions[b])
+            elif end > start:
+                told = region if tell is None else region.knowing(tell(layer, b, start, end))
+                region = told.extend(k, v, _asked(before.compressor, k, site, queries[layer][b]))
             regions.append(region)
-            starts.append(pad + region.covered)
-        layers.append(_place(regions, starts, full, layer, columns, room))
-    return DraftKV(compressor, layers)
+        layers.append(_place(regions, pads, exact, columns, room))
+    return DraftKV(before.compressor, layers, before.made)
+
+
+def _asked(compressor: Compressor, keys: Tensor, site: Site, queries: Tensor | None) -> Tensor | None:
+    if queries is None and compressor.queries:
+        return _stand_in(keys, site, compressor.queries)
+    return queries
 
 
 def _stand_in(keys: Tensor, site: Site, count: int) -> Tensor:
@@ -218,22 +331,20 @@ def _stand_in(keys: Tensor, site: Site, count: int) -> Tensor:
 
 
 def _place(
-    regions: list[CompressedKV], starts: list[int], full: FullKV, layer: int, columns: Sequence[int], room: int
+    regions: list[CompressedKV], pads: Sequence[int], exact: Columns, columns: Sequence[int], room: int
 ) -> DraftLayer:
-    """Allocate a site's draft cache, move unpacked regions into it, and fill the tails from the full cache."""
+    """Allocate a site's draft cache, move unpacked regions into it, and fill the tails with what is exact."""
+    starts = [pad + region.covered for pad, region in zip(pads, regions, strict=True)]
     slots = max(region.slots for region in regions)
     packed = any(not isinstance(region, DenseKV) for region in regions)
     longest = max(column - start for column, start in zip(columns, starts, strict=True))
     width = (0 if packed else slots) + longest + room
-    like_k, like_v = full.keys[layer], full.values[layer]
-    keys = _zeros((*like_k.shape[:2], width, like_k.shape[3]), like_k)
-    values = _zeros((*like_v.shape[:2], width, like_v.shape[3]), like_v)
+    keys, values = (_zeros((*like.shape[:2], width, like.shape[3]), like) for like in (exact.keys, exact.values))
     made = DraftLayer(regions, slots, starts, keys, values, packed)
     for b, region in enumerate(regions):
         if not packed and isinstance(region, DenseKV):
             own = slice(slots - region.slots, slots)
             region.move_to(keys[b, :, own], values[b, :, own])
         tail = slice(made.offset, made.offset + columns[b] - starts[b])
-        keys[b, :, tail] = like_k[b, :, starts[b] : columns[b]]
-        values[b, :, tail] = like_v[b, :, starts[b] : columns[b]]
+        keys[b, :, tail], values[b, :, tail] = exact.row(b, starts[b], columns[b])
     return made

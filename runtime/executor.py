@@ -1,17 +1,29 @@
-"""Walks a segmented program: compiled segments in order, attention between them."""
+"""Walks a segmented program: compiled segments in order, attention and the transfers that it waits for between them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from vericache_compile.plan import Cast, SegmentedProgram
+from vericache_compile.plan import Act, Cast, SegmentedProgram
 
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""(layer, q [B, H, T, D], k [B, K, T, D], v [B, K, T, E]) -> [B, H, T, E]"""
+Attend = Callable[..., Tensor]
+"""(layer, q [B, H, T, D], k [B, K, T, D], v [B, K, T, E]) -> [B, H, T, E]; after waits also the site's full keys and
+values [B, K, C, *]."""
+
+
+class Incoming(Protocol):
+    """Full KV on its way to the device."""
+
+    def prefetch(self, layer: int) -> None:
+        """Ask for a site's full KV."""
+
+    def wait(self, layer: int) -> tuple[Tensor, Tensor]:
+        """A site's full keys and values [B, K, C, *], once they are there."""
 
 
 class WeightCasts:
@@ -48,20 +60,37 @@ def bind_weights(program: SegmentedProgram, inputs: Sequence[Tensor], casts: Wei
 
 
 def execute(
-    program: SegmentedProgram, bound: list[Tensor | None], tokens: Tensor, positions: Tensor, attend: Attend
+    program: SegmentedProgram,
+    bound: list[Tensor | None],
+    tokens: Tensor,
+    positions: Tensor,
+    attend: Attend,
+    incoming: Incoming | None = None,
 ) -> tuple[Tensor, ...]:
-    """Run a program on tokens and positions ([B, 1] or [W, B, 1], int64); returns its outputs in order."""
+    """Run a program on tokens and positions ([B, 1] or [W, B, 1], int64); returns its outputs in order.
+
+    `incoming` serves its prefetches and waits; without one prefetches are left out (in all but a round's first step).
+    """
     slots = list(bound)
     slots[program.tokens], slots[program.positions] = tokens, positions
     for step in program.steps:
+        if step.act is Act.PREFETCH:
+            if incoming is not None:
+                incoming.prefetch(step.layer)
+            continue
+        made: Sequence[Tensor]
         inputs = [slots[i] for i in step.inputs]
-        if step.run is None:
-            q, k, v = inputs
-            assert q is not None and k is not None and v is not None, "an attention input was freed"
-            slots[step.outputs[0]] = attend(step.layer, q, k, v)
+        if step.act is Act.RUN:
+            assert step.run is not None, "a segment that was not compiled"
+            made = step.run(inputs)  # type: ignore[arg-type]
+        elif step.act is Act.WAIT:
+            assert incoming is not None, "a wait without transfers"
+            made = (incoming.wait(step.layer)[step.side],)
         else:
-            for slot, value in zip(step.outputs, step.run(inputs), strict=True):  # type: ignore[arg-type]
-                slots[slot] = value
+            assert all(value is not None for value in inputs), "an attention input was freed"
+            made = (attend(step.layer, *inputs),)
+        for slot, value in zip(step.outputs, made, strict=True):
+            slots[slot] = value
         for slot in step.dead:
             slots[slot] = None
     return tuple(_present(slots[i]) for i in program.outputs)

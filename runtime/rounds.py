@@ -13,13 +13,21 @@ import torch
 from torch import Tensor
 
 from vericache_compile.compressors.base import Compressor
-from vericache_compile.plan import DecodePlan, SegmentedProgram
+from vericache_compile.compressors.facts import KINDS
+from vericache_compile.plan import DecodePlan
+from vericache_compile.runtime import draft_step
 from vericache_compile.runtime.acceptance import accept, next_horizon
-from vericache_compile.runtime.attention import Visible, attend_compressed, attend_full
-from vericache_compile.runtime.caches import CHUNK, DraftKV, compress
+from vericache_compile.runtime.attention import Visible, attend_compressed
+from vericache_compile.runtime.caches import CHUNK, DraftKV, compress, extend
 from vericache_compile.runtime.counts import Counts, Round
 from vericache_compile.runtime.executor import Attend, WeightCasts, bind_weights, execute
+from vericache_compile.runtime.pace import Seen
+from vericache_compile.runtime.repeat import knows_context, repeat_context
+from vericache_compile.runtime.rotations import Rotations
 from vericache_compile.runtime.sequences import Held, Queries, Sequence
+from vericache_compile.runtime.slots import Incoming, Ring, incoming
+from vericache_compile.runtime.told import Telling
+from vericache_compile.runtime.verify import verify_tokens
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,8 @@ class Start:
     """[B, 1] int64."""
     positions: Tensor
     """[B, 1] int64."""
+    bounds: Tensor
+    """Columns and pads on the device, [2, B] int64."""
 
     def positions_at(self, steps: int, limit: int | None) -> Tensor:
         """Positions after `steps` tokens; past the model's limit they are clamped, and their rows never handed out."""
@@ -41,15 +51,11 @@ class Start:
 
 def make_start(sequence: Sequence, device: torch.device) -> Start:
     """Each row starts at its own frontier with its own next token."""
-    tokens = [[row.token or 0] for row in sequence.rows]
-    columns = [row.length for row in sequence.rows]
-    positions = [[row.length + row.offset] for row in sequence.rows]
-    return Start(
-        columns,
-        [row.pad for row in sequence.rows],
-        torch.tensor(tokens, device=device),
-        torch.tensor(positions, device=device),
-    )
+    columns, pads = [row.length for row in sequence.rows], [row.pad for row in sequence.rows]
+    tokens = [row.token or 0 for row in sequence.rows]
+    positions = [row.length + row.offset for row in sequence.rows]
+    held = torch.tensor([tokens, positions, columns, pads], device=device)
+    return Start(columns, pads, held[0, :, None], held[1, :, None], held[2:])
 
 
 def run_round(
@@ -59,53 +65,111 @@ def run_round(
     compressor: Compressor,
     counts: Counts,
     casts: WeightCasts,
+    rotations: Rotations,
+    ring: Ring,
+    known: Tensor | None = None,
 ) -> None:
-    """Draft, verify, accept and commit for every row of a sequence; rows already far ahead stay where they are."""
-    device = inputs[plan.captured.roles.tokens].device
+    """Draft, verify, accept and commit for every row of a sequence; rows already far ahead stay where they are.
+
+    Full KV that lives outside the device comes in through `ring` meanwhile. An error leaves the sequence as it was.
+    Where tokens [B, n] are `known` they stand for what would have been drafted.
+    """
+    device = inputs[plan.captured.roles.weights[0]].device
     before = (counts.compress_seconds, counts.drafted, counts.accepted)
     called = time.perf_counter()
     start = make_start(sequence, device)
     sequence.full.reserve(max(start.columns) + plan.window, device)
-    draft = prepare_draft(sequence, start, compressor, plan.window, counts)
+    verify = bind_weights(plan.verify, inputs, casts)
+    sequence.draft = usable_draft(sequence.draft, start, compressor, counts)
+    if "repeated" in compressor.wants:
+        _repeat_once(sequence, plan, verify, ring, counts, device)
+    telling = Telling(sequence, plan, inputs, rotations, compressor.wants)
+    draft = prepare_draft(sequence, start, compressor, plan.window, counts, telling)
     horizon = _horizon(sequence, plan.window)
     low = bind_weights(plan.draft, inputs, casts)
+    coming = incoming(sequence.full, draft, ring, plan.staging_bytes, start.columns, start.pads)
     began = time.perf_counter()
-    drafted = draft_tokens(sequence, draft, plan, low, start, horizon)
-    drafted_at = time.perf_counter()
-    outputs, queries = verify_window(sequence, draft, plan, bind_weights(plan.verify, inputs, casts), start, drafted)
-    predicted = outputs[plan.logits][:, :, -1].argmax(-1).t().tolist()  # the round's host wait
+    try:
+        if known is None:
+            drafted = draft_tokens(sequence, draft, plan, low, start, horizon, coming)
+        else:
+            drafted = known[:, : plan.window].to(device)
+        drafted_at = time.perf_counter()
+        outputs, queries = verify_window(coming, draft, plan, verify, start, drafted)
+        predicted = outputs[plan.logits][:, :, -1].argmax(-1).t().tolist()  # the round's host wait
+    finally:
+        coming.close()
     window = drafted.tolist()
     took = (drafted_at - began, time.perf_counter() - drafted_at)
     counts.draft_seconds += took[0]
     counts.verify_seconds += took[1]
     _commit(sequence, plan, start, window, predicted, horizon, outputs, queries, counts)
+    for site in plan.captured.sites:
+        sequence.full.settle(site.layer, [row.length for row in sequence.rows])
     now = (counts.compress_seconds, counts.drafted, counts.accepted)
     compressing, more, stood = (after - then for after, then in zip(now, before, strict=True))
-    counts.latest.append(Round(called, compressing, began, *took, len(sequence.rows), int(more), int(stood)))
+    counts.add_transfers(coming.traffic, coming.spans)
+    sequence.pace.note(Seen(horizon, 1 + stood / len(sequence.rows), *took))
+    counts.rested += not horizon
+    made = Round(called, compressing, began, *took, len(sequence.rows), int(more), int(stood), coming.traffic)
+    counts.latest.append(made)
 
 
-def prepare_draft(sequence: Sequence, start: Start, compressor: Compressor, window: int, counts: Counts) -> DraftKV:
-    """The sequence's draft cache, with room for a window: compressed anew when it is missing or cut into."""
+def usable_draft(draft: DraftKV | None, start: Start, compressor: Compressor, counts: Counts) -> DraftKV | None:
+    """A draft cache as far as it can still be used: not another compressor's, cut into, or due to be refreshed."""
+    if draft is None or draft.compressor is not compressor or not draft.valid(start.columns):
+        return None
+    if 0 < compressor.refresh <= draft.age(start.columns):
+        counts.refreshes += 1
+        return None
+    return draft
+
+
+def prepare_draft(
+    sequence: Sequence, start: Start, compressor: Compressor, window: int, counts: Counts, telling: Telling
+) -> DraftKV:
+    """The sequence's draft cache with room for a window: made where there is none, else tails are compressed in."""
     began = time.perf_counter()
     draft = sequence.draft
-    if draft is not None and (draft.compressor is not compressor or not draft.valid(start.columns)):
-        draft = None
     if draft is None or draft.room(start.columns) < window:
         queries = [
             [held.row(b) if held is not None else None for b in range(len(sequence.rows))] for held in sequence.queries
         ]
         spread = max(start.columns) - min(start.columns)
         room = CHUNK + 2 * window + spread
-        draft = compress(compressor, sequence.full, start.pads, start.columns, queries, room, draft)
+        tell = telling.of if compressor.wants & KINDS else None
+        if draft is not None:
+            draft = extend(draft, sequence.full.sites, start.pads, start.columns, queries, room, tell)
+        else:
+            early = sequence.take_early(compressor, start.columns)
+            draft = compress(compressor, sequence.full, start.pads, start.columns, queries, room, early, tell)
         sequence.draft = draft
         counts.compress_seconds += time.perf_counter() - began
     return draft
 
 
+def _repeat_once(
+    sequence: Sequence,
+    plan: DecodePlan,
+    bound: list[Tensor | None],
+    ring: Ring,
+    counts: Counts,
+    device: torch.device,
+) -> None:
+    """Let the model repeat its context before a draft cache is made, where the tokens of the context are known."""
+    lengths = [row.length for row in sequence.rows]
+    known = sequence.repeated is not None and sequence.repeated.lengths == lengths
+    if sequence.draft is None and not known:
+        began = time.perf_counter()
+        repeats = knows_context(sequence)
+        sequence.repeated = repeat_context(sequence, plan, bound, ring, device) if repeats else None
+        counts.repeat_seconds += time.perf_counter() - began
+
+
 def _horizon(sequence: Sequence, window: int) -> int:
     """How many tokens to draft: as many as the caller has been taking."""
     served = max(row.served for row in sequence.rows)
-    longest = window - 1
+    longest = 0 if sequence.pace.resting else window - 1
     sequence.horizon = next_horizon(served, sequence.horizon, longest) if sequence.horizon else longest
     for row in sequence.rows:
         row.served = 0
@@ -113,14 +177,24 @@ def _horizon(sequence: Sequence, window: int) -> int:
 
 
 def draft_tokens(
-    sequence: Sequence, draft: DraftKV, plan: DecodePlan, bound: list[Tensor | None], start: Start, horizon: int
+    sequence: Sequence,
+    draft: DraftKV,
+    plan: DecodePlan,
+    bound: list[Tensor | None],
+    start: Start,
+    horizon: int,
+    coming: Incoming | None = None,
 ) -> Tensor:
     """Greedy tokens over the compressed cache: [B, 1 + horizon], the round's first token included.
 
-    Rows whose caller feeds one token whatever is predicted (`forced`) repeat it.
+    The first step asks for the full KV that is `coming`, as far ahead as it may. Rows whose caller feeds one token
+    whatever is predicted (`forced`) repeat it.
     """
-    tokens = [start.tokens]
     forced = torch.tensor([[row.forced] for row in sequence.rows], device=start.tokens.device)
+    if draft_step.serves(start.tokens.device, plan, draft):
+        replayed = draft_step.step_of(draft, plan, bound, start.tokens.shape[0], horizon)
+        return replayed.draft(start.tokens, start.positions, start.bounds[0], forced, horizon, coming)
+    tokens = [start.tokens]
     repeats = any(row.forced for row in sequence.rows)
     for step in range(horizon):
         (token,) = execute(
@@ -128,13 +202,14 @@ def draft_tokens(
             bound,
             tokens[-1],
             start.positions_at(step, plan.position_limit),
-            _drafting(draft, plan.draft, plan, start, step),
+            _drafting(draft, plan, start, step),
+            None if step else coming,
         )
         tokens.append(torch.where(forced, start.tokens, token) if repeats else token)
     return torch.cat(tokens, dim=1)
 
 
-def _drafting(draft: DraftKV, program: SegmentedProgram, plan: DecodePlan, start: Start, step: int) -> Attend:
+def _drafting(draft: DraftKV, plan: DecodePlan, start: Start, step: int) -> Attend:
     """Attention of one draft step: the new token goes to the tail, then over region and tail."""
     columns = [column + step for column in start.columns]
     grown = [column + 1 for column in columns]
@@ -144,14 +219,14 @@ def _drafting(draft: DraftKV, program: SegmentedProgram, plan: DecodePlan, start
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         held = draft.layers[layer]
         held.write(k, v, columns)
-        keys, values, visible = held.read(grown)
+        keys, values, visible = held.read(grown, q)
         return attend_compressed(q, keys, values, visible, sites[layer].scale, masks)
 
     return attend
 
 
 def verify_window(
-    sequence: Sequence, draft: DraftKV, plan: DecodePlan, bound: list[Tensor | None], start: Start, drafted: Tensor
+    coming: Incoming, draft: DraftKV, plan: DecodePlan, bound: list[Tensor | None], start: Start, drafted: Tensor
 ) -> tuple[tuple[Tensor, ...], list[Queries | None]]:
     """Verify always W rows per sequence, short drafts padded, so that shapes and bits stay the same.
 
@@ -161,24 +236,15 @@ def verify_window(
     batch, have = drafted.shape
     tokens = torch.zeros((plan.window, batch, 1), dtype=torch.int64, device=drafted.device)
     tokens[:have, :, 0] = drafted.t()
-    steps = torch.arange(plan.window, device=drafted.device)[:, None, None]
-    positions = start.positions + steps
-    if plan.position_limit is not None:
-        positions.clamp_(max=plan.position_limit - 1)
     queries: list[Queries | None] = [None] * len(plan.captured.sites)
     keep = draft.compressor.queries > 0
 
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        sequence.full.append(layer, k, v, start.columns)
+    def note(layer: int, q: Tensor, k: Tensor, v: Tensor, keys: Tensor) -> None:
         draft.layers[layer].write(k, v, start.columns)
         if keep:
             queries[layer] = Queries(q, [0] * batch)
-        full = sequence.full
-        return attend_full(
-            q, full.keys[layer], full.values[layer], start.columns, start.pads, plan.captured.sites[layer].scale
-        )
 
-    return execute(plan.verify, bound, tokens, positions, attend), queries
+    return verify_tokens(coming, start.pads, plan, bound, tokens, start.positions, note, start.bounds), queries
 
 
 def _commit(
@@ -202,6 +268,8 @@ def _commit(
         if plan.position_limit is not None:
             kept = min(kept, max(plan.position_limit - (row.length + row.offset), 1))
         own = outputs if len(sequence.rows) == 1 else tuple(output[:kept, b : b + 1].clone() for output in outputs)
+        if len(row.ids) == row.length:
+            row.ids += window[b][:kept]
         row.held.extend(Held(row.length + i, window[b][i], own, i) for i in range(kept))
         row.length += kept
         row.token = window[b][0] if row.forced else predicted[b][kept - 1]
@@ -211,3 +279,19 @@ def _commit(
                 held.counts[b] = kept
     if any(held is not None and all(held.counts) for held in queries):
         sequence.queries = queries
+    if sequence.drawn is not None and sequence.full.resident:
+        _add_drawn(sequence, start, queries)
+
+
+def _add_drawn(sequence: Sequence, start: Start, queries: list[Queries | None]) -> None:
+    """Add the attention of each row's accepted queries to what its tokens have drawn.
+
+    Only where full KV is on the device: elsewhere all keys would have to come in once more.
+    """
+    assert sequence.drawn is not None
+    for layer, held in enumerate(queries):
+        for b, (column, pad) in enumerate(zip(start.columns, start.pads, strict=True)):
+            own = held.row(b) if held is not None else None
+            if own is not None:
+                keys = sequence.full.keys[layer][b, :, : column + own.shape[1]]
+                sequence.drawn.add(layer, b, own, keys, pad)

@@ -7,15 +7,23 @@ import weakref
 from collections import deque
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from vericache_compile.compressors.base import Compressor
 from vericache_compile.errors import GhostError
-from vericache_compile.plan import Site
+from vericache_compile.plan import DecodePlan, Site
 from vericache_compile.runtime import ghosts
-from vericache_compile.runtime.caches import DraftKV, FullKV
+from vericache_compile.runtime.caches import CHUNK, DraftKV, FullKV, Regions
+from vericache_compile.runtime.drawn import Drawn
+from vericache_compile.runtime.pace import Pace
+from vericache_compile.runtime.tiers import Home
+
+CPU = torch.device("cpu")
+if TYPE_CHECKING:
+    from vericache_compile.runtime.recovery import Call
 
 REBUILD = "run the prompt again, or keep the cache that it was copied from alive and uncropped while copies are in use"
 CROPPED = "an older state of a cache that was cropped below it since then"
@@ -57,6 +65,8 @@ class Row:
     """Whether the caller keeps feeding the same token whatever is predicted (padding after the end)."""
     served: int = 0
     """Rows that the caller took since the last round."""
+    ids: list[int] = field(default_factory=list)
+    """Tokens of the first columns: all of them where a compressor wants them, or full KV may be lost."""
 
     def feed(self, column: int, token: int, offset: int, pad: int) -> None:
         """The caller feeds `token` at `column`; what was held for another history is dropped."""
@@ -80,6 +90,7 @@ class Row:
     def truncate(self, column: int) -> None:
         """Forget everything from `column` on."""
         self.length = min(self.length, column)
+        del self.ids[column:]
         self.held.clear()
         self.token = None
 
@@ -96,15 +107,55 @@ class Queries:
         return self.tensor[b, :, : self.counts[b]] if self.counts[b] else None
 
 
+@dataclass
+class Early:
+    """Regions that prefill made while each site's keys and values were on the device anyway."""
+
+    compressor: Compressor
+    pads: list[int]
+    regions: Regions
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """What a context's keys drew while the model repeated it: per site [B, K, C], float32."""
+
+    scores: list[Tensor]
+    lengths: list[int]
+    """Columns that each row had."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(held.nbytes for held in self.scores)
+
+    def of(self, layer: int, b: int, begin: int, end: int) -> Tensor:
+        """Row b's scores [K, n] of columns [begin, end), as far as they were there."""
+        return self.scores[layer][b, :, begin : min(end, self.lengths[b])]
+
+    def select(self, rows: Rows[int]) -> Repeated:
+        """A copy of the given rows."""
+        return Repeated([held[list(rows)] for held in self.scores], [self.lengths[r] for r in rows])
+
+
 class Sequence:
     """One cache: full KV, compressed KV, held rows, per row."""
 
-    def __init__(self, number: int, sites: Rows[Site], batch: int) -> None:
+    def __init__(self, number: int, full: FullKV) -> None:
+        batch = full.batch
         self.number = number
-        self.full = FullKV(sites, batch)
+        self.full = full
+        self.early: Early | None = None
+        self.decode: tuple[DecodePlan, Rows[Any]] | None = None
+        """The plan of its latest decode call, and the captured inputs that are weights."""
+        self.calls: list[Call] = []
+        """Those that ran as captured, where full KV may be lost."""
         self.rows = [Row() for _ in range(batch)]
         self.draft: DraftKV | None = None
-        self.queries: list[Queries | None] = [None] * len(sites)
+        self.queries: list[Queries | None] = [None] * len(full.sites)
+        self.pace = Pace()
+        self.drawn: Drawn | None = None
+        self.repeated: Repeated | None = None
         self.horizon = 0
         """Tokens drafted in the last round (0 before the first)."""
         self.epoch = 0
@@ -121,13 +172,26 @@ class Sequence:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of KV held, full and draft."""
-        return self.full.nbytes + (self.draft.nbytes if self.draft is not None else 0)
+        """Bytes of KV held, full and draft, and of what is noted about it."""
+        return sum(x.nbytes for x in (self.full, self.draft, self.drawn, self.repeated) if x is not None)
+
+    def take_early(self, compressor: Compressor, columns: Rows[int]) -> Regions | None:
+        """The regions that prefill made for this compressor, once; None where there are none that still hold."""
+        early, self.early = self.early, None
+        if early is None or early.compressor is not compressor or early.pads != [row.pad for row in self.rows]:
+            return None
+        spare = [
+            column - row.pad - region.covered
+            for regions in early.regions
+            for row, column, region in zip(self.rows, columns, regions, strict=True)
+        ]
+        return early.regions if min(spare) >= 0 and max(spare) <= CHUNK else None
 
     def truncate(self, columns: int) -> None:
         """Forget every row's history from `columns` on."""
         for row in self.rows:
             row.truncate(columns)
+        self.early = None
         self.epoch += 1
         while self.crops and self.crops[-1][1] >= columns:
             self.crops.pop()
@@ -157,16 +221,17 @@ class Sequence:
 
     def fork(self, number: int, rows: Rows[int], columns: int) -> Sequence:
         """A new sequence of the given rows (repeats allowed), holding the first `columns` columns."""
-        made = Sequence(number, self.full.sites, len(rows))
-        made.full = self.full.select(rows, columns)
+        made = Sequence(number, self.full.select(rows, columns))
         made.regular, made.version, made.horizon = self.regular, self.version, self.horizon
         for new, old in zip(made.rows, (self.rows[r] for r in rows), strict=True):
             new.pad, new.offset, new.length = old.pad, old.offset, min(old.length, columns)
-            new.served = old.served
+            new.served, new.ids = old.served, old.ids[:columns]
         for layer, queries in enumerate(self.queries):
             if queries is not None:
                 counts = [queries.counts[r] for r in rows]
                 made.queries[layer] = Queries(queries.tensor[list(rows)], counts)
+        made.drawn = self.drawn.select(rows) if self.drawn is not None else None
+        made.repeated = self.repeated.select(rows) if self.repeated is not None else None
         return made
 
 
@@ -192,10 +257,16 @@ class SequenceTable:
         """By data pointer."""
         self._by_number: dict[int, Sequence] = {}
 
-    def create(self, sites: Rows[Site], batch: int) -> Sequence:
-        """A new, empty sequence. Sequences without live ghosts are released first."""
+    def create(
+        self, sites: Rows[Site], batch: int, columns: int = 0, device: torch.device = CPU, home: Home | None = None
+    ) -> Sequence:
+        """A new, empty sequence for `columns` columns, whose full KV lives at `home` (on the device where not given).
+
+        Sequences without live ghosts are released first.
+        """
         self.release_orphans()
-        made = Sequence(next(self._numbers), sites, batch)
+        taken = sum(held.full.nbytes for held in self._by_number.values() if held.full.resident)
+        made = Sequence(next(self._numbers), (home or Home()).make(sites, batch, columns, device, taken))
         self._by_number[made.number] = made
         return made
 

@@ -14,34 +14,25 @@ import torch
 from torch import Tensor
 
 from vericache_compile.compressors.base import Compressor
-from vericache_compile.plan import CapturedPlan, DecodePlan, Output, OutputRole, Roles
+from vericache_compile.compressors.facts import KINDS
+from vericache_compile.errors import PageLost
+from vericache_compile.plan import CapturedPlan, DecodePlan, Output, OutputRole, Roles, Tier
 from vericache_compile.runtime import rounds
 from vericache_compile.runtime.counts import Counts
+from vericache_compile.runtime.drawn import Drawn
 from vericache_compile.runtime.executor import WeightCasts, bind_weights
-from vericache_compile.runtime.sequences import Queries, Row, Sequence, SequenceTable
+from vericache_compile.runtime.recovery import Call, record, recover
+from vericache_compile.runtime.rotations import Rotations
+from vericache_compile.runtime.sequences import Early, Row, Sequence, SequenceTable
+from vericache_compile.runtime.slots import Ring
+from vericache_compile.runtime.store import Store
+from vericache_compile.runtime.tiers import Home, PagedKV
 from vericache_compile.runtime.timeline import Timeline
+from vericache_compile.runtime.told import Telling
 
 log = logging.getLogger(__name__)
 FEW = 1
 """Columns up to which Dynamo specialises a length, so that marking it dynamic would be in vain."""
-
-
-class Store:
-    """Takes each site's new queries, keys and values while a graph runs as captured."""
-
-    def __init__(self, sequence: Sequence, column: int, queries: int) -> None:
-        self.sequence, self.column, self.queries = sequence, column, queries
-
-    def append(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """q [B, H, T, D], k [B, K, T, D], v [B, K, T, E] of the tokens from `column` on."""
-        batch = k.shape[0]
-        columns = [self.column] * batch
-        self.sequence.full.append(layer, k, v, columns)
-        if self.sequence.draft is not None:
-            self.sequence.draft.layers[layer].write(k, v, columns)
-        if self.queries:
-            last = q[:, :, -self.queries :].clone()
-            self.sequence.queries[layer] = Queries(last, [last.shape[2]] * batch)
 
 
 @dataclass(frozen=True)
@@ -49,6 +40,11 @@ class Footprint:
     """KV bytes of the sequence that ran last."""
 
     full: int = 0
+    """Wherever it lives."""
+    resident: int = 0
+    """What of it lies in device memory for good."""
+    staging: int = 0
+    """The ring of device slots that the rest comes to."""
     draft: int = 0
     tokens: int = 0
     """Tokens held, over all rows."""
@@ -57,20 +53,33 @@ class Footprint:
 class Session:
     """Runs the graphs of one model under one configuration; safe to call from several threads."""
 
-    def __init__(self, table: SequenceTable, compressor: Compressor, casts: WeightCasts, lock: threading.RLock) -> None:
+    def __init__(
+        self,
+        table: SequenceTable,
+        compressor: Compressor,
+        casts: WeightCasts,
+        lock: threading.RLock,
+        home: Home | None = None,
+        ring: Ring | None = None,
+    ) -> None:
         self.table = table
         self.compressor = compressor
+        self.home = home or Home()
+        self.ring = ring or Ring()
         self.counts = Counts()
         self.casts = casts
         self.prefill_seconds = 0.0
         self.last: tuple[DecodePlan, list[Any]] | None = None
         """The last decode plan with its weights (other inputs are None), for `draft_alone`."""
         self.footprint = Footprint()
+        self.placement = ""
+        """Where the full KV of the sequence that ran last lives."""
         self._newest: weakref.ref[Sequence] | None = None
         self._timelines: dict[str, Timeline] = {}
         self._timeline: Timeline | None = None
         self._told = False
         self._lock = lock
+        self._rotations = Rotations()
 
     def trace_to(self, path: str | None) -> None:
         """Write calls and rounds down in this file from now on, or nowhere."""
@@ -86,7 +95,7 @@ class Session:
             if self._timeline is not None:
                 ran = [self.counts.latest[-1]] if self.counts.rounds > rounds_before else []
                 what = "decode" if isinstance(plan, DecodePlan) else "prefill, or as captured"
-                self._timeline.call(what, began, time.perf_counter() - began, ran)
+                self._timeline.call(what, began, time.perf_counter() - began, ran, self.counts.spans if ran else ())
             return made
 
     def run_captured(self, plan: CapturedPlan, inputs: Rows[Any]) -> list[Tensor]:
@@ -104,7 +113,7 @@ class Session:
         device = inputs[roles.tokens].device
         columns = 0
         if sequence is None:
-            sequence = self.table.create(plan.sites, batch)
+            sequence = self.table.create(plan.sites, batch, count, device, self.home)
         else:
             columns = _columns(plan, inputs)
             for row in sequence.rows:
@@ -113,15 +122,22 @@ class Session:
         draft, starts = sequence.draft, [columns] * batch
         if draft is not None and (not draft.valid(starts) or draft.room(starts) < count):
             sequence.draft = None
-        arguments = list(inputs)
-        for site in plan.sites:
-            if site.past is not None:
-                arguments[site.past[0]] = sequence.full.keys[site.layer][:, :, :columns]
-                arguments[site.past[1]] = sequence.full.values[site.layer][:, :, :columns]
-        made = plan.module(Store(sequence, columns, self.compressor.queries), *arguments)
         pads = self._padding(sequence, roles, inputs)
+        if "attention" in self.compressor.wants and (sequence.drawn is None or columns == 0):
+            sequence.drawn = None if columns else Drawn.empty(plan.sites, batch, device)
+        compresses = not columns and not sequence.full.resident and not self.compressor.wants & KINDS
+        sequence.early = Early(self.compressor, pads, []) if compresses else None
+        try:
+            made = plan.module(Store(sequence, columns, self.compressor.queries, pads), *inputs)
+        except PageLost as lost:
+            self._recover(sequence, lost)
+            made = plan.module(Store(sequence, columns, self.compressor.queries, pads), *inputs)
+        if sequence.full.tier is Tier.DISK:
+            record(sequence, plan, inputs, columns, count)
         for row, pad in zip(sequence.rows, pads, strict=True):
             row.length, row.pad = columns + count, pad
+        if "repeated" in self.compressor.wants or sequence.full.tier is Tier.DISK:
+            _note_tokens(sequence, inputs[roles.tokens], columns)
         self._note(sequence)
         self.prefill_seconds += time.perf_counter() - began
         return self._assemble(plan.outputs, list(made), sequence, columns + count, device, marked=True)
@@ -146,10 +162,47 @@ class Session:
                 if self.last is None or self.last[0] is not plan:
                     weights = set(roles.weights)
                     self.last = (plan, [x if i in weights else None for i, x in enumerate(inputs)])
-                rounds.run_round(sequence, plan, inputs, self.compressor, self.counts, self.casts)
+                sequence.decode = self.last
+                self._run_round(sequence)
                 self._note(sequence)
             made = self._take(sequence.rows)
             return self._assemble(plan.captured.outputs, made, sequence, columns + 1, tokens.device, marked=False)
+
+    def _run_round(self, sequence: Sequence, known: Tensor | None = None, counts: Counts | None = None) -> None:
+        """A round of a sequence that is being decoded; where a page of its full KV is lost, after that came back."""
+        assert sequence.decode is not None, "set by the decode call"
+        arguments = (
+            *sequence.decode,
+            self.compressor,
+            counts or self.counts,
+            self.casts,
+            self._rotations,
+            self.ring,
+            known,
+        )
+        try:
+            rounds.run_round(sequence, *arguments)
+        except PageLost as lost:
+            self._recover(sequence, lost)
+            rounds.run_round(sequence, *arguments)
+
+    def _recover(self, sequence: Sequence, lost: PageLost) -> None:
+        """Compute the sequence's full KV again, into host memory; raises `lost` where that cannot be done."""
+        full = sequence.full
+        assert isinstance(full, PagedKV), "pages are lost from files only"
+        replica = Sequence(-1, PagedKV(full.sites, full.batch, Tier.HOST, None, full.link))
+        replica.full.reserve(full.columns, full.device)
+        replica.decode = sequence.decode
+
+        def run_call(replica: Sequence, call: Call) -> None:
+            call.plan.module(Store(replica, call.column, 0, [row.pad for row in replica.rows]), *call.inputs)
+
+        def verify(replica: Sequence, tokens: Tensor) -> None:
+            if replica.decode is None:
+                raise lost
+            self._run_round(replica, tokens, Counts())
+
+        recover(sequence, lost, replica, run_call, verify)
 
     def _fed(
         self, plan: DecodePlan, inputs: Rows[Any], pads: list[int], columns: int
@@ -177,7 +230,9 @@ class Session:
     def _note(self, sequence: Sequence) -> None:
         draft = sequence.draft.nbytes if sequence.draft is not None else 0
         tokens = sum(row.length - row.pad for row in sequence.rows)
-        self.footprint = Footprint(sequence.full.nbytes, draft, tokens)
+        full = sequence.full
+        self.footprint = Footprint(full.nbytes, full.nbytes * full.resident, self.ring.nbytes, draft, tokens)
+        self.placement = str(full.tier)
         self._newest = weakref.ref(sequence)
 
     def _take(self, rows: list[Row]) -> list[Tensor]:
@@ -197,13 +252,14 @@ class Session:
     def _adopt(self, plan: CapturedPlan, inputs: Rows[Any]) -> Sequence:
         """A sequence over a copy of real cached data (a cache that an uncompiled model built)."""
         batch = inputs[plan.roles.tokens].shape[0]
-        sequence = self.table.create(plan.sites, batch)
-        columns = _columns(plan, inputs)
-        sequence.full.reserve(columns + 1, inputs[plan.roles.tokens].device)
+        columns, device = _columns(plan, inputs), inputs[plan.roles.tokens].device
+        sequence = self.table.create(plan.sites, batch, columns, device, self.home)
+        sequence.full.reserve(columns + 1, device)
         for site in plan.sites:
             assert site.past is not None, "a graph that attends to a cache at some sites only"
             keys, values = (inputs[i] for i in site.past)
             sequence.full.append(site.layer, keys, values, [0] * batch)
+            sequence.full.settle(site.layer, [columns] * batch)
         for row in sequence.rows:
             row.length = columns
         return sequence
@@ -264,8 +320,8 @@ class Session:
             assert sequence is not None, "a ghost was recognised and then was not"
             real = list(inputs)
             for i, place in places.items():
-                held = sequence.full.values if place % 2 else sequence.full.keys
-                real[i] = held[place // 2][:, :, : inputs[i].shape[2]].clone()
+                held = sequence.full.read(place // 2, 0, inputs[i].shape[2])
+                real[i] = held[place % 2].clone()
             return tuple(real)
 
     def draft_alone(self, sequence: Sequence, first: list[int], count: int) -> list[list[int]]:
@@ -273,15 +329,23 @@ class Session:
         assert self.last is not None, "no decode step has run yet"
         plan, inputs = self.last
         with self._lock, torch.no_grad():
-            device = sequence.full.keys[0].device
+            device = next(x for x in inputs if x is not None).device
             copy = sequence.fork(-1, range(len(sequence.rows)), min(row.length for row in sequence.rows))
             for row, token in zip(copy.rows, first, strict=True):
                 row.token = token
                 row.offset = 0 if plan.position_rule == "column" else -row.pad
             start = rounds.make_start(copy, device)
-            draft = rounds.prepare_draft(copy, start, self.compressor, count, Counts())
+            telling = Telling(copy, plan, inputs, self._rotations, self.compressor.wants)
+            draft = rounds.prepare_draft(copy, start, self.compressor, count, Counts(), telling)
             bound = bind_weights(plan.draft, inputs, self.casts)
             return rounds.draft_tokens(copy, draft, plan, bound, start, count)[:, 1:].tolist()
+
+
+def _note_tokens(sequence: Sequence, tokens: Tensor, columns: int) -> None:
+    """Note the tokens [B, T] at `columns` on, for rows whose tokens before are known."""
+    for row, ids in zip(sequence.rows, tokens.tolist(), strict=True):
+        if len(row.ids) >= columns:
+            row.ids[columns:] = ids
 
 
 def _columns(plan: CapturedPlan, inputs: Rows[Any]) -> int:

@@ -1,4 +1,5 @@
-"""A Chrome trace of real calls and rounds, for Perfetto or chrome://tracing: one track each for caller, draft, verify.
+"""A Chrome trace of real calls and rounds, for Perfetto or chrome://tracing: caller, draft, verify and link have
+a track each.
 
 The file is a whole JSON document after every call, so that a run that dies leaves one that loads. It holds times and
 counts, no tokens.
@@ -14,10 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vericache_compile.runtime.counts import Round
+from vericache_compile.runtime.counts import Round, Span
 
 log = logging.getLogger(__name__)
-TRACKS = ("caller", "compress", "draft", "verify")
+TRACKS = ("caller", "compress", "draft", "verify", "link")
 END = b"\n]\n"
 
 
@@ -30,8 +31,11 @@ class Timeline:
         self._failed = False
         self._lock = threading.Lock()
 
-    def call(self, what: str, began: float, seconds: float, rounds: Sequence[Round]) -> None:
-        """One call of the compiled model (seconds on `time.perf_counter`'s clock) and the rounds that it ran."""
+    def call(
+        self, what: str, began: float, seconds: float, rounds: Sequence[Round], spans: Sequence[Span] = ()
+    ) -> None:
+        """One call of the compiled model (seconds on `time.perf_counter`'s clock), the rounds that it ran, and what
+        they brought over the link."""
         events = [_span("caller", what, began, seconds, {"rounds": len(rounds)})]
         for each in rounds:
             counts = {"rows": each.rows, "drafted": each.drafted, "accepted": each.accepted}
@@ -41,6 +45,9 @@ class Timeline:
             events.append(_span("draft", f"draft: {label}", each.draft_began, each.draft_seconds, counts))
             verify_began = each.draft_began + each.draft_seconds
             events.append(_span("verify", f"verify: {label}", verify_began, each.verify_seconds, counts))
+        for span in spans:
+            moved = {"layer": span.layer, "bytes": span.nbytes}
+            events.append(_span("link", f"full KV of site {span.layer}", span.began, span.seconds, moved))
         self._append(events)
 
     def _append(self, events: list[dict[str, Any]]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+import triton_interpreter
 from models import plain_tokens_of
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -22,6 +23,12 @@ def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton kernels serve the CPU, in Triton's interpreter."""
+    triton_interpreter.use(monkeypatch)
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ from vericache_compile import ops
 from vericache_compile.passes import pipeline
 from vericache_compile.passes.evaluate import bind_symbols, concrete
 from vericache_compile.passes.program import Program, copy_module, example, placeholders, target_name
-from vericache_compile.plan import Output
+from vericache_compile.plan import Output, Staging
 from vericache_compile.runtime.executor import WeightCasts, bind_weights, execute
 
 PASSES = (*pipeline.FIND, *pipeline.decode_passes(inductor=False))
@@ -156,11 +156,14 @@ def toy_decode(
     return call
 
 
-def run_until(captured: Captured, last: str, batch: int = 1, window: int = 4, **more: Any) -> Program:
-    """A program that went through all passes up to the one named `last`."""
+def run_until(
+    captured: Captured, last: str, batch: int = 1, window: int = 4, staging: Staging | None = None, **more: Any
+) -> Program:
+    """A program that went through all passes up to the one named `last`; those of transfers with `staging`."""
     program = Program(copy_module(captured.module), batch, window, **more)
-    names = [getattr(each, "func", each).__name__ for each in PASSES]
-    pipeline.run(program, PASSES[: names.index(last) + 1])
+    passes = (*pipeline.FIND, *pipeline.decode_passes(inductor=False, staging=staging))
+    names = [getattr(each, "func", each).__name__ for each in passes]
+    pipeline.run(program, passes[: names.index(last) + 1])
     return program
 
 
@@ -240,14 +243,25 @@ def run_variant(program: Program, mode: str, captured: Captured, steps: Steps, w
 
 
 def run_segmented(program: Program, mode: str, captured: Captured, steps: Steps, window: int) -> tuple[Tensor, ...]:
-    """Run a segmented program with plain attention over the real cache; window 0 as in `run_variant`."""
+    """Run a segmented program with plain attention over the real cache; window 0 as in `run_variant`.
+
+    What it waits for is the real cache as well, and what it does not wait for it may not read.
+    """
     segmented = program.segmented[mode]
     real = with_sizes(program, captured.inputs, int(steps.lengths[0]))
 
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    class Cached:
+        def prefetch(self, layer: int) -> None:
+            pass
+
+        def wait(self, layer: int) -> tuple[Tensor, Tensor]:
+            keys, values = (real[i] for i in program.sites[layer].site.past)
+            return keys, values
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, *waited: Tensor) -> Tensor:
         site = program.sites[layer].site
-        past = [real[i] for i in site.past]
+        past = waited or [real[i] for i in site.past]
         return ops.attend(q, k, v, *past, steps.lengths, steps.pads, site.scale, layer)
 
     tokens, positions = (x[:window] if window else x[0] for x in (steps.tokens, steps.positions))
-    return execute(segmented, bind_weights(segmented, real, WeightCasts()), tokens, positions, attend)
+    return execute(segmented, bind_weights(segmented, real, WeightCasts()), tokens, positions, attend, Cached())

@@ -45,7 +45,9 @@ def logits_of(model: PreTrainedModel, switch: Switch, inputs: dict[str, Tensor],
 def use_drafter(monkeypatch: pytest.MonkeyPatch, guess: Callable[[Tensor, int], Tensor]) -> None:
     """Replace drafting: `guess(start tokens [B, 1], steps)` gives the drafted tokens [B, steps]."""
 
-    def draft_tokens(sequence: Any, draft: Any, plan: Any, bound: Any, start: rounds.Start, horizon: int) -> Tensor:
+    def draft_tokens(
+        sequence: Any, draft: Any, plan: Any, bound: Any, start: rounds.Start, horizon: int, coming: Any = None
+    ) -> Tensor:
         return torch.cat([start.tokens, guess(start.tokens, horizon)], dim=1)
 
     monkeypatch.setattr(rounds, "draft_tokens", draft_tokens)
@@ -99,6 +101,8 @@ def test_rows_are_bit_equal_on_smollm2(
     first = logits_of(smollm2, switch, inputs, 32, **CHOICES[0])
     for choice in (CHOICES[1], CHOICES[2], CHOICES[3], CHOICES[4]):
         assert torch.equal(first, logits_of(smollm2, switch, inputs, 32, **choice)), choice
+    for elsewhere in ({"placement": "host", "staging_mb": 8}, {"placement": "disk", "staging_mb": 2}):
+        assert torch.equal(first, logits_of(smollm2, switch, inputs, 32, **elsewhere)), elsewhere
     use_drafter(monkeypatch, random_guess(smollm2.config.vocab_size))
     assert torch.equal(first, logits_of(smollm2, switch, inputs, 32, **CHOICES[1])), "random guesses"
     use_drafter(monkeypatch, wrong_guess(smollm2.config.vocab_size, first))

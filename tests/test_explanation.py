@@ -70,7 +70,7 @@ def test_nothing_is_compiled_and_nothing_is_left_behind() -> None:
 def test_it_can_be_dumped(tmp_path: Path) -> None:
     explain(make_tiny("llama"), **make_prompt(7), options=OPTIONS | {"dump": str(tmp_path)})
     decode = sorted(tmp_path.iterdir())[-1]
-    assert (decode / "10_partition.py").exists()
+    assert (decode / "11_partition.py").exists()
     assert not (decode / "11_lower.py").exists()
 
 

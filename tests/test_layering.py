@@ -18,6 +18,8 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted(path for folder in ("vericache_compile", "passes", "runtime") for path in (ROOT / folder).rglob("*.py"))
 BOTH_HALVES = {"vericache_compile/backend.py"}
 AT_MODULE_LEVEL = {"torch", "vericache_compile"} | sys.stdlib_module_names
+TRITON_PROGRAMS = [path for path in FILES if path.stem.endswith("_triton")]
+"""Decorators need triton when such a file is imported; launches import it."""
 
 
 def name_of(path: Path) -> str:
@@ -77,9 +79,17 @@ def test_halves_do_not_know_each_other(path: Path) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_only_torch_is_imported_at_module_level(path: Path) -> None:
-    statements = run_at_import(ast.parse(path.read_text()).body)
+    statements = list(run_at_import(ast.parse(path.read_text()).body))
     found = {module.split(".")[0] for node in statements for module in modules_of(node)}
-    assert found <= AT_MODULE_LEVEL, "import it in the function that uses it"
+    assert found <= AT_MODULE_LEVEL | ({"triton"} if path in TRITON_PROGRAMS else set()), "import it where it is used"
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_triton_is_imported_by_launches_alone(path: Path) -> None:
+    statements = run_at_import(ast.parse(path.read_text()).body)
+    programs = {f"vericache_compile.kernels.{program.stem}" for program in TRITON_PROGRAMS}
+    assert path in TRITON_PROGRAMS or not programs & {module for node in statements for module in modules_of(node)}
+    assert programs, "the rule is about no file"
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
@@ -104,6 +114,14 @@ def test_these_checks_can_say_no(tmp_path: Path) -> None:
     assert imports_half(path, "runtime")
     assert imports_half(path, "passes")
     assert not imports_half(Path(__file__), "runtime")
+
+
+def test_importing_the_backend_imports_no_triton() -> None:
+    code = (
+        "import sys, vericache_compile.backend, vericache_compile.runtime.session, vericache_compile.ops;"
+        "sys.exit('vericache_compile.kernels.verify_attention_triton' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=120, check=False).returncode == 0
 
 
 def test_importing_the_package_imports_no_torch() -> None:

@@ -16,21 +16,26 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from vericache_compile import optimized_module
-from vericache_compile.config import Config, make_config
+from vericache_compile.config import AUTO, Config, make_config
 from vericache_compile.errors import UnsupportedGraph
 from vericache_compile.estimate import compressed_bytes
 from vericache_compile.kernels.block_attention import start_build, takes
+from vericache_compile.machine import bandwidths
 from vericache_compile.observers import make_observers
 from vericache_compile.passes.bind_scalars import scalar_inputs
 from vericache_compile.passes.pipeline import Observer, plan_capture
 from vericache_compile.passes.program import Compiled, batch_of
-from vericache_compile.plan import CapturedPlan, DecodePlan, Site
+from vericache_compile.plan import CapturedPlan, DecodePlan, Site, Staging, Tier
 from vericache_compile.runtime.executor import WeightCasts
 from vericache_compile.runtime.ghosts import can_spell
+from vericache_compile.runtime.planner import Machine, ring_bytes
 from vericache_compile.runtime.sequences import SequenceTable
 from vericache_compile.runtime.session import Session
+from vericache_compile.runtime.tiers import Home
+from vericache_compile.runtime.transfers import Link
 
 log = logging.getLogger("vericache_compile")
+MIB = 1 << 20
 ATTRIBUTE = "_vericache"
 """Where a model's state hangs: on the parameters that the caller's model holds."""
 
@@ -66,11 +71,16 @@ class ModelState:
     def compilation(self, config: Config) -> Compilation:
         """The compilation for a configuration, made on first use."""
         if config not in self.compilations:
-            session = Session(self.table, config.make_compressor(), self.casts, self.lock)
-            self.compilations[config] = Compilation(config, session, self.compiled)
+            self.compilations[config] = Compilation(config, self._session(config), self.compiled)
         self.latest = self.compilations[config]
         self.latest.session.trace_to(config.trace)  # no part of what makes configurations equal
         return self.latest
+
+    def _session(self, config: Config) -> Session:
+        tier = None if config.placement == AUTO else Tier(config.placement)
+        memory = None if config.device_memory_mb is None else int(config.device_memory_mb * MIB)
+        home = Home(tier, memory, config.kv_folder, Link(config.link_gbps))
+        return Session(self.table, config.make_compressor(), self.casts, self.lock, home)
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         """Saved with a parameter it becomes an empty dictionary, which `torch.load(weights_only=True)` reads."""
@@ -163,7 +173,8 @@ def _take(
             low = config.draft_dtype_on(inputs[parameters[0]].device)
             watching = first or make_observers(config, made.dumps_failed)
             window, inductor = config.window, config.inductor
-            plans[key] = plan_capture(gm, batch, window, inductor, made.compiled, values, low, watching)
+            staging = staging_of(config, inputs, parameters)
+            plans[key] = plan_capture(gm, batch, window, inductor, made.compiled, values, low, staging, watching)
         return plans[key]
 
     plan = plan_for(example_inputs, batch_of(example_inputs))
@@ -183,6 +194,24 @@ def _take(
         return session.run(chosen, inputs)
 
     return run
+
+
+def staging_of(config: Config, inputs: Sequence[Any], parameters: Sequence[int]) -> Staging | None:
+    """The ring for full KV as long as these inputs'; None where full KV is on the device for good.
+
+    As large as what comes over the link while a round drafts, where its size is not given.
+    """
+    weights = [inputs[i] for i in parameters]
+    device = weights[0].device
+    if not config.moves_on(device):
+        return None
+    columns = max((x.shape[2] for x in inputs if isinstance(x, Tensor) and x.dim() == 4), default=0) + config.window
+    if config.staging_mb is not None:
+        return Staging(int(config.staging_mb * MIB), columns)
+    found, low = bandwidths(device), config.draft_dtype_on(device)
+    reads = sum(weight.numel() * (weight.dtype if low is None else low).itemsize for weight in weights)
+    machine = Machine(0, found.memory_gbps, config.link_gbps or found.link_gbps)
+    return Staging(int(ring_bytes(reads, config.window, machine)), columns)
 
 
 def check_parameters(parameters: Sequence[int]) -> None:

@@ -1,4 +1,4 @@
-"""The `vericache` command: run, check, bench, explain, compressors, calibrate, plot, doctor.
+"""The `vericache` command: run, trace, check, bench, explain, plan, compressors, calibrate, plot, doctor.
 
 With --json, stdout holds exactly one JSON document; everything else goes to stderr. Exit codes: 0 all well,
 1 tokens differ or something needed is missing, 2 wrong input (three parts on stderr: found, where, fix).
@@ -16,8 +16,9 @@ from typing import Any
 import vericache_compile
 from vericache_compile.cli_calibrate import add_arguments as add_calibration
 from vericache_compile.cli_calibrate import calibrate
-from vericache_compile.cli_commands import bench, check, compressors, run
+from vericache_compile.cli_commands import bench, check, compressors, run, trace
 from vericache_compile.cli_explain import explain
+from vericache_compile.cli_plan import plan
 from vericache_compile.doctor import doctor
 from vericache_compile.errors import VericacheError
 from vericache_compile.plot import plot
@@ -64,6 +65,11 @@ def make_parser() -> argparse.ArgumentParser:
     made.add_argument("--check", action="store_true", help="then do what `vericache check` does")
     _finish(made, run)
 
+    made = commands.add_parser("trace", help="run, and write a Chrome trace of calls, rounds and transfers")
+    _add_model(made, max_new_tokens=64)
+    made.set_defaults(check=False)
+    _finish(made, trace)
+
     made = commands.add_parser("check", help="compare with plain generate; exit code 1 when tokens differ")
     _add_model(made, max_new_tokens=64)
     _finish(made, check)
@@ -89,6 +95,12 @@ def make_parser() -> argparse.ArgumentParser:
     _add_device(made)
     _add_options(made)
     _finish(made, explain)
+
+    made = commands.add_parser(
+        "plan", help="where full KV should live and what that gives, by arithmetic; runs nothing"
+    )
+    _add_plan(made)
+    _finish(made, plan)
 
     made = commands.add_parser("plot", help="draw a run's statistics: acceptance, tokens per round, time")
     made.add_argument("stats", metavar="STATS.json", help="what `vericache run --json` printed")
@@ -130,9 +142,26 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     options.add_argument("--window", type=int, metavar="W", help="tokens per verify pass, a power of two")
     options.add_argument("--draft-dtype", help="type that draft reads weights in: auto, same, bfloat16, float16, int8")
     options.add_argument("--no-inductor", dest="inductor", action="store_const", const=False, help="run eagerly")
+    options.add_argument("--placement", help="where full KV lives: auto, device, host, disk")
+    options.add_argument("--staging-mb", type=float, metavar="MIB", help="device memory for full KV that comes in")
+    options.add_argument("--kv-folder", metavar="DIR", help="where --placement disk makes its file")
     options.add_argument("--dump", metavar="DIR", help="write each graph after each pass to a folder of its own")
     options.add_argument("--trace", metavar="FILE", help="write a Chrome trace of calls and rounds")
     options.add_argument("--strict", action="store_const", const=True, help="raise instead of falling back")
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="demo", metavar="demo|PATH|HUB_ID", help="its config.json is enough")
+    parser.add_argument("--context", type=_positive, required=True, metavar="TOKENS", help="of each sequence")
+    parser.add_argument("--batch", type=_positive, default=1, help="sequences (default %(default)s)")
+    _add_device(parser)
+    machine = parser.add_argument_group("the machine", "Those not given are measured here, once.")
+    machine.add_argument("--device-memory", type=float, metavar="GB", help="memory of the device")
+    machine.add_argument("--memory-bandwidth", type=float, metavar="GB/s", help="of that memory")
+    machine.add_argument("--link-bandwidth", type=float, metavar="GB/s", help="from host memory to the device")
+    rate = "that verify confirms, of a window of W (default: 7/8 of W; `vericache run` says what it is on your text)"
+    parser.add_argument("--tokens-per-round", type=float, metavar="N", help=rate)
+    _add_options(parser)
 
 
 def _positive(text: str) -> int:

@@ -12,7 +12,10 @@ from typing import Any
 from vericache_compile.errors import VericacheError
 from vericache_compile.terminal import AnswerStream, format_bytes, format_rate, phase, print_columns, print_table
 
-OPTIONS = ("compressor", "keep", "bits", "window", "draft_dtype", "inductor", "strict", "dump", "trace")
+OPTIONS = (
+    *("compressor", "keep", "bits", "window", "draft_dtype", "placement", "staging_mb", "kv_folder"),
+    *("inductor", "strict", "dump", "trace"),
+)
 WARM_UP_TOKENS = 32
 
 
@@ -42,6 +45,14 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
         report = self_check(model, inputs, max_new_tokens=args.max_new_tokens, **options)
     print(report)
     return result | {"check": report.as_dict()}, 0 if report.identical else 1
+
+
+def trace(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
+    """As `run`, with a trace, in `vericache-trace.json` where no --trace is given."""
+    args.trace = args.trace or "vericache-trace.json"
+    result, code = run(args)
+    print(f"the trace is in {args.trace}: open it in https://ui.perfetto.dev or chrome://tracing", file=sys.stderr)
+    return {**result, "trace": args.trace}, code
 
 
 def check(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
@@ -137,14 +148,19 @@ def read_text(file: str, option: str) -> str:
     return text
 
 
+def model_path(args: argparse.Namespace) -> str:
+    """The folder or name that --model stands for; fetches the demo model where it is missing."""
+    from vericache_compile.demo_model import demo_model_path
+
+    return str(demo_model_path()) if args.model == "demo" else args.model
+
+
 def load(args: argparse.Namespace, companion: str = "AutoConfig") -> tuple[Any, Any]:
     """The model that the arguments name, and what a class of transformers reads beside it; raises VericacheError."""
     import torch
     import transformers
 
-    from vericache_compile.demo_model import demo_model_path
-
-    path = str(demo_model_path()) if args.model == "demo" else args.model
+    path = model_path(args)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         beside = getattr(transformers, companion).from_pretrained(path)

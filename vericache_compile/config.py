@@ -13,6 +13,7 @@ import torch
 from vericache_compile.compressors.base import Compressor
 from vericache_compile.compressors.spec import options_of, parse
 from vericache_compile.errors import OptionError
+from vericache_compile.plan import Tier
 
 MAX_WINDOW = 256
 PARAMETERS = ("keep", "bits")
@@ -44,6 +45,30 @@ class Config:
             "auto is int8 on the CPU and same elsewhere"
         },
     )
+    placement: str = field(
+        default=AUTO,
+        metadata={
+            "doc": "where full KV lives: device, host (memory outside the device), disk (a file); auto is device while "
+            "it fits, else host"
+        },
+    )
+    device_memory_mb: float | None = field(
+        default=None,
+        metadata={
+            "doc": "memory in MiB that auto may fill with full KV; else what is free on a GPU, all of it on a CPU"
+        },
+    )
+    staging_mb: float | None = field(
+        default=None,
+        metadata={"doc": "device memory for full KV that comes in from host or disk, in MiB; else as much as pays"},
+    )
+    link_gbps: float | None = field(
+        default=None,
+        metadata={"doc": "on the CPU: hold transfers back to so many gigabytes per second, to measure with"},
+    )
+    kv_folder: str | None = field(
+        default=None, metadata={"doc": "folder for the file of placement=disk; else the one for temporary files"}
+    )
     strict: bool = field(
         default=False, metadata={"doc": "raise where a graph is not taken instead of running it unchanged"}
     )
@@ -65,7 +90,12 @@ class Config:
             raise OptionError(
                 f"draft_dtype={self.draft_dtype!r}", WHERE, f"use one of {AUTO}, {', '.join(DRAFT_DTYPES)}"
             )
-        for name, kind in (("dump", "folder"), ("trace", "file")):
+        if self.placement not in (AUTO, *Tier):
+            raise OptionError(f"placement={self.placement!r}", WHERE, f"use one of {AUTO}, {', '.join(Tier)}")
+        for name in ("device_memory_mb", "staging_mb", "link_gbps"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise OptionError(f"{name}={value!r}", WHERE, "give a number above 0, or leave it out")
+        for name, kind in (("dump", "folder"), ("trace", "file"), ("kv_folder", "folder")):
             if (path := getattr(self, name)) is not None and not path.strip():
                 raise OptionError(f"{name}={path!r}", WHERE, f"name a {kind}, or leave it out")
         self.make_compressor()
@@ -76,6 +106,12 @@ class Config:
         if chosen == AUTO:
             chosen = "int8" if device.type == "cpu" else "same"
         return DRAFT_DTYPES[chosen]
+
+    def moves_on(self, device: torch.device) -> bool:
+        """Whether full KV of a model on this device may live elsewhere, so that graphs need transfers."""
+        if self.placement == AUTO:
+            return device.type != "cpu" or self.device_memory_mb is not None
+        return self.placement != Tier.DEVICE
 
     def make_compressor(self) -> Compressor:
         """The compression method with its parameters; raises OptionError for one that it does not take."""

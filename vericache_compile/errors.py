@@ -21,5 +21,13 @@ class GhostError(VericacheError, RuntimeError):
     """A cache tensor holds no data and names no sequence that is still held."""
 
 
+class PageLost(VericacheError, RuntimeError):
+    """A part of full KV that was written to a file does not come back as it was."""
+
+
+class TransferError(VericacheError, RuntimeError):
+    """Full KV could not be brought to the device."""
+
+
 class DemoModelError(VericacheError, RuntimeError):
     """The demo weights could not be fetched or converted."""

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vericache_compile.kernels.row_invariant_linear import is_row_invariant, row_invariant_linear
+
 
 @torch.library.custom_op("vericache::attend", mutates_args=())
 def attend(
@@ -74,13 +76,20 @@ torch.library.register_vmap("vericache::attend", _attend_window)
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """One GEMM over all leading axes: x [..., in], weight [out, in], bias [out] or None. Returns [..., out].
 
-    By oneDNN where it takes the weight: a row's bits then do not depend on where it stands among the others, nor on
-    what they hold (`tests/test_ops.py` tries it for many row counts).
+    By oneDNN on the CPU and a kernel of ours on a GPU, where they take the weight: a row's bits then do not depend on
+    where it stands among the others, nor on what they hold (`tests/test_ops.py` tries it for many row counts).
     """
+    if is_row_invariant(weight):
+        return row_invariant_linear(x, weight, bias)
     if has_onednn(weight):
         made: Tensor = torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
         return made
     return F.linear(x, weight, bias).contiguous()
+
+
+def keeps_rows_apart(weight: Tensor) -> bool:
+    """Whether `linear` gives a row the same bits wherever it stands, for a weight as it lies in memory."""
+    return has_onednn(weight) or is_row_invariant(weight)
 
 
 def has_onednn(weight: Tensor) -> bool:
@@ -107,7 +116,39 @@ def _linear_window(info, in_dims, x, weight, bias):  # type: ignore[no-untyped-d
 torch.library.register_vmap("vericache::linear", _linear_window)
 
 
+@torch.library.custom_op("vericache::prefetch", mutates_args=())
+def prefetch(lengths: Tensor, layer: int) -> Tensor:
+    """Ask for a site's full KV, columns [0, lengths) of each row, without waiting; asking twice is asking once.
+
+    Returns a ticket ([1], int64) for `wait`. Where the cache is an input of the graph, as here, there is nothing to do.
+    """
+    return torch.full((1,), layer, device=lengths.device)
+
+
+@prefetch.register_fake
+def _prefetch_fake(lengths, layer):  # type: ignore[no-untyped-def]
+    return lengths.new_empty((1,))
+
+
+@torch.library.custom_op("vericache::wait", mutates_args=())
+def wait(past: Tensor, ticket: Tensor, layer: int) -> Tensor:
+    """A site's keys or values [B, K, C, *] once they are there: attention reads what this returns, not `past`."""
+    assert ticket.item() == layer, f"site {layer} waits with the ticket of site {ticket.item()}"
+    return past.clone()
+
+
+@wait.register_fake
+def _wait_fake(past, ticket, layer):  # type: ignore[no-untyped-def]
+    return torch.empty_like(past)
+
+
 ATTEND = torch.ops.vericache.attend.default
 """The node target of a site."""
+PREFETCH = torch.ops.vericache.prefetch.default
+"""The node target of a request for a site's full KV."""
+WAIT = torch.ops.vericache.wait.default
+"""The node target of a wait for one side, keys or values, of a site's full KV."""
+OUTSIDE = (ATTEND, PREFETCH, WAIT)
+"""What runs between segments, not in them."""
 LINEAR = torch.ops.vericache.linear.default
 """The node target of a product with a weight."""

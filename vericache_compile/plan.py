@@ -43,6 +43,32 @@ class Site:
         return self.kv_heads * (self.head_size + self.value_size) * self.dtype.itemsize
 
 
+class Tier(StrEnum):
+    """Where full KV lives."""
+
+    DEVICE = "device"
+    HOST = "host"
+    DISK = "disk"
+
+
+@dataclass(frozen=True)
+class Staging:
+    """Device memory for full KV that comes in: a ring of slots, each for one site's full KV of all rows."""
+
+    nbytes: int
+    """What the ring may take; it never has less than one slot."""
+    columns: int
+    """Columns of a slot."""
+
+    def slot_bytes(self, sites: Sequence[Site], batch: int) -> int:
+        """Bytes of a slot: the largest site's full KV."""
+        return batch * self.columns * max(site.bytes_per_token for site in sites)
+
+    def slots(self, sites: Sequence[Site], batch: int) -> int:
+        """Slots of the ring: as many as there is room for, at least one, at most one per site."""
+        return min(max(self.nbytes // max(self.slot_bytes(sites, batch), 1), 1), len(sites))
+
+
 @dataclass(frozen=True)
 class Roles:
     """Which graph input is what (indices into the captured graph's inputs)."""
@@ -67,10 +93,24 @@ class OutputRole:
 
 
 @dataclass(frozen=True)
+class Rope:
+    """How a site's keys are rotated by position, as the captured graph computes it.
+
+    `module(x, positions, *weights)` gives keys [B, K, 1, D], in any order of the first three axes, from what they are
+    before, of as many elements; positions [B, 1].
+    """
+
+    module: GraphModule
+    weights: tuple[int, ...]
+    """Captured graph inputs that it reads."""
+
+
+@dataclass(frozen=True)
 class CapturedPlan:
     """A graph run as captured, on real KV, with every new key and value handed to the store.
 
-    `module(store, *inputs)` calls `store.append(layer, q, k, v)` at each site and returns the row outputs only.
+    `module(store, *inputs)` reads cached keys and values by `store.past(layer, side)`, calls
+    `store.append(layer, q, k, v)` at each site, and returns the row outputs only.
     """
 
     module: GraphModule
@@ -105,21 +145,38 @@ class Cast:
         return (groups / scale).round_().to(self.dtype), scale
 
 
+class Act(StrEnum):
+    """What a step of a segmented program does."""
+
+    RUN = "run"
+    """a compiled segment"""
+    ATTEND = "attend"
+    """one site's attention: reads q, k, v and, where it was waited for, that site's full keys and values"""
+    PREFETCH = "prefetch"
+    """ask for one site's full KV"""
+    WAIT = "wait"
+    """one side of one site's full KV, once it is there"""
+
+
 @dataclass(frozen=True)
 class Step:
-    """One step of a segmented program: a compiled segment, or (run is None) the attention of one site."""
+    """One step of a segmented program."""
 
+    act: Act
     run: Callable[[list[Tensor]], Sequence[Tensor]] | None
+    """The compiled segment of a RUN step."""
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     dead: tuple[int, ...]
     """Slots that nobody reads after this step."""
     layer: int = -1
+    side: int = 0
+    """What a WAIT step brings: 0 keys, 1 values."""
 
 
 @dataclass(frozen=True)
 class SegmentedProgram:
-    """A program cut at its attention sites; values live in numbered slots."""
+    """A program cut at its attention sites and transfers; values live in numbered slots."""
 
     mode: str
     steps: tuple[Step, ...]
@@ -150,3 +207,7 @@ class DecodePlan:
     """given | column | unpadded: where a token's position comes from."""
     position_limit: int | None
     """First position that the model cannot embed; None where there is no such limit."""
+    staging_bytes: int = 0
+    """Device memory for full KV that comes in from outside the device."""
+    rotations: tuple[Rope | None, ...] = ()
+    """Per site; None where keys are not rotated, or where it is not known how."""

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from models import Switch, make_prompt, make_tiny
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from vericache_compile import stats
@@ -45,15 +44,21 @@ def _full(layers: int, tokens: int) -> caches.FullKV:
     return full
 
 
-def _compress(method: KVSharer, full: caches.FullKV, columns: int, before: Any = None) -> caches.DraftKV:
-    queries: list[list[Tensor | None]] = [[None]] * len(full.sites)
-    return caches.compress(method, full, [0], [columns], queries, 8, before)
+def _compress(method: KVSharer, full: caches.FullKV, columns: int, room: int = 8) -> caches.DraftKV:
+    return caches.compress(method, full, [0], [columns], [[None]] * len(full.sites), room)
+
+
+def _extend(before: caches.DraftKV, full: caches.FullKV, begin: int, end: int) -> caches.DraftKV:
+    """With columns [begin, end) written to the tails first."""
+    for held, keys, values in zip(before.layers, full.keys, full.values, strict=True):
+        held.write(keys[:, :, begin:end], values[:, :, begin:end], [begin])
+    return caches.extend(before, full.sites, [0], [end], [[None]] * len(full.sites), 8)
 
 
 def test_a_borrower_reads_the_lenders_region_and_its_own_tail() -> None:
     full = _full(4, 160)
-    first = _compress(KVSharer(share=0.25), full, 60)
-    later = _compress(KVSharer(share=0.25), full, 150, first)
+    first = _compress(KVSharer(share=0.25), full, 60, room=100)
+    later = _extend(first, full, 60, 150)
     for draft, columns, covered in ((first, 60, 60), (later, 150, 118)):
         (mine, _, seen), (theirs, _, _) = (draft.layers[layer].read([columns]) for layer in (3, 2))
         assert seen.rights == (columns,)

@@ -81,7 +81,7 @@ def test_a_segment_that_attends(program_after: object) -> None:
     program: Program = program_after("partition")
     segment = program.segments["verify"][1]
     program.segments["verify"][1] = replace(segment, module=program.variants["verify"])
-    with pytest.raises(AssertionError, match=r"segment 1 of verify attends at \['attend'\]"):
+    with pytest.raises(AssertionError, match=r"segment 1 of verify holds \['attend'\]"):
         check(program, "partition")
 
 

@@ -18,7 +18,7 @@ from vericache_compile.compressors.snapkv import SnapKV
 from vericache_compile.compressors.streaming import Streaming
 from vericache_compile.plan import Site
 from vericache_compile.runtime.attention import BLOCK, Visible
-from vericache_compile.runtime.caches import EXACT, DraftKV, DraftLayer, FullKV, compress
+from vericache_compile.runtime.caches import EXACT, DraftKV, DraftLayer, FullKV, compress, extend
 
 Sites = Callable[..., list[Site]]
 Fill = Callable[..., None]
@@ -148,7 +148,7 @@ class Made:
     def extended(self, room: int) -> Made:
         """What the tails have gathered, compressed in."""
         queries = queries_of(self.full, self.draft.compressor)
-        draft = compress(self.draft.compressor, self.full, self.pads, self.columns, queries, room, before=self.draft)
+        draft = extend(self.draft, self.full.sites, self.pads, self.columns, queries, room)
         return Made(draft, self.full, self.pads, self.columns)
 
     def write(self, count: int) -> None:
@@ -338,5 +338,5 @@ def test_queries_that_were_never_seen_are_made_up_from_keys(make_draft: Callable
     made.draft = compress(made.draft.compressor, made.full, PADS, COLUMNS, unseen, 200)
     assert_reads_region_and_tail(made)
     made.write(180)
-    draft = compress(made.draft.compressor, made.full, PADS, made.columns, unseen, 50, before=made.draft)
+    draft = extend(made.draft, made.full.sites, PADS, made.columns, unseen, 50)
     assert_reads_region_and_tail(Made(draft, made.full, PADS, made.columns))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vericache_compile.plan import Cast, SegmentedProgram, Step
+from vericache_compile.plan import Act, Cast, SegmentedProgram, Step
 from vericache_compile.runtime.executor import WeightCasts, bind_weights, execute
 
 BFLOAT16 = Cast(torch.bfloat16)
@@ -31,9 +31,9 @@ def project(inputs: list[Tensor]) -> Sequence[Tensor]:
 
 def make_program(cast: Cast | None = None) -> SegmentedProgram:
     steps = (
-        Step(embed, (TOKENS, POSITIONS, WEIGHT), (Q, K, V), dead=(TOKENS, POSITIONS, WEIGHT)),
-        Step(None, (Q, K, V), (OUT,), dead=(Q, K, V), layer=3),
-        Step(project, (OUT,), (ROWS, NEXT), dead=(OUT,)),
+        Step(Act.RUN, embed, (TOKENS, POSITIONS, WEIGHT), (Q, K, V), dead=(TOKENS, POSITIONS, WEIGHT)),
+        Step(Act.ATTEND, None, (Q, K, V), (OUT,), dead=(Q, K, V), layer=3),
+        Step(Act.RUN, project, (OUT,), (ROWS, NEXT), dead=(OUT,)),
     )
     return SegmentedProgram("draft", steps, 9, TOKENS, POSITIONS, ((WEIGHT, 5, cast),), (NEXT, ROWS), 2)
 
@@ -84,7 +84,7 @@ def test_dead_values_are_freed_as_the_program_runs() -> None:
         made.append(weakref.ref(out))
         return (out,)
 
-    steps = tuple(Step(step, (i,), (i + 1,), dead=(i,) if i else ()) for i in range(4))
+    steps = tuple(Step(Act.RUN, step, (i,), (i + 1,), dead=(i,) if i else ()) for i in range(4))
     program = SegmentedProgram("draft", steps, 6, 0, 5, (), (4,), 1)
     (out,) = execute(program, [None] * 6, torch.zeros(1, 1), torch.zeros(1, 1), attend)
     assert out.item() == 4
@@ -92,14 +92,14 @@ def test_dead_values_are_freed_as_the_program_runs() -> None:
 
 
 def test_a_step_must_make_what_it_says() -> None:
-    steps = (Step(lambda inputs: (inputs[0],), (0,), (1, 2), dead=()),)
+    steps = (Step(Act.RUN, lambda inputs: (inputs[0],), (0,), (1, 2), dead=()),)
     program = SegmentedProgram("draft", steps, 4, 0, 3, (), (1,), 1)
     with pytest.raises(ValueError, match="zip"):
         execute(program, [None] * 4, torch.zeros(1, 1), torch.zeros(1, 1), attend)
 
 
 def test_a_freed_output_is_noticed() -> None:
-    steps = (Step(lambda inputs: (inputs[0],), (0,), (1,), dead=(1,)),)
+    steps = (Step(Act.RUN, lambda inputs: (inputs[0],), (0,), (1,), dead=(1,)),)
     program = SegmentedProgram("draft", steps, 4, 0, 3, (), (1,), 1)
     with pytest.raises(AssertionError, match="freed"):
         execute(program, [None] * 4, torch.zeros(1, 1), torch.zeros(1, 1), attend)

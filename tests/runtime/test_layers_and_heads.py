@@ -15,7 +15,7 @@ from vericache_compile.compressors.pyramidkv import PyramidKV
 from vericache_compile.compressors.spec import parse
 from vericache_compile.plan import Site
 from vericache_compile.runtime.attention import attend_compressed
-from vericache_compile.runtime.caches import DraftKV, FullKV, compress
+from vericache_compile.runtime.caches import DraftKV, FullKV, compress, extend
 
 Sites = Callable[..., list[Site]]
 Fill = Callable[..., None]
@@ -28,7 +28,9 @@ def make(method: Compressor, full: FullKV, columns: list[int], before: DraftKV |
         [torch.randn(s.heads, 32, s.head_size, generator=generator).to(s.dtype) for _ in range(full.batch)]
         for s in full.sites
     ]
-    return compress(method, full, PADS, columns, queries, 50, before)
+    if before is not None:
+        return extend(before, full.sites, PADS, columns, queries, 50)
+    return compress(method, full, PADS, columns, queries, 50)
 
 
 @pytest.fixture
@@ -80,8 +82,11 @@ def test_ragged_memory_is_what_heads_keep(full: FullKV) -> None:
 
 def test_ragged_regions_grow(full: FullKV) -> None:
     draft = make(AdaKV(keep=0.2), full, COLUMNS)
-    longer = make(AdaKV(keep=0.2), full, [column + 100 for column in COLUMNS], before=draft)
-    assert [region.covered for region in longer.layers[0].regions] == [268 + 100, 248 + 100, 83]
+    for held in draft.layers:
+        shape = (len(PADS), held.keys.shape[1], 50)
+        held.write(torch.ones(*shape, held.keys.shape[3]), torch.ones(*shape, held.values.shape[3]), COLUMNS)
+    longer = make(AdaKV(keep=0.2), full, [column + 50 for column in COLUMNS], before=draft)
+    assert [region.covered for region in longer.layers[0].regions] == [268 + 50, 248 + 50, 33]
 
 
 def test_a_site_has_its_layers_budget(full: FullKV) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vericache_compile.errors import GhostError
 from vericache_compile.plan import Site
+from vericache_compile.runtime.caches import FullKV
 from vericache_compile.runtime.sequences import Held, Queries, Row, Sequence, SequenceTable
 
 CPU = torch.device("cpu")
@@ -410,7 +411,7 @@ def test_a_copy_of_a_cropped_original_is_refused(world: World) -> None:
 
 @given(crops=st.lists(st.integers(0, 12), max_size=8), epoch=st.integers(0, 8), columns=st.integers(0, 12))
 def test_epochs_remember_every_cut(crops: list[int], epoch: int, columns: int) -> None:
-    sequence = Sequence(1, [], 1)
+    sequence = Sequence(1, FullKV([], 1))
     for kept in crops:
         sequence.rows[0].length = 12
         sequence.truncate(kept)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vericache_compile.compressors.dense import check_count
+from vericache_compile.compressors.packed import PackedSide
 from vericache_compile.compressors.quantizer import Codes, Quantizer, channel_group, pack, unpack
 from vericache_compile.errors import OptionError
 
@@ -69,6 +70,15 @@ class Kivi(Quantizer):
     def dequantize(self, keys: Codes, values: Codes) -> tuple[Tensor, Tensor]:
         """Keys [K, S, D] and values [K, S, Dv] from their codes."""
         return dequantize_keys(*Quantized(*keys), self.bits), dequantize_values(*Quantized(*values), self.bits)
+
+    def packed(self, keys: Codes, values: Codes) -> tuple[PackedSide, PackedSide]:
+        """Keys with a scale per channel of a group, values with a scale per group of a token's channels."""
+        k, v = Quantized(*keys), Quantized(*values)
+        tokens, size = v.scale.shape[1], v.packed.shape[3]
+        return (
+            PackedSide(*k, tokens, k.packed.shape[3], self.bits, self.group, 0),
+            PackedSide(*v, tokens, size, self.bits, self.group, size // v.scale.shape[2]),
+        )
 
 
 def quantize_keys(keys: Tensor, bits: int, group: int) -> Quantized:

@@ -32,6 +32,16 @@ class PerLayer(Compressor):
         """The most that one of the methods reads."""
         return max(method.queries for _, method in self.entries)
 
+    @property
+    def wants(self) -> frozenset[str]:
+        """What any of the methods wants."""
+        return frozenset(self.needs).union(*(method.wants for _, method in self.entries))
+
+    @property
+    def refresh(self) -> int:  # type: ignore[override]
+        """All sites are compressed anew when the most restless of the methods asks for it."""
+        return min((method.refresh for _, method in self.entries if method.refresh), default=0)
+
     def for_layer(self, layer: int, layers: int) -> Compressor:
         """The method of site `layer` of `layers`."""
         chosen = next(method for sites, method in self.entries if sites is None or layer in sites)

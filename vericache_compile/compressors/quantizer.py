@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from vericache_compile.compressors.base import CompressedKV, Compressor
+from vericache_compile.compressors.packed import PackedSide
 
 Codes = tuple[Tensor, ...]
 """Tensors that hold one side, codes and scales: the first dimension is the KV head, the second grows with the tokens.
@@ -38,6 +39,11 @@ class QuantizedKV(CompressedKV):
     def nbytes(self) -> int:
         """Bytes allocated for codes and scales."""
         return sum(part.nbytes for part in (*self.keys, *self.values))
+
+    @property
+    def packed(self) -> tuple[PackedSide, PackedSide] | None:
+        """Keys and values as a kernel can read them, where the method has such a form."""
+        return self.method.packed(self.keys, self.values)
 
     def materialize(self) -> tuple[Tensor, Tensor]:
         """Keys [K, covered, D] and values [K, covered, Dv], dequantised anew at each call."""
@@ -76,6 +82,10 @@ class Quantizer(Compressor):
     @abstractmethod
     def dequantize(self, keys: Codes, values: Codes) -> tuple[Tensor, Tensor]:
         """Keys [K, S, D] and values [K, S, Dv], in the dtype of the cache, from their codes."""
+
+    def packed(self, keys: Codes, values: Codes) -> tuple[PackedSide, PackedSide] | None:
+        """Both sides as a kernel can read them; None where no kernel knows the form."""
+        return None
 
     def compress(self, keys: Tensor, values: Tensor, queries: Tensor | None) -> QuantizedKV:
         """Compress keys [K, S, D] and values [K, S, Dv]; queries are not read.

@@ -1,0 +1,137 @@
+"""One draft step with its lengths on the device: launched, or replayed as one CUDA graph, H times without a host wait.
+
+Tokens, positions and columns lie at fixed places; a step reads them, writes its token behind the last one and moves
+them on. Where a row's tail ends is read from them by the kernels, so the launches of all steps are the same.
+
+Shapes: B batch, K KV heads, H drafted tokens, D head size, E value head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vericache_compile.kernels import launch
+from vericache_compile.kernels.draft_attention import Region, draft_attention, region_lefts
+from vericache_compile.plan import Act, DecodePlan
+from vericache_compile.runtime.attention import Visible, attend_compressed
+from vericache_compile.runtime.caches import DraftKV, DraftLayer
+from vericache_compile.runtime.capture import Captured
+from vericache_compile.runtime.executor import Incoming, execute
+
+Bound = list[Tensor | None]
+"""Slots of the draft program with its weights in place."""
+
+
+def serves(device: torch.device, plan: DecodePlan, draft: DraftKV) -> bool:
+    """Whether draft steps run with their lengths on the device: where kernels read lengths there, and no region
+    chooses by the query what is read."""
+    if any(region.selects for layer in draft.layers for region in layer.regions):
+        return False
+    return all(launch.takes(device, site.dtype) for site in plan.captured.sites)
+
+
+def step_of(draft: DraftKV, plan: DecodePlan, bound: Bound, batch: int, horizon: int) -> DraftStep:
+    """The step over a draft cache's buffers, made anew when what it reads has moved."""
+    held = draft.step
+    if held is None or not held.fits(plan, bound, horizon):
+        held = draft.step = DraftStep(draft.layers, plan, bound, batch, max(plan.window, horizon + 1))
+    return held
+
+
+class DraftStep:
+    """The buffers of a step, and the step."""
+
+    def __init__(self, layers: Sequence[DraftLayer], plan: DecodePlan, bound: Bound, batch: int, capacity: int) -> None:
+        device = layers[0].keys.device
+        self.layers, self.plan, self.bound = layers, plan, bound
+        with torch.inference_mode(False):
+            self.tokens, self.first, self.positions = torch.zeros((3, batch, 1), dtype=torch.int64, device=device)
+            self.columns = torch.zeros(batch, dtype=torch.int64, device=device)
+            self.forced = torch.zeros((batch, 1), dtype=torch.bool, device=device)
+            self.drafted = torch.zeros((capacity, batch), dtype=torch.int64, device=device)
+            self.place = torch.zeros(1, dtype=torch.int64, device=device)
+            starts = torch.tensor([layer.starts for layer in layers], device=device)
+            self.sites = [_Site(layer, own) for layer, own in zip(layers, starts, strict=True)]
+        self._step = Captured(self._launch, device)
+
+    def fits(self, plan: DecodePlan, bound: Bound, horizon: int) -> bool:
+        """Whether this is a step of that plan, with those weights, and has room for so many tokens."""
+        return self.plan is plan and horizon < self.drafted.shape[0] and _places(bound) == _places(self.bound)
+
+    def draft(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        columns: Tensor,
+        forced: Tensor,
+        horizon: int,
+        coming: Incoming | None = None,
+    ) -> Tensor:
+        """Greedy tokens [B, 1 + horizon] from tokens and positions [B, 1] at columns [B]; forced rows [B, 1] repeat.
+
+        Transfers are no part of a recording: what the program's first step asks for is asked for before it.
+        """
+        for held, given in (
+            (self.tokens, tokens),
+            (self.first, tokens),
+            (self.positions, positions),
+            (self.columns, columns),
+            (self.forced, forced),
+        ):
+            held.copy_(given)
+        self.place.zero_()
+        self.drafted[:1].copy_(tokens.t())
+        for asked in (step for step in self.plan.draft.steps if step.act is Act.PREFETCH):
+            if horizon and coming is not None:
+                coming.prefetch(asked.layer)
+        for _ in range(horizon):
+            self._step()
+        return self.drafted[: horizon + 1].t().contiguous()
+
+    def _launch(self) -> None:
+        limit = self.plan.position_limit
+        positions = self.positions if limit is None else self.positions.clamp(max=limit - 1)
+        (token,) = execute(self.plan.draft, self.bound, self.tokens, positions, self._attend)
+        self.tokens.copy_(torch.where(self.forced, self.first, token))
+        self.place += 1
+        self.drafted.index_copy_(0, self.place, self.tokens.t())
+        self.positions += 1
+        self.columns += 1
+
+    def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        site = self.sites[layer]
+        tails = self.columns - site.starts
+        site.layer.write_at(k, v, tails)
+        return site.attend(q, tails, self.plan.captured.sites[layer].scale)
+
+
+class _Site:
+    """One site's draft cache, with what its attention reads besides on the device."""
+
+    def __init__(self, layer: DraftLayer, starts: Tensor) -> None:
+        """Starts [B] are the columns at which tails start."""
+        self.layer, self.starts = layer, starts
+        regions = [region.packed for region in layer.regions] if layer.packed else []
+        self.regions: list[Region] = [region for region in regions if region is not None]
+        if len(self.regions) < len(regions):
+            self.regions = []
+        heads = layer.keys.shape[1]
+        lefts = region_lefts(self.regions, heads) if self.regions else layer.lefts
+        self.lefts = torch.tensor(lefts, device=starts.device)
+
+    def attend(self, q: Tensor, tails: Tensor, scale: float) -> Tensor:
+        """q [B, H, 1, D] over region and tail, whose newest token is at place tails[b]. Returns [B, H, 1, E]."""
+        layer = self.layer
+        if launch.serves(q):
+            if self.regions:
+                return draft_attention(q, layer.keys, layer.values, tails, self.lefts, scale, self.regions)
+            return draft_attention(q, *layer.read_whole(), tails + layer.slots, self.lefts, scale)
+        rights = tuple((tails + (layer.slots + 1)).tolist())
+        return attend_compressed(q, *layer.read_whole(), Visible(layer.lefts, rights), scale, {})
+
+
+def _places(bound: Bound) -> list[int | None]:
+    return [None if tensor is None else tensor.data_ptr() for tensor in bound]

@@ -1,0 +1,54 @@
+"""Whether drafting pays for a sequence: measured on its own rounds, turned off while it does not, tried again later.
+
+Verify's shape does not depend on what was drafted, so neither do rows: a round without drafts is one verified token.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import NamedTuple
+
+ROUNDS = 8
+"""Rounds of drafting that are looked at, and that must have been seen before it is turned off."""
+REST = 64
+"""Rounds without drafts before drafting is tried again."""
+MARGIN = 1.05
+"""How much faster verifying alone must be."""
+
+
+class Seen(NamedTuple):
+    """One round with drafts."""
+
+    drafted: int
+    kept: float
+    """Rows kept, averaged over the batch."""
+    draft_seconds: float
+    verify_seconds: float
+
+
+class Pace:
+    """The latest rounds of one sequence."""
+
+    def __init__(self) -> None:
+        self.seen: deque[Seen] = deque(maxlen=ROUNDS)
+        self.resting = 0
+        """Rounds still to come without drafts."""
+        self.rested = 0
+        """Rounds that went without."""
+
+    def note(self, seen: Seen) -> None:
+        """Count one round."""
+        if self.resting:
+            self.resting -= 1
+            self.rested += 1
+        elif seen.drafted:
+            self.seen.append(seen)
+            if len(self.seen) == ROUNDS and not self.pays():
+                self.resting = REST
+                self.seen.clear()
+
+    def pays(self) -> bool:
+        """Whether rounds with drafts gave rows as fast as verifying them one by one would have, within MARGIN."""
+        drafting = sum(each.draft_seconds + each.verify_seconds for each in self.seen)
+        alone = min(each.verify_seconds for each in self.seen) * sum(each.kept for each in self.seen)
+        return drafting <= MARGIN * alone

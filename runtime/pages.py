@@ -1,0 +1,133 @@
+"""Pages of full KV outside device memory: a run of columns of one row at one site, in host memory or in a file.
+
+A file page carries a checksum; what does not match is lost, never read. Files are written and read by position, not
+mapped: an unreadable or cut-off mapping ends the process, an unreadable file raises.
+
+Shapes: K KV heads, P columns of a page, D head size, E value head size.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import IO
+
+import torch
+from torch import Tensor
+
+from vericache_compile.errors import PageLost, VericacheError
+from vericache_compile.plan import Site
+
+GROWTH = 64 << 20
+"""Bytes by which a file of pages grows."""
+REPAIR = "check the disk, or keep full KV elsewhere (placement='host'), and run the prompt again"
+
+
+@dataclass
+class HostPage:
+    """Keys [K, P, D] and values [K, P, E] in host memory."""
+
+    keys: Tensor
+    values: Tensor
+    shared: bool = False
+    """Whether another sequence reads it too: then it is copied before it is written."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both."""
+        return self.keys.nbytes + self.values.nbytes
+
+
+@dataclass
+class FilePage:
+    """Keys and values of a page in a file, one after the other."""
+
+    file: PageFile
+    place: int
+    """Which of the file's places for pages."""
+    checksum: int
+
+    def __post_init__(self) -> None:
+        weakref.finalize(self, self.file.free.append, self.place).atexit = False
+
+    def read(self, buffer: Tensor) -> None:
+        """Fill buffer (uint8, a page long); raises PageLost where the file does not give back what was written."""
+        self.file.read(self.place, self.checksum, buffer)
+
+
+def host_pages(site: Site, columns: int, count: int, pinned: bool) -> list[HostPage]:
+    """`count` pages of `columns` columns in one allocation, zeroed."""
+    with torch.inference_mode(False):
+        shape = (count, site.kv_heads, columns)
+        keys, values = (
+            torch.zeros((*shape, size), dtype=site.dtype, pin_memory=pinned)
+            for size in (site.head_size, site.value_size)
+        )
+    return [HostPage(keys[i], values[i]) for i in range(count)]
+
+
+def sides(flat: Tensor, site: Site, *shape: int) -> tuple[Tensor, Tensor]:
+    """Keys [*shape, D] and values [*shape, E] that lie one after the other at the start of flat (uint8)."""
+    count, width = math.prod(shape), site.dtype.itemsize
+    ends = (count * site.head_size * width, count * (site.head_size + site.value_size) * width)
+    keys, values = flat[: ends[0]].view(site.dtype), flat[ends[0] : ends[1]].view(site.dtype)
+    return keys.view(*shape, site.head_size), values.view(*shape, site.value_size)
+
+
+class PageFile:
+    """A file without a name, of places for pages of one size; it is gone when nobody has it open, whatever happens."""
+
+    def __init__(self, folder: str | None, page_bytes: int) -> None:
+        self.page_bytes = page_bytes
+        self.free: list[int] = []
+        self._places = 0
+        self.where = folder or tempfile.gettempdir()
+        try:
+            self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - open as long as it is used
+        except OSError as error:
+            fix = "name a folder that can be written to with kv_folder"
+            raise VericacheError(f"no file for KV pages: {error.strerror}", self.where, fix) from error
+
+    def write(self, data: Tensor) -> FilePage:
+        """Write one page (uint8); raises OSError where the disk is full."""
+        if not self.free:
+            self._grow()
+        place = self.free.pop()
+        view = memoryview(data.numpy())  # type: ignore[arg-type]
+        written = 0
+        while written < self.page_bytes:
+            written += os.pwrite(self._file.fileno(), view[written:], place * self.page_bytes + written)
+        return FilePage(self, place, _checksum(view))
+
+    def _grow(self) -> None:
+        """More places, their room on the disk taken at once, so that a full disk shows here."""
+        count = max(GROWTH // self.page_bytes, 1)
+        os.posix_fallocate(self._file.fileno(), self._places * self.page_bytes, count * self.page_bytes)
+        self.free += range(self._places + count - 1, self._places - 1, -1)
+        self._places += count
+
+    def read(self, place: int, checksum: int, buffer: Tensor) -> None:
+        """Read one page into buffer (uint8); raises PageLost."""
+        view = memoryview(buffer.numpy())  # type: ignore[arg-type]
+        try:
+            got = sum(self._pieces(view, place * self.page_bytes))
+        except OSError as error:
+            raise PageLost(f"a page of KV cannot be read: {error.strerror}", self.where, REPAIR) from error
+        if got < self.page_bytes or _checksum(view) != checksum:
+            raise PageLost("a page of KV is not what was written", self.where, REPAIR)
+
+    def _pieces(self, view: memoryview, at: int) -> Iterator[int]:
+        done = 0
+        while done < len(view) and (count := os.preadv(self._file.fileno(), [view[done:]], at + done)):
+            done += count
+            yield count
+
+
+def _checksum(data: memoryview) -> int:
+    import xxhash
+
+    return xxhash.xxh3_64_intdigest(data)

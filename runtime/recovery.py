@@ -1,0 +1,93 @@
+"""Compute a sequence's full KV again from its tokens, after a page of it was lost.
+
+Calls that ran as captured run again as they did; what rounds verified is verified again, whole windows at a time. Rows
+do not depend on where they stand in a window, so the bits come out as they were.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vericache_compile.errors import PageLost
+from vericache_compile.plan import CapturedPlan
+from vericache_compile.runtime.sequences import Sequence
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call that ran as captured: `count` columns from `column` on."""
+
+    plan: CapturedPlan
+    inputs: list[Any]
+    """Cache tensors as shapes without data."""
+    column: int
+    count: int
+
+
+def record(sequence: Sequence, plan: CapturedPlan, inputs: Rows[Any], column: int, count: int) -> None:
+    """Remember a call, so that it can run again."""
+    kept = list(inputs)
+    for site in plan.sites:
+        for index in site.past or ():
+            kept[index] = inputs[index].new_zeros(()).expand(inputs[index].shape)
+    sequence.calls = [call for call in sequence.calls if call.column < column]
+    sequence.calls.append(Call(plan, kept, column, count))
+
+
+def recover(
+    sequence: Sequence,
+    lost: PageLost,
+    replica: Sequence,
+    run_call: Callable[[Sequence, Call], None],
+    verify: Callable[[Sequence, Tensor], None],
+) -> None:
+    """Fill `replica`'s full KV, and give it to the sequence; raises `lost` where the tokens are not known.
+
+    `run_call` runs a recorded call on the replica; `verify` runs a round on it in which these tokens [B, n] stand for
+    what would have been drafted.
+    """
+    begun = bool(sequence.calls) and sequence.calls[0].column == 0
+    if not begun or any(row.length > len(row.ids) for row in sequence.rows):
+        raise lost
+    log.warning(
+        "vericache: full KV is computed again from its tokens: %s\n  where: %s\n  fix: check the disk; until the "
+        "sequence ends its full KV stays in host memory",
+        lost.found,
+        lost.where,
+    )
+    for call in sequence.calls:
+        _verify_up_to(sequence, replica, call.column, verify)
+        run_call(replica, call)
+        for row in replica.rows:
+            row.length = call.column + call.count
+    _verify_up_to(sequence, replica, max(row.length for row in sequence.rows), verify)
+    sequence.full, sequence.draft, sequence.early = replica.full, None, None
+
+
+def _verify_up_to(
+    sequence: Sequence, replica: Sequence, column: int, verify: Callable[[Sequence, Tensor], None]
+) -> None:
+    """Verify the tokens of all rows up to `column`, or to their end."""
+    ends = [min(column, row.length) for row in sequence.rows]
+    for row, known in zip(replica.rows, sequence.rows, strict=True):
+        row.pad, row.offset = known.pad, known.offset
+    while any(row.length < end for row, end in zip(replica.rows, ends, strict=True)):
+        ahead = []
+        for row, known, end in zip(replica.rows, sequence.rows, ends, strict=True):
+            own = known.ids[row.length : end]
+            row.token = own[0] if own else None
+            ahead.append(own)
+        longest = max(map(len, ahead))
+        verify(replica, torch.tensor([own + [0] * (longest - len(own)) for own in ahead]))
+        for row, end in zip(replica.rows, ends, strict=True):
+            row.held.clear()
+            row.length = min(row.length, end)

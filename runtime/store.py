@@ -1,0 +1,55 @@
+"""What a graph that runs as captured hands its keys and values to, and gets those before them from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Rows
+
+import torch
+from torch import Tensor
+
+from vericache_compile.runtime.caches import Columns, compress_site
+from vericache_compile.runtime.sequences import Early, Queries, Sequence
+
+
+class Store:
+    """Takes each site's new queries, keys and values while a graph runs as captured, and gives it those before."""
+
+    def __init__(self, sequence: Sequence, column: int, queries: int, pads: Rows[int]) -> None:
+        self.sequence, self.column, self.queries, self.pads = sequence, column, queries, pads
+        self._past: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def past(self, layer: int, side: int) -> Tensor:
+        """The keys (side 0) or values [B, K, column, *] before `column`; one site's are on the device at a time."""
+        if layer not in self._past:
+            self._past.clear()
+            self._past[layer] = self.sequence.full.read(layer, 0, self.column)
+        return self._past[layer][side]
+
+    def append(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """q [B, H, T, D], k [B, K, T, D], v [B, K, T, E] of the tokens from `column` on."""
+        batch = k.shape[0]
+        columns = [self.column] * batch
+        full = self.sequence.full
+        full.append(layer, k, v, columns)
+        full.settle(layer, [self.column + k.shape[2]] * batch)
+        if self.sequence.draft is not None:
+            self.sequence.draft.layers[layer].write(k, v, columns)
+        if self.queries:
+            last = q[:, :, -self.queries :].clone()
+            self.sequence.queries[layer] = Queries(last, [last.shape[2]] * batch)
+        if self.sequence.drawn is not None:
+            keys = torch.cat([self.past(layer, 0), k], dim=2) if self.column else k
+            for b, pad in enumerate(self.pads):
+                self.sequence.drawn.add(layer, b, q[b], keys[b], pad)
+        if self.sequence.early is not None:
+            self._compress(self.sequence.early, layer, k, v)
+
+    def _compress(self, early: Early, layer: int, k: Tensor, v: Tensor) -> None:
+        """Compress a site while its keys and values are on the device anyway."""
+        sites, held = self.sequence.full.sites, self.sequence.queries[layer]
+        own = early.compressor.for_layer(layer, len(sites))
+        spans = [(pad, k.shape[2]) for pad in early.pads]
+        asked = [None if held is None else held.row(b) for b in range(k.shape[0])]
+        early.regions.append(
+            compress_site(own, Columns(k, v, [0] * k.shape[0]), sites[layer], spans, asked, early.regions)
+        )

@@ -1,0 +1,242 @@
+"""Full KV that lives outside device memory, in pages: `PagedKV` has the interface of `FullKV` and gives the same bits.
+
+Pages are allocated as they are written, never moved, and shared with forks until one of the two writes. On the disk
+tier a page moves to a file once all its columns are verified; what is being written stays in host memory.
+
+Shapes: B batch, K KV heads, P columns of a page, T tokens, D head size, E value head size.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from vericache_compile.kernels.block_attention import BLOCK
+from vericache_compile.plan import Site, Tier
+from vericache_compile.runtime.caches import GROWTH, FullKV
+from vericache_compile.runtime.pages import FilePage, HostPage, PageFile, host_pages, sides
+from vericache_compile.runtime.transfers import Link
+
+log = logging.getLogger(__name__)
+CHUNK_BYTES = 1 << 20
+"""A page on a machine with an accelerator holds about this much of one head: one copy over the link."""
+Page = HostPage | FilePage
+
+
+@dataclass(frozen=True)
+class Home:
+    """The place that new sequences' full KV goes to."""
+
+    tier: Tier | None = Tier.DEVICE
+    """None: the device while there is room, else host memory."""
+    device_bytes: int | None = None
+    """Room for full KV on the device; None for what is free there (on the CPU: as much as is wanted)."""
+    folder: str | None = None
+    """Of the disk tier: where its file is made; None for the system's folder for temporary files."""
+    link: Link | None = None
+    """What brings pages to the device; None on the device tier."""
+
+    def make(self, sites: Sequence[Site], batch: int, columns: int, device: torch.device, taken: int = 0) -> FullKV:
+        """An empty cache for so many columns; `taken` is what other sequences' full KV takes of the room."""
+        tier = self.tier
+        if tier is None:
+            wanted = batch * (columns + GROWTH) * sum(site.bytes_per_token for site in sites)
+            room = self._free(device) if self.device_bytes is None else self.device_bytes - taken
+            tier = Tier.DEVICE if room is None or wanted <= room else Tier.HOST
+        if tier is Tier.DEVICE:
+            return FullKV(sites, batch)
+        assert self.link is not None, "a tier outside the device needs a link"
+        return PagedKV(sites, batch, tier, self.folder, self.link)
+
+    @staticmethod
+    def _free(device: torch.device) -> int | None:
+        """Bytes of device memory that are free; torch's own cache of freed blocks counts as free."""
+        if device.type != "cuda":
+            return None
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + cached
+
+
+class PagedKV(FullKV):
+    """Every key and value of a sequence, in pages outside device memory."""
+
+    def __init__(self, sites: Sequence[Site], batch: int, tier: Tier, folder: str | None, link: Link) -> None:
+        super().__init__(sites, batch)
+        self.tier, self.folder, self.link = tier, folder, link
+        self.device = torch.device("cpu")
+        self.page = 0
+        """Columns of a page: a multiple of BLOCK; 0 until the first columns are reserved."""
+        self.pages: list[list[list[Page]]] = [[[] for _ in range(batch)] for _ in sites]
+        self._files: dict[int, PageFile] = {}
+        """By bytes of a page; sites of one shape share a file."""
+        self._full_disk = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of pages, in host memory and in files; none of them on the device."""
+        return sum(self._page_bytes(layer) * sum(map(len, rows)) for layer, rows in enumerate(self.pages))
+
+    def _page_bytes(self, layer: int) -> int:
+        return self.page * self.sites[layer].bytes_per_token
+
+    def reserve(self, columns: int, device: torch.device) -> None:
+        """Say how many columns may be written; pages come as they are written to."""
+        self.device = device
+        if not self.page:
+            self.page = _page_columns(columns, self.sites, device)
+        if columns > self.columns:
+            self.columns = -(-(columns + (GROWTH if self.columns else BLOCK)) // BLOCK) * BLOCK
+
+    def append(self, layer: int, k: Tensor, v: Tensor, columns: Sequence[int]) -> None:
+        """Write k [B, K, T, D] and v [B, K, T, E] from column columns[b] on."""
+        with self.link.outgoing(k, v):
+            for b, column in enumerate(columns):
+                for index, own, there in _cut(column, column + k.shape[2], self.page):
+                    page = self._writable(layer, b, index)
+                    source = slice(own.start - column, own.stop - column)
+                    page.keys[:, there].copy_(k[b, :, source], non_blocking=True)
+                    page.values[:, there].copy_(v[b, :, source], non_blocking=True)
+
+    def settle(self, layer: int, lengths: Sequence[int]) -> None:
+        """Rows are verified up to `lengths`: on the disk tier whole pages below go to a file."""
+        if self.tier is not Tier.DISK or self._full_disk:
+            return
+        for b, length in enumerate(lengths):
+            for index, page in enumerate(self.pages[layer][b][: length // self.page]):
+                if isinstance(page, HostPage) and not self._move_out(layer, b, index, page):
+                    return
+
+    def copy_to(
+        self, layer: int, row: int, columns: slice, keys: Tensor, values: Tensor, origin: int = 0
+    ) -> Iterator[int]:
+        """Copy columns of a row to keys [K, C, D] and values [K, C, E], where column `origin` comes first.
+
+        One piece per step; yields its bytes. Raises PageLost for what a file does not give back.
+        """
+        for index, own, there in _cut(columns.start, columns.stop, self.page):
+            page = self._readable(layer, row, index)
+            at = slice(own.start - origin, own.stop - origin)
+            yield from self.link.copy(keys[:, at], page.keys[:, there])
+            yield from self.link.copy(values[:, at], page.values[:, there])
+
+    def read(self, layer: int, begin: int, end: int) -> tuple[Tensor, Tensor]:
+        """Columns [begin, end) of all rows, on the device: keys [B, K, end - begin, D] and values, once there."""
+        site = self.sites[layer]
+        keys, values = (
+            torch.empty((self.batch, site.kv_heads, end - begin, size), dtype=site.dtype, device=self.device)
+            for size in (site.head_size, site.value_size)
+        )
+        rows = range(self.batch)
+        jobs = (self.copy_to(layer, b, slice(begin, end), keys[b], values[b], begin) for b in rows)
+        self.link.submit(chain.from_iterable(jobs)).result()
+        return keys, values
+
+    def gather(self, layer: int, row: int, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """Chosen columns [K, n] of a row, on the device: keys [K, n, D] and values [K, n, E]."""
+        self.link.synchronize()
+        site, wanted = self.sites[layer], columns.cpu()
+        keys, values = (torch.empty(*wanted.shape, size, dtype=site.dtype) for size in _sizes(site))
+        for index in sorted(set((wanted // self.page).flatten().tolist())):
+            page = self._readable(layer, row, index)
+            heads, places = (wanted // self.page == index).nonzero(as_tuple=True)
+            own = wanted[heads, places] - index * self.page
+            keys[heads, places], values[heads, places] = page.keys[heads, own], page.values[heads, own]
+        return keys.to(self.device), values.to(self.device)
+
+    def select(self, rows: Sequence[int], columns: int) -> PagedKV:
+        """The first `columns` columns of the given rows (repeats allowed); whole pages are shared until written."""
+        copy = PagedKV(self.sites, len(rows), self.tier, self.folder, self.link)
+        copy.page, copy.columns, copy.device, copy._files = self.page, self.columns, self.device, self._files
+        self.link.synchronize()
+        whole = columns // self.page if self.page else 0
+        for layer, held in enumerate(self.pages):
+            for b, row in enumerate(rows):
+                for page in held[row][:whole]:
+                    if isinstance(page, HostPage):
+                        page.shared = True
+                copy.pages[layer][b] = held[row][:whole]
+                if columns % (self.page or 1):
+                    copy.pages[layer][b].append(self._copy(layer, held[row][whole]))
+        return copy
+
+    def _writable(self, layer: int, row: int, index: int) -> HostPage:
+        """A page in host memory that no other sequence reads; pages up to it are made."""
+        if index >= len(self.pages[layer][row]):
+            self._grow(layer, index + 1)
+        page = self.pages[layer][row][index]
+        if isinstance(page, FilePage) or page.shared:
+            self.link.synchronize()
+            self.pages[layer][row][index] = page = self._copy(layer, page)
+        return page
+
+    def _grow(self, layer: int, count: int) -> None:
+        """Pages for all rows of a site in one allocation: as many as were reserved, at least `count` each."""
+        wanted = max(count, -(-self.columns // self.page)) if self.tier is Tier.HOST else count
+        missing = [wanted - len(held) for held in self.pages[layer]]
+        made = iter(host_pages(self.sites[layer], self.page, sum(missing), self.link.pinned(self.device)))
+        for held, more in zip(self.pages[layer], missing, strict=True):
+            held += [next(made) for _ in range(more)]
+
+    def _copy(self, layer: int, page: Page) -> HostPage:
+        source = page if isinstance(page, HostPage) else self._load(layer, page)
+        [made] = host_pages(self.sites[layer], self.page, 1, self.link.pinned(self.device))
+        made.keys.copy_(source.keys)
+        made.values.copy_(source.values)
+        return made
+
+    def _readable(self, layer: int, row: int, index: int) -> HostPage:
+        page = self.pages[layer][row][index]
+        return page if isinstance(page, HostPage) else self._load(layer, page)
+
+    def _load(self, layer: int, page: FilePage) -> HostPage:
+        """A file's page in host memory of its own."""
+        site = self.sites[layer]
+        buffer = torch.empty(self._page_bytes(layer), dtype=torch.uint8, pin_memory=self.link.pinned(self.device))
+        page.read(buffer)
+        return HostPage(*sides(buffer, site, site.kv_heads, self.page))
+
+    def _move_out(self, layer: int, row: int, index: int, page: HostPage) -> bool:
+        """Move a page to the file; False, with one warning, where the disk is full: then pages stay in host memory."""
+        size = self._page_bytes(layer)
+        try:
+            if size not in self._files:
+                self._files[size] = PageFile(self.folder, size)
+            self.link.synchronize()
+            flat = [x.reshape(-1).view(torch.uint8) for x in (page.keys, page.values)]
+            self.pages[layer][row][index] = self._files[size].write(torch.cat(flat))
+        except OSError as error:
+            self._full_disk = True
+            log.warning(
+                "vericache: KV pages stay in host memory: %s\n  where: %s\n  fix: make room there, or name another "
+                "folder with kv_folder",
+                error.strerror,
+                self._files[size].where,
+            )
+        return not self._full_disk
+
+
+def _sizes(site: Site) -> tuple[int, int]:
+    return site.head_size, site.value_size
+
+
+def _page_columns(columns: int, sites: Sequence[Site], device: torch.device) -> int:
+    """Columns of a page: BLOCK, or on an accelerator about CHUNK_BYTES of one head, though no more than are wanted."""
+    if device.type == "cpu":
+        return BLOCK
+    widest = max(max(_sizes(site)) * site.dtype.itemsize for site in sites)
+    wanted = min(CHUNK_BYTES // widest, columns)
+    return max(wanted // BLOCK, 1) * BLOCK
+
+
+def _cut(begin: int, end: int, page: int) -> Iterator[tuple[int, slice, slice]]:
+    """Columns [begin, end) by pages: (page, its columns of the sequence, the same within the page)."""
+    while begin < end:
+        index, offset = divmod(begin, page)
+        stop = min(end, (index + 1) * page)
+        yield index, slice(begin, stop), slice(offset, offset + stop - begin)
+        begin = stop

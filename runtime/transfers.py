@@ -1,0 +1,146 @@
+"""The link between a tier and the device: owns its thread, or on an accelerator its stream and events.
+
+A transfer is a generator that copies one piece per step and yields its bytes. On the CPU a worker thread drives it,
+held back to `gbps` where that is given, so that overlap with drafting can be measured on any machine. On an accelerator
+copies from pinned memory are put on a stream of the link's own at once; what reads files goes through the thread there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from vericache_compile.errors import TransferError
+
+PIECE = 1 << 20
+"""Bytes that one copy moves at most."""
+PULSE = 0.5
+"""Seconds after which a waiter looks whether the thread is still alive."""
+
+
+class Transfer:
+    """One transfer under way."""
+
+    def __init__(self, job: Iterator[int], thread: threading.Thread | None) -> None:
+        self.job = job
+        self.nbytes = 0
+        self.began = 0.0
+        """When its first piece was begun, in seconds on `time.perf_counter`'s clock."""
+        self.seconds = 0.0
+        self.error: BaseException | None = None
+        self.event: torch.cuda.Event | None = None
+        self._thread = thread
+        self._done = threading.Event()
+
+    def run(self, gbps: float | None, stream: torch.cuda.Stream | None) -> None:
+        """Copy all pieces; an error is kept for whoever waits."""
+        self.began = time.perf_counter()
+        try:
+            with torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext(), torch.no_grad():
+                for nbytes in self.job:
+                    self.nbytes += nbytes
+                    if gbps is not None:
+                        time.sleep(max(self.began + self.nbytes / gbps / 1e9 - time.perf_counter(), 0))
+                self.event = stream.record_event() if stream is not None else None
+        except BaseException as error:  # noqa: BLE001 - it is raised where the data is waited for
+            self.error = error
+        self.seconds = time.perf_counter() - self.began
+        self._done.set()
+
+    @property
+    def done(self) -> bool:
+        """Whether all pieces were copied (on an accelerator: put on the link's stream)."""
+        return self._done.is_set()
+
+    def drain(self) -> bool:
+        """Return once it has come to its end, well or not; False where its thread is dead, so that it never will."""
+        while not self._done.wait(PULSE):
+            if self._thread is not None and not self._thread.is_alive():
+                return self.done
+        return True
+
+    def result(self) -> None:
+        """Return once the data is there, for the current stream; raises what went wrong, with the link's traceback."""
+        if not self.drain():
+            raise TransferError("the link's thread has died", "a transfer of full KV", "start the program again")
+        if self.error is not None:
+            raise self.error
+        if self.event is not None:
+            torch.cuda.current_stream().wait_event(self.event)
+
+
+class Link:
+    """Moves pages between a tier and the device, first come, first served."""
+
+    def __init__(self, gbps: float | None = None) -> None:
+        self.gbps = gbps
+        self._queue: queue.SimpleQueue[Transfer | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._stream: torch.cuda.Stream | None = None
+
+    def pinned(self, device: torch.device) -> bool:
+        """Whether pages for this device should be pinned; from then on the link has a stream of its own."""
+        if device.type == "cuda" and self._stream is None:
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        return device.type == "cuda"
+
+    def copy(self, target: Tensor, source: Tensor) -> Iterator[int]:
+        """Copy source [K, T, D] to target of the same shape, in pieces; yields their bytes."""
+        if self._stream is None:
+            target.view(torch.uint8).numpy()[...] = source.view(torch.uint8).numpy()  # one thread, without the GIL
+            yield source.nbytes
+            return
+        for to, own in zip(target, source, strict=True):  # a head's columns lie side by side: one copy each
+            to.copy_(own, non_blocking=True)
+            yield own.nbytes
+
+    def submit(self, job: Iterator[int], *, reads_files: bool = False) -> Transfer:
+        """Begin a transfer, after those before it."""
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream())  # whoever used the slot before may still be reading
+        if self._stream is not None and not reads_files:
+            made = Transfer(job, None)
+            made.run(None, self._stream)
+            return made
+        if self._thread is None:
+            self._start()
+        made = Transfer(job, self._thread)
+        self._queue.put(made)
+        return made
+
+    @contextlib.contextmanager
+    def outgoing(self, *sources: Tensor) -> Iterator[None]:
+        """Copies from the device made in this block: on the link's stream, after what has been computed so far."""
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            yield
+        for source in sources:
+            source.record_stream(self._stream)
+
+    def synchronize(self) -> None:
+        """Return once what was put on the link's stream has happened, so that the host may read it."""
+        if self._stream is not None:
+            self._stream.synchronize()
+
+    def _start(self) -> None:
+        arguments = (self._queue, self.gbps, self._stream)
+        self._thread = threading.Thread(target=_drive, args=arguments, name="vericache-link", daemon=True)
+        self._thread.start()
+        weakref.finalize(self, self._queue.put, None).atexit = False
+
+
+def _drive(jobs: queue.SimpleQueue[Transfer | None], gbps: float | None, stream: torch.cuda.Stream | None) -> None:
+    """The thread: knows the queue and not the link, so that a link that nobody holds ends it."""
+    while (transfer := jobs.get()) is not None:
+        transfer.run(gbps, stream)
+        del transfer

@@ -1,0 +1,76 @@
+"""Compile the Triton programs for a GPU that need not be here: python compile_for_gpu.py 90 bf16 128.
+
+Takes the compute capability, the type and the head size; prints {program: bytes of shared memory}. Arguments are typed
+as a launch on aligned tensors types them.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from vericache_compile.kernels import draft_attention_triton, row_invariant_linear_triton, verify_attention_triton
+from vericache_compile.kernels.draft_attention import region_tile
+from vericache_compile.kernels.row_invariant_linear import BYTES, OUTS, ROWS
+from vericache_compile.kernels.verify_attention import SPLIT, tile_sizes
+
+PARTS = {"outs", "tops", "totals"}
+NUMBERS = {"places", "l_batch", "l_head", "kv_heads", "splits", "skipped", "tokens", "first", "rows"}
+WIDTHS = {"bf16": 2, "fp16": 2, "fp32": 4}
+
+
+def kind_of(name: str, dtype: str) -> str:
+    """The type of an argument."""
+    if name in NUMBERS or name.startswith(("q_", "k_", "v_", "x_", "w_")):
+        return "i32"
+    if name == "scale":
+        return "fp32"
+    if name.endswith("_codes"):
+        return "*u8"
+    return {"starts": "*i64", "lefts": "*i64", "bias": f"*{dtype}"}.get(name, "*fp32" if name in PARTS else f"*{dtype}")
+
+
+def compile_program(function: Any, capability: int, dtype: str, stages: int, constants: dict[str, Any]) -> int:
+    """Bytes of shared memory that the compiled program takes."""
+    kinds = {name: "constexpr" if name in constants else kind_of(name, dtype) for name in function.arg_names}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, (name, kind) in enumerate(kinds.items())
+        if kind.startswith("*") or (kind == "i32" and name not in NUMBERS)
+    }
+    source = ASTSource(function, kinds, constants, aligned)
+    made = triton.compile(source, GPUTarget("cuda", capability, 32), {"num_warps": 4, "num_stages": stages})
+    return int(made.metadata.shared)
+
+
+def main(capability: int, dtype: str, size: int) -> dict[str, int]:
+    """All programs as a model of 8 query heads, 2 KV heads and a window of 16 launches them."""
+    width = WIDTHS[dtype]
+    rows, tile = tile_sizes(64, size * width)
+    both = {"GROUP": 4, "VALUE": size, "SPLIT": SPLIT, "PAD_E": size}
+    own = {"SIZE": size, "PAD_D": size, "SOFT_CAP": 0.0}
+    read, stages = region_tile(size * width)
+    region = {**both, **own, "ROWS": 16, "TILE": read, "BITS": 4, "ZERO": True}
+    region |= {"KEY_GROUP": 32, "KEY_CHANNELS": 0, "VALUE_GROUP": 32, "VALUE_CHANNELS": 32}
+    inner = {"IN": 4096, "OUT": 4096, "BIAS": True, "ROWS": ROWS, "OUTS": OUTS, "INS": BYTES // width, "w_column": 1}
+    window = {"WINDOW": 16, "REACH": 0}
+    biased = {"BIAS": True, "RELATIVE": True}
+    verify, draft = verify_attention_triton, draft_attention_triton
+    return {
+        name: compile_program(function, capability, dtype, depth, constants)
+        for name, function, depth, constants in (
+            ("attend_splits", verify.attend_splits, 2, {**both, **own, **window, **biased, "ROWS": rows, "TILE": tile}),
+            ("merge_splits", verify.merge_splits, 3, {**both, **window, "SINKS": True}),
+            ("attend_region", draft.attend_region, stages, region),
+            ("multiply", row_invariant_linear_triton.multiply, 3, inner),
+        )
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(int(sys.argv[1]), sys.argv[2], int(sys.argv[3]))))

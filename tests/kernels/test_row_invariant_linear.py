@@ -1,0 +1,81 @@
+"""`row_invariant_linear` in Triton: right against a float32 product, and a row's bits a function of that row alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from vericache_compile import ops
+from vericache_compile.kernels.row_invariant_linear import (
+    is_row_invariant,
+    row_invariant_linear,
+    row_invariant_linear_reference,
+)
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+DEVICE_FIXTURE = [HealthCheck.function_scoped_fixture]
+
+
+def draw(device: torch.device, dtype: torch.dtype, *shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+
+
+@settings(deadline=None, max_examples=25, suppress_health_check=DEVICE_FIXTURE)
+@given(
+    leading=st.sampled_from([(1,), (5,), (2, 3), (16, 2, 1), (33,)]),
+    size=st.sampled_from([1, 24, 64, 70, 200]),
+    outs=st.sampled_from([1, 32, 45]),
+    dtype=st.sampled_from(list(TOLERANCE)),
+    biased=st.booleans(),
+    turned=st.booleans(),
+)
+def test_products_equal_those_in_float32(
+    device: torch.device,
+    leading: tuple[int, ...],
+    size: int,
+    outs: int,
+    dtype: torch.dtype,
+    biased: bool,
+    turned: bool,
+) -> None:
+    x = draw(device, dtype, *leading, size)
+    weight = draw(device, dtype, size, outs, seed=1).t() if turned else draw(device, dtype, outs, size, seed=1)
+    bias = draw(device, dtype, outs, seed=2) if biased else None
+    made = row_invariant_linear(x, weight, bias)
+    assert made.shape == (*leading, outs)
+    assert made.is_contiguous()
+    expected = row_invariant_linear_reference(x, weight, bias)
+    torch.testing.assert_close(made, expected, rtol=TOLERANCE[dtype], atol=10 * TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_a_rows_bits_do_not_depend_on_its_place_or_on_the_others(dtype: torch.dtype, device: torch.device) -> None:
+    x, weight = draw(device, dtype, 48, 200), draw(device, dtype, 45, 200, seed=1)
+    made = row_invariant_linear(x, weight, None)
+    for rows in (1, 2, 5, 16, 17, 48):
+        places = torch.randperm(48, generator=torch.Generator().manual_seed(rows))[:rows]
+        assert torch.equal(row_invariant_linear(x[places], weight, None), made[places]), rows
+        others = draw(device, dtype, rows, 200, seed=3)
+        others[-1] = x[0]
+        assert torch.equal(row_invariant_linear(others, weight, None)[-1], made[0]), rows
+
+
+def test_strided_rows_are_read_as_they_lie(device: torch.device) -> None:
+    x, weight = draw(device, torch.float32, 6, 80), draw(device, torch.float32, 20, 40, seed=1)
+    for view in (x[:, :40], x[:, ::2], x.t()[:40].t()):
+        made = row_invariant_linear(view, weight, None)
+        assert torch.equal(made, row_invariant_linear(view.contiguous(), weight, None))
+
+
+def test_the_canonical_operator_takes_it_where_it_serves(device: torch.device) -> None:
+    x, weight = draw(device, torch.float32, 4, 2, 40), draw(device, torch.float32, 20, 40, seed=1)
+    assert is_row_invariant(weight)
+    assert not is_row_invariant(weight.to(torch.float64))
+    assert torch.equal(ops.linear(x, weight, None), row_invariant_linear(x, weight, None))
+
+
+def test_it_does_not_serve_the_cpu() -> None:
+    assert not is_row_invariant(torch.zeros(4, 4))

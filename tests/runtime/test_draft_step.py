@@ -1,0 +1,189 @@
+"""Draft steps with their lengths on the device: tokens and caches of the step with lengths in Python, to the bit.
+
+On the CPU the same code runs: with the reference's attention, and with the Triton kernels in their interpreter.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from models import VOCABULARY, make_prompt, make_tiny
+from test_canonical import compiled, logits_of
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+from vericache_compile.kernels import draft_attention, verify_attention
+from vericache_compile.runtime import draft_step, rounds, slots
+from vericache_compile.runtime.caches import DraftKV
+from vericache_compile.runtime.draft_step import DraftStep
+
+METHODS: dict[str, dict[str, Any]] = {
+    "none": {"compressor": "none"},
+    "streaming": {"compressor": "streaming", "keep": 0.3},
+    "adakv": {"compressor": "adakv", "keep": 0.3},
+    "kivi": {"compressor": "kivi", "bits": 2},
+    "int8": {"compressor": "int8"},
+    "turboquant": {"compressor": "turboquant"},
+    "chain": {"compressor": "snapkv(keep=0.5) | kivi(bits=4)"},
+}
+OPTIONS: dict[str, Any] = {"inductor": False, "draft_dtype": "same"}
+
+
+def layers_of(draft: DraftKV) -> list[Tensor]:
+    return [held for layer in draft.layers for held in (layer.keys, layer.values)]
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_tokens_and_caches_are_those_of_lengths_in_python(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every round both ways draft from the same state; rows of the batch advance on their own."""
+    original = rounds.draft_tokens
+    compared: list[str] = []
+
+    def draft_tokens(sequence: Any, draft: DraftKV, *rest: Any) -> Tensor:
+        before = [held.clone() for held in layers_of(draft)]
+        expected = original(sequence, draft, *rest)
+        written = [held.clone() for held in layers_of(draft)]
+        for held, was in zip(layers_of(draft), before, strict=True):
+            held.copy_(was)
+        with monkeypatch.context() as switched:
+            switched.setattr(draft_step, "serves", lambda device, plan: True)
+            made = original(sequence, draft, *rest)
+        assert torch.equal(made, expected)
+        assert all(torch.equal(a, b) for a, b in zip(layers_of(draft), written, strict=True))
+        compared.append(draft.compressor.name)
+        return made
+
+    monkeypatch.setattr(rounds, "draft_tokens", draft_tokens)
+    model = make_tiny("llama")
+    switch = compiled(model)
+    for method in METHODS.values():
+        logits_of(model, switch, make_prompt(150, batch), 24, **method, window=4, **OPTIONS)
+    assert len(set(compared)) == len(METHODS)
+    assert len(compared) > 3 * len(METHODS)
+
+
+def test_full_kv_from_elsewhere_is_asked_for_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transfers are no part of a recording, and begin when drafting begins all the same."""
+    model = make_tiny("llama")
+    switch, inputs = compiled(model), make_prompt(150)
+    first = logits_of(model, switch, inputs, 16, window=4, **OPTIONS)
+    monkeypatch.setattr(draft_step, "serves", lambda device, plan: True)
+    asked: list[int] = []
+    ahead: list[list[int]] = []
+    prefetch, draft_tokens = slots.PagedIncoming.prefetch, rounds.draft_tokens
+
+    def note(self: slots.PagedIncoming, layer: int) -> None:
+        asked.append(layer)
+        prefetch(self, layer)
+
+    def drafting(*args: Any) -> Tensor:
+        asked.clear()
+        drafted = draft_tokens(*args)
+        ahead.append(list(asked))
+        return drafted
+
+    monkeypatch.setattr(slots.PagedIncoming, "prefetch", note)
+    monkeypatch.setattr(rounds, "draft_tokens", drafting)
+    assert torch.equal(logits_of(model, switch, inputs, 16, window=4, placement="host", **OPTIONS), first)
+    assert ahead[0]
+    assert all(layers in ([0, 1, 2], []) for layers in ahead), "none where drafting rests"
+
+
+def test_a_step_is_kept_until_what_it_reads_has_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(draft_step, "serves", lambda device, plan: True)
+    made: list[tuple[DraftStep, DraftKV]] = []
+    original = draft_step.step_of
+
+    def step_of(draft: DraftKV, *rest: Any) -> DraftStep:
+        made.append((original(draft, *rest), draft))
+        return made[-1][0]
+
+    monkeypatch.setattr(draft_step, "step_of", step_of)
+    model = make_tiny("llama")
+    monkeypatch.setattr(rounds, "CHUNK", 16)
+    options = {"compressor": "streaming", "keep": 0.2, "window": 4}
+    logits_of(model, compiled(model), make_prompt(100), 80, **options, **OPTIONS)
+    steps, drafts = ({id(pair[i]) for pair in made} for i in range(2))
+    assert 1 < len(steps) == len(drafts) < len(made) / 2
+    step, draft = made[-1]
+    assert step.fits(step.plan, step.bound, 3)
+    assert not step.fits(step.plan, step.bound, 4), "no room for the tokens"
+    moved = [None if tensor is None else tensor.clone() for tensor in step.bound]
+    assert not step.fits(step.plan, moved, 3), "other weights"
+    assert draft.step is step
+
+
+def test_a_caller_that_repeats_a_token_is_drafted_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that have ended are fed padding whatever is predicted."""
+    monkeypatch.setattr(draft_step, "serves", lambda device, plan: True)
+    model = make_tiny("llama")
+    inputs = make_prompt(40, 3)
+    plain = model.generate(**inputs, max_new_tokens=20, do_sample=False)
+    model.generation_config.eos_token_id = int(plain[0, 43])
+    plain = model.generate(**inputs, max_new_tokens=20, do_sample=False)
+    model.compile(backend="vericache", options={"compressor": "none", "window": 4, **OPTIONS})
+    assert torch.equal(model.generate(**inputs, max_new_tokens=20, do_sample=False), plain)
+
+
+def count_launches(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """How often each kernel is launched from here on."""
+    counts: dict[str, int] = {}
+
+    def watch(module: Any, name: str) -> None:
+        original = getattr(module, name)
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            counts[name] = counts.get(name, 0) + 1
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, counted)
+
+    watch(verify_attention, "merge_splits")
+    watch(draft_attention, "merge_splits")
+    watch(draft_attention, "_attend_region")
+    return counts
+
+
+@pytest.fixture
+def tiny() -> PreTrainedModel:
+    """A model so small that an interpreter can run it."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        initializer_range=0.3,
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    return model
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize(("name", "batch"), [("streaming", 2), ("kivi", 1)])
+def test_a_model_on_triton_kernels_gives_plain_tokens(
+    name: str, batch: int, tiny: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Draft attention, verify attention and verify's products, all in Triton: the path of a GPU."""
+    inputs, counts = make_prompt(70, batch), count_launches(monkeypatch)
+    plain = tiny.generate(**inputs, max_new_tokens=7, do_sample=False)
+    tiny.compile(backend="vericache", options={**METHODS[name], "window": 4, **OPTIONS})
+    assert torch.equal(tiny.generate(**inputs, max_new_tokens=7, do_sample=False), plain)
+    assert counts["merge_splits"] > 8, "attention ran elsewhere"
+    assert bool(counts.get("_attend_region")) == (name == "kivi")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("batch", [1, 2])
+def test_rows_on_triton_kernels_do_not_depend_on_the_draft(batch: int, tiny: PreTrainedModel) -> None:
+    """The canonical contract on a GPU's path: other compressors, other rounds, the same bits."""
+    inputs, switch = make_prompt(250, batch), compiled(tiny)
+    first = logits_of(tiny, switch, inputs, 10, compressor="none", window=4, **OPTIONS)
+    for name in ("streaming", "kivi", "turboquant"):
+        assert torch.equal(logits_of(tiny, switch, inputs, 10, **METHODS[name], window=4, **OPTIONS), first), name

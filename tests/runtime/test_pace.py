@@ -1,0 +1,52 @@
+"""Drafting is turned off while it does not pay, and tried again."""
+
+from __future__ import annotations
+
+from vericache_compile.runtime.pace import REST, ROUNDS, Pace, Seen
+
+
+def rounds(pace: Pace, kept: float, draft_seconds: float, count: int = ROUNDS) -> None:
+    for _ in range(count):
+        pace.note(Seen(15, kept, draft_seconds, 1.0))
+
+
+def test_a_sequence_that_keeps_what_is_drafted_drafts_on() -> None:
+    pace = Pace()
+    rounds(pace, kept=14, draft_seconds=8.0, count=100)
+    assert not pace.resting
+
+
+def test_drafts_that_are_never_right_are_left_out_after_a_few_rounds() -> None:
+    pace = Pace()
+    rounds(pace, kept=1, draft_seconds=3.0, count=ROUNDS - 1)
+    assert not pace.resting
+    rounds(pace, kept=1, draft_seconds=3.0, count=1)
+    assert pace.resting == REST
+
+
+def test_it_is_tried_again() -> None:
+    pace = Pace()
+    rounds(pace, kept=1, draft_seconds=3.0)
+    for left in range(REST, 0, -1):
+        assert pace.resting == left
+        pace.note(Seen(0, 1, 0.0, 1.0))
+    assert (pace.resting, pace.rested) == (0, REST)
+    rounds(pace, kept=14, draft_seconds=3.0)
+    assert not pace.resting
+
+
+def test_a_little_slower_is_no_reason() -> None:
+    """Within five per cent, drafting stays on."""
+    pace = Pace()
+    rounds(pace, kept=4, draft_seconds=3.1)
+    assert not pace.resting
+    rounds(pace, kept=4, draft_seconds=3.4)
+    assert pace.resting
+
+
+def test_one_slow_verify_pass_does_not_count() -> None:
+    """Verifying alone is judged by its fastest pass: what another program took is no merit of drafting."""
+    pace = Pace()
+    for seconds in (1.0, *[5.0] * (ROUNDS - 1)):
+        pace.note(Seen(15, 1.0, 0.5, seconds))
+    assert pace.resting

@@ -1,0 +1,88 @@
+"""The planner's arithmetic, on machines that are not there."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from vericache_compile.runtime.planner import (
+    PLAIN,
+    RESIDENT,
+    SWAPPED,
+    Choice,
+    Load,
+    Machine,
+    choices,
+    choose,
+    ring_bytes,
+)
+
+GPU = Machine(device_bytes=141e9, memory_gbps=4800, link_gbps=55)
+LLAMA = Load(weights=16e9, draft_weights=16e9, kv=131072, draft_kv=26214, sites=32, context=128_000, batch=7)
+
+
+def by_name(load: Load, machine: Machine, staging: float | None = None) -> dict[str, Choice]:
+    return {each.name: each for each in choices(load, machine, staging)}
+
+
+def test_plain_decoding_reads_weights_and_full_kv_for_every_token() -> None:
+    plain = by_name(LLAMA, GPU)[PLAIN]
+    assert plain.tokens_per_second == pytest.approx(7 / ((16e9 + 7 * 128_000 * 131072) / 4.8e12))
+    assert plain.tokens_per_second == pytest.approx(262, rel=0.1)
+
+
+def test_resident_verify_wins_where_full_kv_fits() -> None:
+    made = choices(replace(LLAMA, batch=5), GPU)
+    best = choose(made)
+    assert best is not None
+    assert best.name == RESIDENT
+    assert best.tokens_per_second > 2 * made[0].tokens_per_second
+
+
+def test_swapped_verify_is_bound_by_the_link() -> None:
+    swapped = by_name(LLAMA, GPU)[SWAPPED]
+    transfer = LLAMA.full / 55e9
+    assert swapped.tokens_per_second == pytest.approx(7 * 14 / transfer, rel=0.15)
+    assert swapped.fits
+    assert swapped.device_bytes < 50e9
+
+
+def test_a_batch_that_does_not_fit_is_made_smaller() -> None:
+    found = by_name(replace(LLAMA, batch=20), GPU)
+    for name in (PLAIN, RESIDENT):
+        smaller = found[f"{name}, smaller batch"]
+        assert not found[name].fits
+        assert smaller.fits
+        assert not by_name(replace(LLAMA, batch=smaller.batch + 1), GPU)[name].fits
+
+
+def test_nothing_fits() -> None:
+    assert choose(choices(LLAMA, replace(GPU, device_bytes=10e9))) is None
+
+
+@pytest.mark.parametrize("staging", [0.0, 1e9, 1e12])
+def test_a_ring_has_a_slot_at_least_and_the_whole_cache_at_most(staging: float) -> None:
+    ring = by_name(LLAMA, GPU, staging)[SWAPPED].staging_bytes
+    assert LLAMA.full / LLAMA.sites <= ring <= LLAMA.full
+
+
+def test_more_ring_is_never_slower() -> None:
+    rates = [by_name(LLAMA, GPU, size * 1e9)[SWAPPED].tokens_per_second for size in (1, 2, 4, 8, 16)]
+    assert rates == sorted(rates)
+
+
+def test_the_ring_is_what_comes_in_while_a_round_drafts() -> None:
+    assert ring_bytes(16e9, 16, GPU) == pytest.approx(15 * 16e9 / 4800 * 55)
+
+
+def test_copies_of_weights_take_memory() -> None:
+    low = replace(LLAMA, draft_weights=8e9)
+    assert by_name(low, GPU)[RESIDENT].device_bytes == by_name(LLAMA, GPU)[RESIDENT].device_bytes + 8e9
+
+
+def test_every_choice_says_where_its_figures_come_from() -> None:
+    for each in choices(LLAMA, GPU):
+        text = "\n".join(each.arithmetic)
+        assert "memory =" in text
+        assert ("does not fit" in text) is not each.fits

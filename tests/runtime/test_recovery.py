@@ -1,0 +1,101 @@
+"""A lost page of full KV: computed again from tokens to the same bits, or a clear error; never a wrong row."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from models import make_prompt, make_tiny
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from vericache_compile import stats
+from vericache_compile.api import _compilation
+from vericache_compile.errors import PageLost
+from vericache_compile.runtime.pages import FilePage
+from vericache_compile.runtime.tiers import PagedKV
+
+OPTIONS = {"placement": "disk", "staging_mb": 0.001, "window": 8, "inductor": False}
+
+
+def newest(model: PreTrainedModel) -> PagedKV:
+    sequence = _compilation(model)[1].session.newest
+    assert sequence is not None
+    assert isinstance(sequence.full, PagedKV)
+    return sequence.full
+
+
+def damage(full: PagedKV, layer: int, row: int, index: int) -> None:
+    """Overwrite a few bytes of a page in its file."""
+    page = full.pages[layer][row][index]
+    assert isinstance(page, FilePage)
+    os.pwrite(page.file._file.fileno(), b"\xff" * 64, page.place * page.file.page_bytes + 512)
+
+
+def decode(model: PreTrainedModel, prompt: dict[str, Tensor], steps: int, between: Callable[[int], None]) -> Tensor:
+    """Greedy logits [steps, B, V] of a loop that feeds, every ninth time, another token than the likeliest."""
+    cache, ids, mask = DynamicCache(), prompt["input_ids"], prompt["attention_mask"]
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    rows = []
+    with torch.no_grad():
+        for step in range(steps):
+            between(step)
+            out = model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
+            rows.append(out.logits[:, -1])
+            best = out.logits[:, -1].topk(2).indices
+            ids = best[:, int(step % 9 == 8), None]
+            mask, positions = torch.cat([mask, mask.new_ones(len(mask), 1)], 1), positions[:, -1:] + 1
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_lost_page_comes_back_to_the_bit(batch: int, caplog: pytest.LogCaptureFixture) -> None:
+    """Lost from the prompt, and later from what was decoded; some tokens were not the likeliest."""
+    prompt, model = make_prompt(470, batch), make_tiny("llama")
+    model.compile(backend="vericache", options=OPTIONS)
+    expected = decode(model, prompt, 100, lambda step: None)
+    assert not caplog.records or "again" not in caplog.text
+
+    def between(step: int) -> None:
+        if step == 80:
+            damage(newest(model), layer=1, row=batch - 1, index=0)
+            damage(newest(model), layer=2, row=0, index=1)
+
+    ours = decode(model, prompt, 100, between)
+    assert torch.equal(ours, expected)
+    assert caplog.text.count("computed again from its tokens") == 1
+    assert stats(model)["placement"] == "host"
+
+
+def test_a_second_turn_over_a_lost_page() -> None:
+    model, ids = make_tiny("llama"), make_prompt(300)["input_ids"]
+
+    def turns(model: Any, fault: bool) -> Tensor:
+        cache = DynamicCache()
+        with torch.no_grad():
+            model(ids, past_key_values=cache)
+            if fault:
+                damage(newest(model), layer=0, row=0, index=0)
+            logits: Tensor = model(ids[:, :30], past_key_values=cache).logits
+        return logits
+
+    model.compile(backend="vericache", options=OPTIONS)
+    assert torch.equal(turns(model, True), turns(model, False))
+
+
+def test_without_its_tokens_a_lost_page_is_an_error() -> None:
+    """A fork does not know how its pages came about."""
+    model, prompt = make_tiny("llama"), make_prompt(300)
+    model.compile(backend="vericache", options=OPTIONS)
+    cache = DynamicCache()
+    first = model.generate(**prompt, max_new_tokens=4, do_sample=False, past_key_values=cache)
+    fork = copy.deepcopy(cache)
+    settings = {"do_sample": False, "past_key_values": fork, "attention_mask": None}
+    longer = model.generate(first, max_new_tokens=2, **settings | {"attention_mask": torch.ones_like(first)})
+    damage(newest(model), layer=1, row=0, index=0)
+    with pytest.raises(PageLost, match=r"(?s)not what was written.*where.*fix"):
+        model.generate(longer, max_new_tokens=30, **settings | {"attention_mask": torch.ones_like(longer)})

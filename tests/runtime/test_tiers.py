@@ -1,0 +1,207 @@
+"""Full KV outside device memory: pages hold what was written, forks share them, files are checked, nothing stays."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from vericache_compile.errors import PageLost, VericacheError
+from vericache_compile.plan import Site, Tier
+from vericache_compile.runtime import pages
+from vericache_compile.runtime.caches import FullKV
+from vericache_compile.runtime.pages import FilePage, HostPage
+from vericache_compile.runtime.tiers import Home, PagedKV
+from vericache_compile.runtime.transfers import Link
+
+Sites = Callable[..., list[Site]]
+Fill = Callable[..., None]
+CPU = torch.device("cpu")
+TIERS = (Tier.HOST, Tier.DISK)
+
+
+def make(sites: list[Site], batch: int, tier: Tier = Tier.HOST, folder: Path | None = None) -> PagedKV:
+    made = Home(tier, None, None if folder is None else str(folder), Link()).make(sites, batch, 0, CPU)
+    assert isinstance(made, PagedKV)
+    return made
+
+
+def files_of(full: PagedKV) -> list[FilePage]:
+    return [page for rows in full.pages for row in rows for page in row if isinstance(page, FilePage)]
+
+
+def open_files() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
+def contents(full: FullKV, begin: int, end: int) -> list[Tensor]:
+    return [side.clone() for site in full.sites for side in full.read(site.layer, begin, end)]
+
+
+def same(ours: list[Tensor], theirs: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_pages_hold_what_a_resident_cache_holds(make_sites: Sites, tier: Tier, data: st.DataObject) -> None:
+    """Appends at each row's own column, overwriting what was rejected, then any range, whatever went to files."""
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    sites = make_sites(value_size=24, dtype=dtype)
+    batch = data.draw(st.integers(1, 3))
+    ours, theirs = make(sites, batch, tier), FullKV(sites, batch)
+    lengths = [0] * batch
+    for seed in range(data.draw(st.integers(1, 5))):
+        count = data.draw(st.integers(1, 400))
+        kept = data.draw(st.lists(st.integers(0, count), min_size=batch, max_size=batch))
+        generator = torch.Generator().manual_seed(seed)
+        for full in (ours, theirs):
+            full.reserve(max(lengths) + count, CPU)
+        for site in sites:
+            k, v = (
+                torch.randn(batch, 2, count, size, generator=generator).to(dtype)
+                for size in (site.head_size, site.value_size)
+            )
+            for full in (ours, theirs):
+                full.append(site.layer, k, v, lengths)
+        lengths = [length + more for length, more in zip(lengths, kept, strict=True)]
+        for site in sites:
+            ours.settle(site.layer, lengths)
+    whole = min(lengths)
+    begin = data.draw(st.integers(0, whole))
+    assert same(contents(ours, begin, whole), contents(theirs, begin, whole))
+    assert bool(files_of(ours)) == (tier is Tier.DISK and max(lengths) >= 256)
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_forks_share_whole_pages_until_one_writes(make_sites: Sites, fill: Fill, tier: Tier) -> None:
+    full = make(make_sites(), 2, tier)
+    fill(full, 0, 700)
+    for site in full.sites:
+        full.settle(site.layer, [700, 700])
+    before = contents(full, 0, 600)
+    fork = full.select([1, 1, 0], 600)
+    assert all(fork.pages[0][b][i] is full.pages[0][r][i] for b, r in ((0, 1), (1, 1), (2, 0)) for i in (0, 1))
+    expected = [side[[1, 1, 0]] for side in before]
+    assert same(contents(fork, 0, 600), expected)
+    fill(full, 100, 600, seed=5)  # the original is cropped, and goes on otherwise
+    assert same(contents(fork, 0, 600), expected)
+    fill(fork, 0, 50, seed=6)
+    assert not same(contents(full, 0, 50), contents(fork, 0, 50))
+    assert same(contents(fork, 50, 600), [side[:, :, 50:] for side in expected])
+
+
+def test_bytes_are_those_of_the_pages(make_sites: Sites, fill: Fill) -> None:
+    full = make(make_sites(value_size=24), 3)
+    assert full.nbytes == 0
+    fill(full, 0, 300)
+    held = [page for rows in full.pages for row in rows for page in row]
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage() for p in held for x in (p.keys, p.values)}  # type: ignore[union-attr]
+    assert full.nbytes == sum(storage.nbytes() for storage in storages.values())
+
+
+def test_a_growing_cache_does_not_move(make_sites: Sites, fill: Fill) -> None:
+    full = make(make_sites(), 1)
+    fill(full, 0, 500)
+    before = [page for rows in full.pages for row in rows for page in row]
+    fill(full, 500, 3000)
+    after = [page for rows in full.pages for row in rows for page in row]
+    assert all(any(page is other for other in after) for page in before)
+
+
+def test_the_disk_holds_what_is_verified_and_host_memory_the_rest(make_sites: Sites, fill: Fill) -> None:
+    full = make(make_sites(), 2, Tier.DISK)
+    fill(full, 0, 1100)
+    for site in full.sites:
+        full.settle(site.layer, [1100, 300])
+        kinds = [[type(page) for page in row] for row in full.pages[site.layer]]
+        assert kinds == [[FilePage] * 4 + [HostPage], [FilePage] + [HostPage] * 4]
+
+
+def test_a_file_has_no_name_and_goes_with_its_last_page(make_sites: Sites, fill: Fill, tmp_path: Path) -> None:
+    gc.collect()
+    before = open_files()
+    full = make(make_sites(), 1, Tier.DISK, tmp_path)
+    fill(full, 0, 600)
+    full.settle(0, [600])
+    assert open_files() == before + 1
+    assert not list(tmp_path.iterdir())
+    fork = full.select([0], 512)
+    del full
+    gc.collect()
+    assert open_files() == before + 1
+    assert fork.read(0, 0, 512)[0].isfinite().all()
+    del fork
+    gc.collect()
+    assert open_files() == before
+
+
+def test_places_in_a_file_are_used_again(make_sites: Sites, fill: Fill) -> None:
+    full = make(make_sites(count=1), 1, Tier.DISK)
+    for seed in range(5):
+        fill(full, 0, 512, seed=seed)
+        full.settle(0, [512])
+        held = contents(full, 0, 512)
+        assert same(held, contents(full, 0, 512))
+    [file] = {id(page.file): page.file for page in files_of(full)}.values()
+    gc.collect()
+    assert len(file.free) + 2 == pages.GROWTH // file.page_bytes
+
+
+@pytest.mark.parametrize("fault", ["changed", "cut off", "unreadable"])
+def test_what_a_file_does_not_give_back_is_an_error(
+    make_sites: Sites, fill: Fill, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = make(make_sites(count=1), 1, Tier.DISK)
+    fill(full, 0, 600)
+    full.settle(0, [600])
+    page = files_of(full)[1]
+    descriptor = page.file._file.fileno()
+    if fault == "changed":
+        os.pwrite(descriptor, b"\x01\x02\x03", page.place * page.file.page_bytes + 1000)
+    elif fault == "cut off":
+        os.ftruncate(descriptor, page.place * page.file.page_bytes + 1000)
+    else:
+
+        def fail(*_: object) -> int:
+            raise OSError(errno.EIO, "Input/output error")
+
+        monkeypatch.setattr(os, "preadv", fail)
+    with pytest.raises(PageLost, match=r"(?s)page of KV.*where.*fix"):
+        full.read(0, 0, 600)
+    if fault != "unreadable":
+        assert full.read(0, 0, 256)[0].shape == (1, 2, 256, 16)
+
+
+def test_a_full_disk_leaves_pages_in_host_memory(
+    make_sites: Sites, fill: Fill, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", fail)
+    full, plain = make(make_sites(), 1, Tier.DISK), FullKV(make_sites(), 1)
+    for cache in (full, plain):
+        fill(cache, 0, 600)
+    for site in full.sites:
+        full.settle(site.layer, [600])
+    assert not files_of(full)
+    assert next(r.message for r in caplog.records if "stay in host memory" in r.message).count("fix:") == 1
+    assert len(caplog.records) == 1
+    assert same(contents(full, 0, 600), contents(plain, 0, 600))
+
+
+def test_a_folder_that_is_not_there(make_sites: Sites, fill: Fill, tmp_path: Path) -> None:
+    full = make(make_sites(), 1, Tier.DISK, tmp_path / "missing")
+    fill(full, 0, 600)
+    with pytest.raises(VericacheError, match=r"(?s)No such file.*missing.*kv_folder"):
+        full.settle(0, [600])

@@ -1,0 +1,114 @@
+"""The link: in order, held back, and loud when something goes wrong; its thread ends with it."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from vericache_compile.errors import TransferError
+from vericache_compile.runtime import transfers
+from vericache_compile.runtime.transfers import Link
+
+
+def note(log: list[str], name: str, pieces: int = 1, nbytes: int = 1) -> Iterator[int]:
+    for piece in range(pieces):
+        log.append(f"{name}{piece}")
+        yield nbytes
+
+
+def test_transfers_come_in_the_order_in_which_they_were_begun() -> None:
+    link, log = Link(), list[str]()
+    begun = [link.submit(note(log, name, 2)) for name in "abc"]
+    begun[2].result()
+    assert log == ["a0", "a1", "b0", "b1", "c0", "c1"]
+    assert all(each.done and each.nbytes == 2 for each in begun)
+
+
+def test_a_copy_is_exact_in_every_type() -> None:
+    link = Link()
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        source = torch.randn(2, 300, 16).to(dtype)
+        target = torch.zeros(2, 512, 16, dtype=dtype)
+        link.submit(link.copy(target[:, 100:400], source)).result()
+        assert torch.equal(target[:, 100:400], source)
+        assert not target[:, :100].any()
+        assert not target[:, 400:].any()
+
+
+def test_a_cap_holds_the_link_back() -> None:
+    transfer = Link(gbps=0.001).submit(note([], "a", pieces=4, nbytes=25_000))  # a tenth of a second
+    transfer.result()
+    assert transfer.seconds >= 0.1
+
+
+def test_the_caller_does_not_wait_for_what_it_begins() -> None:
+    held = threading.Event()
+
+    def slow() -> Iterator[int]:
+        held.wait(10)
+        yield 1
+
+    transfer = Link().submit(slow())
+    assert not transfer.done
+    held.set()
+    transfer.result()
+    assert transfer.done
+
+
+def test_an_error_is_raised_where_the_data_is_waited_for_and_the_link_goes_on() -> None:
+    def broken_copy() -> Iterator[int]:
+        yield 1
+        raise ValueError("the cable is out")
+
+    link, log = Link(), list[str]()
+    first, second = link.submit(broken_copy()), link.submit(note(log, "b"))
+    with pytest.raises(ValueError, match="cable") as raised:
+        first.result()
+    assert any(entry.name == "broken_copy" for entry in raised.traceback)
+    second.result()
+    assert log == ["b0"]
+
+
+def test_a_dead_thread_is_an_error_and_no_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfers, "PULSE", 0.01)
+    monkeypatch.setattr(transfers, "_drive", lambda *_: None)
+    transfer = Link().submit(note([], "a"))
+    with pytest.raises(TransferError, match=r"(?s)thread has died.*fix"):
+        transfer.result()
+    assert not transfer.drain()
+
+
+def test_a_link_that_nobody_holds_ends_its_thread() -> None:
+    link = Link()
+    link.submit(note([], "a")).result()
+    thread = link._thread
+    assert thread is not None
+    assert thread.is_alive()
+    del link
+    gc.collect()
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+def test_a_program_that_is_interrupted_ends() -> None:
+    """Ctrl-C while a transfer is under way."""
+    program = """
+import time
+from vericache_compile.runtime.transfers import Link
+def slow():
+    while True:
+        time.sleep(0.01)
+        yield 1
+link = Link()
+link.submit(slow())
+raise KeyboardInterrupt
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert "KeyboardInterrupt" in done.stderr
+    assert done.returncode != 0

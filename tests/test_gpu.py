@@ -1,0 +1,64 @@
+"""On a GPU: plain tokens, canonical bits, drafts that wait for nothing. All of it skips where there is none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from models import make_prompt, make_tiny
+from test_canonical import CHOICES, compiled, logits_of
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from vericache_compile import check
+from vericache_compile.runtime.draft_step import DraftStep
+
+pytestmark = pytest.mark.gpu
+WINDOW = {"window": 8}
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
+def model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    if not torch.cuda.is_available():
+        pytest.skip("no NVIDIA GPU here")
+    made: PreTrainedModel = make_tiny("llama").to("cuda", request.param)
+    return made
+
+
+def prompt(batch: int) -> dict[str, Tensor]:
+    return {name: x.to("cuda") for name, x in make_prompt(500, batch).items()}
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("inductor", [False, True])
+def test_rows_are_bit_equal_whatever_is_drafted(model: PreTrainedModel, inductor: bool, batch: int) -> None:
+    switch = compiled(model)
+    first = logits_of(model, switch, prompt(batch), 40, **CHOICES[0], **WINDOW, inductor=inductor)
+    for choice in (*CHOICES[1:], {"compressor": "int8"}, {"compressor": "turboquant"}, {"placement": "host"}):
+        made = logits_of(model, switch, prompt(batch), 40, **choice, **WINDOW, inductor=inductor)
+        assert torch.equal(made, first), choice
+
+
+def test_tokens_are_plain_ones(model: PreTrainedModel) -> None:
+    report = check(model, prompt(1), max_new_tokens=40, compressor="kivi", inductor=False, **WINDOW)
+    assert report.identical or (report.margin is not None and report.margin < 0.25), str(report)
+
+
+def test_a_draft_is_replayed_and_waits_for_nothing(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = DraftStep.draft
+    replayed: list[bool] = []
+
+    def draft(self: DraftStep, *args: Any) -> Tensor:
+        if not self._step.replays:
+            return original(self, *args)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return original(self, *args)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+            replayed.append(True)
+
+    monkeypatch.setattr(DraftStep, "draft", draft)
+    logits_of(model, compiled(model), prompt(2), 40, compressor="streaming", **WINDOW)
+    assert replayed

@@ -1,0 +1,214 @@
+"""Wherever full KV lives, and however little of it fits in the ring, output rows are the same to the bit."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import VOCABULARY, make_prompt, make_tiny
+from test_canonical import compiled, logits_of, random_guess, use_drafter
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from vericache_compile import stats
+from vericache_compile.runtime import slots
+from vericache_compile.runtime.tiers import PagedKV
+
+ELSEWHERE: list[dict[str, Any]] = [
+    {"placement": "host", "staging_mb": 0.001},
+    {"placement": "host", "staging_mb": 0.6, "link_gbps": 0.5},
+    {"placement": "host", "compressor": "none"},
+    {"placement": "disk", "staging_mb": 64},
+    {"placement": "disk", "staging_mb": 0.001, "compressor": "kivi"},
+]
+EAGER = {"window": 8, "inductor": False}
+
+
+@pytest.fixture
+def rings(monkeypatch: pytest.MonkeyPatch) -> set[tuple[int, int]]:
+    """(slots, sites) of every ring that comes into use."""
+    seen: set[tuple[int, int]] = set()
+    fit = slots.Ring.fit
+
+    def note(self: slots.Ring, full: PagedKV, nbytes: int) -> None:
+        fit(self, full, nbytes)
+        seen.add((len(self.slots), len(full.sites)))
+
+    monkeypatch.setattr(slots.Ring, "fit", note)
+    return seen
+
+
+@pytest.mark.parametrize(("name", "batch"), [("llama", 1), ("gpt2", 3)])
+def test_rows_are_bit_equal_wherever_full_kv_lives(
+    name: str, batch: int, rings: set[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, inputs = make_tiny(name), make_prompt(500, batch)
+    switch = compiled(model)
+    first = logits_of(model, switch, inputs, 40, **EAGER)
+    for choice in ELSEWHERE:
+        assert torch.equal(first, logits_of(model, switch, inputs, 40, **choice, **EAGER)), choice
+        assert stats(model)["placement"] == choice["placement"]
+        assert stats(model)["bytes"]["transferred"] > 0
+    assert {count for count, _ in rings} >= {1, 3}
+    use_drafter(monkeypatch, random_guess(VOCABULARY))
+    for choice in ({"placement": "host", "staging_mb": 0.001}, {"placement": "disk"}):
+        assert torch.equal(first, logits_of(model, switch, inputs, 40, **choice, **EAGER)), "random guesses"
+
+
+def test_a_prefill_leaves_one_sites_kv_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second turn reads each site's past when it gets there, and lets go of the one before."""
+    model = make_tiny("llama")
+    model.compile(backend="vericache", options={"placement": "host", **EAGER})
+    read, alive = PagedKV.read, list[int]()
+    held: list[Any] = []
+
+    def watch(self: PagedKV, layer: int, begin: int, end: int) -> tuple[Tensor, Tensor]:
+        made = read(self, layer, begin, end)
+        held.extend(weakref.ref(x) for x in made)
+        alive.append(sum(ref() is not None for ref in held))
+        return made
+
+    monkeypatch.setattr(PagedKV, "read", watch)
+    cache, ids = DynamicCache(), make_prompt(300)["input_ids"]
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        model(ids[:, :20], past_key_values=cache)
+    assert alive == [2, 2, 2]
+
+
+def grow(model: Any, given: Tensor, cache: DynamicCache, count: int) -> Tensor:
+    """`count` greedy tokens after `given`, all of which are seen."""
+    mask = torch.ones_like(given)
+    settings = {"max_new_tokens": count, "do_sample": False, "past_key_values": cache}
+    made: Tensor = model.generate(given, attention_mask=mask, **settings)
+    return made
+
+
+def plain_turns(model: PreTrainedModel, drive: Callable[[Any], Tensor]) -> tuple[Tensor, Tensor]:
+    """What `drive` gives uncompiled, and compiled with full KV in host memory."""
+    plain = drive(model)
+    model.compile(backend="vericache", options={"placement": "host", "staging_mb": 0.001, **EAGER})
+    return plain, drive(model)
+
+
+def test_turns_crops_and_forks() -> None:
+    """A second turn, a crop into the first, a copy that goes its own way."""
+
+    def drive(model: Any) -> Tensor:
+        cache, ids = DynamicCache(), make_prompt(330)["input_ids"]
+        first = grow(model, ids, cache, 20)
+        second = grow(model, torch.cat([first, ids[:, :40]], 1), cache, 20)
+        fork = copy.deepcopy(cache)
+        third = grow(model, torch.cat([second, ids[:, 50:60]], 1), cache, 20)
+        forked = grow(model, torch.cat([second, ids[:, 70:90]], 1), fork, 20)
+        cache.crop(-(cache.get_seq_length() - 280))
+        cropped = grow(model, torch.cat([ids[:, :280], ids[:, :9]], 1), cache, 20)
+        return torch.cat([third, forked, cropped], 1)
+
+    plain, ours = plain_turns(make_tiny("llama"), drive)
+    assert torch.equal(plain, ours)
+
+
+def test_beams_share_pages() -> None:
+    plain, ours = plain_turns(
+        make_tiny("llama"),
+        lambda model: model.generate(**make_prompt(300), max_new_tokens=6, num_beams=3, do_sample=False),
+    )
+    assert torch.equal(plain, ours)
+
+
+def test_one_model_under_two_placements_shares_its_sequences() -> None:
+    """A cache that was built under one configuration is continued under another."""
+    model, ids = make_tiny("llama"), make_prompt(300)["input_ids"]
+    plain = grow(model, ids, DynamicCache(), 30)
+    switch = compiled(model)
+    cache = DynamicCache()
+    given = ids
+    for options in ({"placement": "host"}, {"placement": "device"}, {"placement": "disk"}):
+        switch.options = {**options, **EAGER}
+        given = grow(model, given, cache, 10)
+    assert torch.equal(given, plain)
+
+
+def test_a_fault_reaches_the_caller_and_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A transfer that fails raises in the call that needed it; the same call works once the fault is gone."""
+    model, ids = make_tiny("llama"), make_prompt(300)["input_ids"]
+    plain = grow(model, ids, DynamicCache(), 30)
+    model.compile(backend="vericache", options={"placement": "host", **EAGER})
+    cache = DynamicCache()
+    given = grow(model, ids, cache, 4)
+    copy_to = PagedKV.copy_to
+
+    def broken(*_: Any, **__: Any) -> Iterator[int]:
+        raise OSError("the link is down")
+
+    monkeypatch.setattr(PagedKV, "copy_to", broken)
+
+    def go_on() -> None:
+        nonlocal given
+        for _ in range(20):
+            given = grow(model, given, cache, 1)
+
+    with pytest.raises(OSError, match="link is down"):
+        go_on()
+    monkeypatch.setattr(PagedKV, "copy_to", copy_to)
+    given = grow(model, given, cache, plain.shape[1] - given.shape[1])
+    assert torch.equal(given, plain)
+
+
+def test_auto_leaves_the_device_when_its_room_is_taken() -> None:
+    """With room for the first of two sequences, the second goes to host memory."""
+    model = make_tiny("llama")
+    prompt = make_prompt(300)
+    plain = model.generate(**prompt, max_new_tokens=12, do_sample=False)
+    tokens = (300 + 1024) * 3 * 2 * (16 + 16) * 4
+    model.compile(backend="vericache", options={"device_memory_mb": 1.2 * tokens / 2**20, **EAGER})
+    cache, other = DynamicCache(), DynamicCache()
+    settings = {"max_new_tokens": 12, "do_sample": False}
+    assert torch.equal(model.generate(**prompt, past_key_values=cache, **settings), plain)
+    assert stats(model)["placement"] == "device"
+    assert torch.equal(model.generate(**prompt, past_key_values=other, **settings), plain)
+    assert stats(model)["placement"] == "host"
+
+
+def test_drafts_that_never_pay_are_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slow, wrong drafts: after a few rounds there are none, rows are the same, and stats say so."""
+    model, inputs = make_tiny("llama"), make_prompt(300)
+    switch = compiled(model)
+    first = logits_of(model, switch, inputs, 60, **EAGER)
+
+    def guess(start: Tensor, steps: int) -> Tensor:
+        time.sleep(0.2 * bool(steps))
+        return torch.zeros(start.shape[0], steps, dtype=torch.int64)
+
+    use_drafter(monkeypatch, guess)
+    assert torch.equal(first, logits_of(model, switch, inputs, 60, keep=0.5, **EAGER))
+    assert stats(model)["rounds_without_drafts"] > 40
+
+
+def test_many_sequences_leave_nothing_behind(tmp_path: Path) -> None:
+    """Two hundred on disk: threads and files are as many as after the first ones."""
+    model = make_tiny("llama")
+    options = {"placement": "disk", "kv_folder": str(tmp_path), **EAGER}
+    model.compile(backend="vericache", options=options)
+
+    def left() -> tuple[int, int]:
+        gc.collect()
+        return threading.active_count(), sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+    counts = list[tuple[int, int]]()
+    for number in range(200):
+        model.generate(**make_prompt(260, seed=number), max_new_tokens=2, do_sample=False)
+        if number in (9, 199):
+            counts.append(left())
+    assert counts[1][0] <= counts[0][0]
+    assert counts[1][1] <= counts[0][1]
+    assert not list(tmp_path.iterdir())

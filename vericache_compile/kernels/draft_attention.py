@@ -1,0 +1,163 @@
+"""Attention of one token per row over its compressed cache, in Triton: [compressed region | exact tail].
+
+Dense regions lie in the buffer of the tail: they are columns like the tail's. Packed ones are read as codes and
+dequantised on the way, so the bytes that a step moves are those that are kept. Splits are attended on their own and
+merged; lengths are tensors on the device, so that a CUDA graph of a step can be replayed while tails grow.
+
+Shapes: B batch, H query heads, K KV heads, S slots, D head size, E value head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vericache_compile.compressors.packed import PackedSide
+from vericache_compile.compressors.quantizer import unpack
+from vericache_compile.kernels.launch import pad_size
+from vericache_compile.kernels.verify_attention import (
+    SPLIT,
+    Parts,
+    attend_splits,
+    merge_splits,
+    verify_attention,
+    verify_attention_reference,
+)
+
+Region = tuple[PackedSide, PackedSide]
+"""Keys and values of one row's packed region."""
+
+
+def draft_attention(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    newest: Tensor,
+    lefts: Tensor,
+    scale: float,
+    regions: Sequence[Region] = (),
+    *,
+    reach: int | None = None,
+    soft_cap: float | None = None,
+    bias: Tensor | None = None,
+    relative: bool = False,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """q [B, H, 1, D] over keys [B, K, S, D] and values [B, K, S, E]: row b reads slots lefts[b, k] .. newest[b].
+
+    newest [B] and lefts [B, K] are on the device. With packed `regions`, one a row, row b reads the whole of its own
+    first, then slots 0 .. newest[b]: lefts must then be `region_lefts(regions, K)`, `reach` and `bias` None. Returns
+    [B, H, 1, E].
+    """
+    if not regions:
+        return verify_attention(
+            q, keys, values, newest, lefts, scale,
+            reach=reach, soft_cap=soft_cap, bias=bias, relative=relative, sinks=sinks,
+        )  # fmt: skip
+    assert reach is None and bias is None, "slots of packed regions are no columns, by which these count"
+    skipped = max(splits_of(region) for region in regions)
+    parts = Parts.like(q, values.shape[3], skipped - (-keys.shape[2] // SPLIT))
+    for b, region in enumerate(regions):
+        _attend_region(q[b], region, parts, b, skipped - splits_of(region), scale, soft_cap)
+    attend_splits(q, keys, values, newest, lefts, scale, parts, skipped=skipped, soft_cap=soft_cap)
+    return merge_splits(q, parts, newest, lefts, keys.shape[1], skipped=skipped, sinks=sinks)
+
+
+def splits_of(region: Region) -> int:
+    """Splits that a packed region fills."""
+    return -(-region[0].tokens // SPLIT)
+
+
+def region_lefts(regions: Sequence[Region], kv_heads: int) -> list[list[int]]:
+    """The first column [B][K] of each row: regions end where the longest ends, in whole splits."""
+    longest = max(splits_of(region) for region in regions)
+    return [[(longest - splits_of(region)) * SPLIT] * kv_heads for region in regions]
+
+
+def _attend_region(
+    q: Tensor, region: Region, parts: Parts, row: int, first: int, scale: float, soft_cap: float | None
+) -> None:
+    """q [H, 1, D] of one row over its region, into the splits of `parts` from `first` on."""
+    from vericache_compile.kernels import draft_attention_triton as programs
+
+    keys, values = region
+    splits = splits_of(region)
+    if not splits:
+        return
+    if q.stride(-1) != 1:
+        q = q.contiguous()
+    kv_heads = keys.codes.shape[0]
+    group = q.shape[0] // kv_heads
+    tile, stages = region_tile(max(keys.size, values.size) * q.element_size())
+    programs.attend_region[(splits, kv_heads)](
+        q, keys.codes, keys.scale, keys.zero_or_scale, values.codes, values.scale, values.zero_or_scale,
+        parts.outs[row], parts.tops[row], parts.totals[row], scale,
+        keys.tokens, parts.tops.shape[3], first, q.stride(0),
+        GROUP=group, SIZE=keys.size, VALUE=values.size, SOFT_CAP=soft_cap or 0.0, BITS=keys.bits,
+        KEY_GROUP=keys.group, KEY_CHANNELS=keys.channels, VALUE_GROUP=values.group, VALUE_CHANNELS=values.channels,
+        ZERO=keys.zero is not None, ROWS=pad_size(group), SPLIT=SPLIT, TILE=tile,
+        PAD_D=pad_size(keys.size), PAD_E=pad_size(values.size), num_warps=4, num_stages=stages,
+    )  # fmt: skip
+
+
+def region_tile(bytes_per_key: int) -> tuple[int, int]:
+    """(tokens of a step, steps in flight), so that a program fits in shared memory (tests/kernels/test_compiled.py)."""
+    return 32 if bytes_per_key <= 256 else 16, 2 if bytes_per_key <= 512 else 1
+
+
+def dequantise_reference(side: PackedSide) -> Tensor:
+    """Float32 numbers [K, S, D] of one side of a region."""
+    codes = side.codes if side.bits == 8 else unpack(side.codes, side.bits)
+    numbers = codes.float().reshape(codes.shape[0], side.tokens, side.size)
+    shared = (1, side.channels) if side.channels else (side.group, 1)
+
+    def spread(x: Tensor) -> Tensor:
+        return x.float().repeat_interleave(shared[0], dim=1).repeat_interleave(shared[1], dim=2)
+
+    return numbers * spread(side.scale) + (0 if side.zero is None else spread(side.zero))
+
+
+def draft_attention_reference(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    newest: Tensor,
+    lefts: Tensor,
+    scale: float,
+    regions: Sequence[Region] = (),
+    *,
+    reach: int | None = None,
+    soft_cap: float | None = None,
+    bias: Tensor | None = None,
+    relative: bool = False,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """The same by dequantising regions and one masked softmax in float32, row by row."""
+    outs = []
+    for b in range(q.shape[0]):
+        own_keys, own_values, left, covered = keys[b], values[b], lefts[b : b + 1], 0
+        if regions:
+            covered = regions[b][0].tokens
+            own_keys, own_values = (
+                torch.cat([dequantise_reference(side).to(q.dtype), held], dim=1)
+                for side, held in zip(regions[b], (own_keys, own_values), strict=True)
+            )
+            left = torch.zeros_like(left)
+        outs.append(
+            verify_attention_reference(
+                q[b : b + 1],
+                own_keys[None],
+                own_values[None],
+                newest[b : b + 1] + covered,
+                left,
+                scale,
+                reach=reach,
+                soft_cap=soft_cap,
+                bias=bias,
+                relative=relative,
+                sinks=sinks,
+            )
+        )
+    return torch.cat(outs)

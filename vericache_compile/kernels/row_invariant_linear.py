@@ -1,0 +1,45 @@
+"""The product of a few rows with a weight, in Triton: a row's bits depend on that row and the weight alone.
+
+Libraries choose tiles and the split of the inner dimension by the number of rows. Here both are fixed: each number is
+one sum in float32, over tiles of the inner dimension in ascending order, whatever the other rows are.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vericache_compile.kernels.launch import serves
+
+ROWS, OUTS = 16, 32
+"""Rows and outputs of one tile; a window of 16 reads a weight once."""
+BYTES = 256
+"""Of a row that one step takes."""
+
+
+def row_invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [..., in], weight [out, in] with any strides, bias [out] or None. Returns [..., out]."""
+    from vericache_compile.kernels import row_invariant_linear_triton as programs
+
+    flat = x.reshape(-1, x.shape[-1])
+    if flat.stride(-1) != 1:
+        flat = flat.contiguous()
+    count, (outs, size) = flat.shape[0], weight.shape
+    out = torch.empty((*x.shape[:-1], outs), dtype=x.dtype, device=x.device)
+    programs.multiply[(-(-count // ROWS), -(-outs // OUTS))](
+        flat, weight, weight if bias is None else bias, out, count, flat.stride(0), *weight.stride(),
+        IN=size, OUT=outs, BIAS=bias is not None, ROWS=ROWS, OUTS=OUTS, INS=BYTES // x.element_size(),
+        num_warps=4, num_stages=3,
+    )  # fmt: skip
+    return out
+
+
+def is_row_invariant(weight: Tensor) -> bool:
+    """Whether the kernel is for such a weight, and there."""
+    return weight.dim() == 2 and serves(weight)
+
+
+def row_invariant_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The same in float32, rounded once at the end."""
+    return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
