@@ -12,6 +12,7 @@ Shapes: B batch, H query heads, K KV heads, C columns, W window, S tokens of a c
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 
@@ -19,7 +20,9 @@ import torch
 from torch import Tensor
 
 from vericache_compile.plan import DecodePlan
-from vericache_compile.runtime.sequences import Repeated, Sequence
+from vericache_compile.runtime.counts import Counts
+from vericache_compile.runtime.drawn import Repeated
+from vericache_compile.runtime.sequences import Sequence
 from vericache_compile.runtime.verify import verify_tokens
 
 CHUNK = 2048
@@ -39,6 +42,18 @@ class Passage:
     """Its columns [begin, end)."""
     ids: list[int]
     """Tokens to feed, the lead included."""
+
+
+def repeat_once(
+    sequence: Sequence, plan: DecodePlan, bound: list[Tensor | None], counts: Counts, device: torch.device
+) -> None:
+    """Let the model repeat its context before a draft cache is made, where the tokens of the context are known."""
+    lengths = [row.length for row in sequence.rows]
+    known = sequence.repeated is not None and sequence.repeated.lengths == lengths
+    if sequence.draft is None and not known:
+        began = time.perf_counter()
+        sequence.repeated = repeat_context(sequence, plan, bound, device) if knows_context(sequence) else None
+        counts.repeat_seconds += time.perf_counter() - began
 
 
 def knows_context(sequence: Sequence) -> bool:

@@ -16,7 +16,7 @@ from vericache_compile.errors import GhostError
 from vericache_compile.plan import Site
 from vericache_compile.runtime import ghosts
 from vericache_compile.runtime.caches import DraftKV, FullKV
-from vericache_compile.runtime.drawn import Drawn
+from vericache_compile.runtime.drawn import Drawn, Repeated
 
 REBUILD = "run the prompt again, or keep the cache that it was copied from alive and uncropped while copies are in use"
 CROPPED = "an older state of a cache that was cropped below it since then"
@@ -98,28 +98,6 @@ class Queries:
     def row(self, b: int) -> Tensor | None:
         """The row's real queries [H, n, D], oldest first (None when there are none)."""
         return self.tensor[b, :, : self.counts[b]] if self.counts[b] else None
-
-
-@dataclass(frozen=True)
-class Repeated:
-    """What a context's keys drew while the model repeated it: per site [B, K, C], float32."""
-
-    scores: list[Tensor]
-    lengths: list[int]
-    """Columns that each row had."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return sum(held.nbytes for held in self.scores)
-
-    def of(self, layer: int, b: int, begin: int, end: int) -> Tensor:
-        """Row b's scores [K, n] of columns [begin, end), as far as they were there."""
-        return self.scores[layer][b, :, begin : min(end, self.lengths[b])]
-
-    def select(self, rows: Rows[int]) -> Repeated:
-        """A copy of the given rows."""
-        return Repeated([held[list(rows)] for held in self.scores], [self.lengths[r] for r in rows])
 
 
 class Sequence:
