@@ -125,11 +125,11 @@ def most_attention(q: Tensor, sinks: Tensor, chunk: Tensor, repeated: Tensor, sc
     Each attends to sinks [K, s, D], the chunk, and causally to `repeated` [K, r, D], whose last n are their own.
     """
     kv_heads, tokens = chunk.shape[:2]
-    keys = torch.cat([sinks, chunk, repeated], dim=1).float()
     rows = q.shape[1]
-    logits = q.reshape(kv_heads, -1, q.shape[2]).float() * scale @ keys.transpose(1, 2)
-    logits = logits.view(kv_heads, -1, rows, keys.shape[1])
+    folded = q.reshape(kv_heads, -1, q.shape[2]).float() * scale
+    logits = torch.cat([folded @ keys.float().transpose(1, 2) for keys in (sinks, chunk, repeated)], dim=2)
+    logits = logits.view(kv_heads, -1, rows, logits.shape[2])
     future = torch.ones(rows, rows, dtype=torch.bool, device=q.device).triu(1)
-    logits[..., keys.shape[1] - rows :].masked_fill_(future, float("-inf"))
+    logits[..., -rows:].masked_fill_(future, float("-inf"))
     weights = logits.softmax(dim=-1)
     return weights[..., sinks.shape[1] : sinks.shape[1] + tokens].amax(dim=(1, 2))

@@ -32,7 +32,6 @@ class Telling:
         drawn, repeated = self.sequence.drawn, self.sequence.repeated
         return Facts(
             layer=layer,
-            token=begin - row.pad,
             position=begin + row.offset,
             end=row.length + row.offset,
             rotation=self.rotations.of(self.plan, self.inputs, layer) if "pre_rope" in self.wants else None,

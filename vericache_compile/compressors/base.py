@@ -53,16 +53,14 @@ class CompressedKV(ABC):
         """
 
     def select(self, query: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys [K, N, D] and values [K, N, Dv] that one draft step with this query [H, D] reads: by default all."""
+        """Keys [K, N, D] and values [K, N, Dv] that one draft step with this query [H, D] reads: by default all.
+
+        Where it depends on the query, `materialize` gives one choice of many.
+        """
         return self.materialize()
 
-    @property
-    def selects(self) -> bool:
-        """Whether what a draft step reads depends on its query; then `materialize` gives one choice of many."""
-        return False
-
     def knowing(self, facts: Facts) -> CompressedKV:
-        """The same region for `extend`, told what its method needs to know."""
+        """The same region for `extend`, its `method` (where it keeps one) told what it needs to know."""
         method = getattr(self, "method", None)
         if not isinstance(method, Compressor) or not method.wants:
             return self

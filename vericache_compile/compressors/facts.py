@@ -32,10 +32,8 @@ class Facts:
     """Of one row of one site. A fact that nobody asked for, or that nobody knows, is None."""
 
     layer: int = 0
-    token: int = 0
-    """Which token of the row is the first that is handed over, counted from its first real one."""
     position: int = 0
-    """That token's position."""
+    """The position of the first token that is handed over."""
     end: int = 0
     """The position after the newest token: the last queries' positions end before it."""
     rotation: Rotation | None = None
