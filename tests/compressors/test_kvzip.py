@@ -1,4 +1,4 @@
-"""KVzip: a layer's budget goes to the keys that its context's repetition drew on; what came later stays."""
+"""KVzip: the budget goes to the keys that the context's repetition drew on; what came later stays."""
 
 from __future__ import annotations
 
@@ -31,6 +31,21 @@ def test_the_best_of_all_heads_stay(random_row: Row) -> None:
     expected = [sorted(j for _, head, j in best if head == own) for own in range(2)]
     assert kept_of(region, keys) == expected
     assert len(expected[0]) > len(expected[1])
+
+
+def test_sites_share_one_budget(random_row: Row) -> None:
+    generator = torch.Generator().manual_seed(0)
+    everywhere = tuple(torch.rand(2, 60, generator=generator) * scale for scale in (1, 2, 4))
+    scored = sorted((float(x[head, j]) for x in everywhere for head in range(2) for j in range(40)), reverse=True)
+    least, shared = scored[3 * 2 * 10 - 1], dict[object, Tensor]()
+    for layer, own in enumerate(everywhere):
+        keys, values, queries = random_row(60, seed=layer)
+        facts = Facts(layer=layer, repeated=own, everywhere=everywhere, shared=shared)
+        region = KVzip(keep=0.25, window=20).knowing(facts).compress(keys, values, queries)
+        expected = [[j for j in range(40) if float(own[head, j]) >= least] for head in range(2)]
+        assert list(region.head_slots) == [len(kept) for kept in expected]
+        assert kept_of(region, keys) == [kept or kept_of(region, keys)[head] for head, kept in enumerate(expected)]
+    assert len(shared) == 1
 
 
 def test_tokens_that_were_never_repeated_stay(random_row: Row) -> None:

@@ -42,6 +42,8 @@ class Facts:
     """`attention`: [K, S], float32, the attention that each token has drawn so far, summed over queries and heads."""
     repeated: Tensor | None = None
     """`repeated`: [K, S], float32, the most attention that each token drew while the model repeated its context."""
+    everywhere: tuple[Tensor, ...] = ()
+    """`repeated` of every site of the row, this one's too."""
     read: Read | None = None
     """`read`: reads the full KV, during draft too."""
     shared: dict[object, Tensor] | None = None
