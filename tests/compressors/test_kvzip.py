@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor
 
 from vericache_compile.compressors.adakv import AdaKV
 from vericache_compile.compressors.facts import Facts
 from vericache_compile.compressors.kvzip import KVzip
+from vericache_compile.errors import OptionError
 
 Row = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
@@ -46,6 +48,8 @@ def test_sites_share_one_budget(random_row: Row) -> None:
         assert list(region.head_slots) == [len(kept) for kept in expected]
         assert kept_of(region, keys) == [kept or kept_of(region, keys)[head] for head, kept in enumerate(expected)]
     assert len(shared) == 1
+    alone = KVzip(keep=0.25, window=20, per_layer=True).knowing(facts).compress(keys, values, queries)
+    assert sum(alone.head_slots or ()) == 20 < sum(region.head_slots or ())
 
 
 def test_tokens_that_were_never_repeated_stay(random_row: Row) -> None:
@@ -65,3 +69,10 @@ def test_without_a_repetition_the_last_queries_vote(random_row: Row) -> None:
     region = KVzip(keep=0.25, window=20).compress(keys, values, queries)
     expected = AdaKV(keep=0.25, window=20, kernel=1, floor=0.0).compress(keys, values, queries)
     assert torch.equal(region.materialize()[0], expected.materialize()[0])
+
+
+def test_values_out_of_range_are_option_errors() -> None:
+    with pytest.raises(OptionError, match="per_layer=1"):
+        KVzip(per_layer=1)  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="window=0"):
+        KVzip(window=0)
