@@ -216,7 +216,7 @@ def compress(
                 region = own.knowing(facts).compress(k, v, asked)
             else:
                 region = held.regions[b].knowing(facts).extend(k, v, asked) if end > begin else held.regions[b]
-            regions.append(region)
+            regions.append(region.knowing(NOTHING))  # what it was told need not live as long as it does
             starts.append(pad + region.covered)
         layers.append(_place(regions, starts, full, layer, columns, room))
     return DraftKV(compressor, layers, columns if before is None else before.made)

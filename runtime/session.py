@@ -127,8 +127,10 @@ class Session:
                 arguments[site.past[0]] = sequence.full.keys[site.layer][:, :, :columns]
                 arguments[site.past[1]] = sequence.full.values[site.layer][:, :, :columns]
         pads = self._padding(sequence, roles, inputs)
-        if "attention" in self.compressor.wants and (sequence.drawn is None or columns == 0):
-            sequence.drawn = None if columns else Drawn.empty(plan.sites, batch, device)
+        if "attention" not in self.compressor.wants:
+            sequence.drawn = None
+        elif columns == 0:
+            sequence.drawn = Drawn.empty(plan.sites, batch, device)
         made = plan.module(Store(sequence, columns, self.compressor.queries, pads), *arguments)
         for row, pad in zip(sequence.rows, pads, strict=True):
             row.length, row.pad = columns + count, pad

@@ -14,7 +14,7 @@ from typing import ClassVar, Self
 
 from torch import Tensor
 
-from vericache_compile.compressors.facts import NOTHING, Facts
+from vericache_compile.compressors.facts import KINDS, NOTHING, Facts
 
 
 class CompressedKV(ABC):
@@ -62,7 +62,7 @@ class CompressedKV(ABC):
     def knowing(self, facts: Facts) -> CompressedKV:
         """The same region for `extend`, its `method` (where it keeps one) told what it needs to know."""
         method = getattr(self, "method", None)
-        if not isinstance(method, Compressor) or not method.wants:
+        if not isinstance(method, Compressor) or not method.wants & KINDS:
             return self
         told = copy.copy(self)
         vars(told)["method"] = method.knowing(facts)
@@ -96,7 +96,9 @@ class Compressor(ABC):
         return frozenset(self.needs)
 
     def knowing(self, facts: Facts) -> Self:
-        """The method told of one row of one site; the runtime asks it where a method `wants` any of it."""
+        """The method told of one row of one site; itself, where it wants to know nothing."""
+        if not self.wants & KINDS:
+            return self
         told = copy.copy(self)
         vars(told)["facts"] = facts
         return told

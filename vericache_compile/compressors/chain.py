@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vericache_compile.compressors.base import CompressedKV, Compressor
-from vericache_compile.compressors.facts import Facts
+from vericache_compile.compressors.facts import KINDS, Facts
 from vericache_compile.compressors.quantizer import QuantizedKV, Quantizer
 from vericache_compile.compressors.scorer import Chooser
 from vericache_compile.errors import OptionError
@@ -82,6 +82,8 @@ class Chain(Compressor):
 
     def knowing(self, facts: Facts) -> Self:
         """The chain with `drop` told of one row of one site."""
+        if not self.wants & KINDS:
+            return self
         told = copy.copy(self)
         vars(told)["drop"] = self.drop.knowing(facts)
         return told
