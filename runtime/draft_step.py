@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from vericache_compile.compressors.base import CompressedKV
 from vericache_compile.kernels import launch
 from vericache_compile.kernels.draft_attention import Region, draft_attention, region_lefts
 from vericache_compile.plan import Act, DecodePlan
@@ -28,7 +29,8 @@ Bound = list[Tensor | None]
 def serves(device: torch.device, plan: DecodePlan, draft: DraftKV) -> bool:
     """Whether draft steps run with their lengths on the device: where kernels read lengths there, which do
     nothing to scores but scale them, and no region chooses by the query what is read."""
-    if any(region.selects for layer in draft.layers for region in layer.regions):
+    regions = (region for layer in draft.layers for region in layer.regions)
+    if any(type(region).select is not CompressedKV.select for region in regions):
         return False
     return all(launch.takes(device, site.dtype) and site.is_plain for site in plan.captured.sites)
 
