@@ -43,7 +43,7 @@ class DraftStep:
 
     def __init__(self, layers: Sequence[DraftLayer], plan: DecodePlan, bound: Bound, batch: int, capacity: int) -> None:
         device = layers[0].keys.device
-        self.layers, self.plan, self.bound = layers, plan, bound
+        self.plan, self.bound, self._places = plan, bound, _places(bound)
         with torch.inference_mode(False):
             self.tokens, self.first, self.positions = torch.zeros((3, batch, 1), dtype=torch.int64, device=device)
             self.columns = torch.zeros(batch, dtype=torch.int64, device=device)
@@ -52,11 +52,11 @@ class DraftStep:
             self.place = torch.zeros(1, dtype=torch.int64, device=device)
             starts = torch.tensor([layer.starts for layer in layers], device=device)
             self.sites = [_Site(layer, own) for layer, own in zip(layers, starts, strict=True)]
-        self._step = Captured(self._launch, device)
+        self._step = Captured(device)
 
     def fits(self, plan: DecodePlan, bound: Bound, horizon: int) -> bool:
         """Whether this is a step of that plan, with those weights, and has room for so many tokens."""
-        return self.plan is plan and horizon < self.drafted.shape[0] and _places(bound) == _places(self.bound)
+        return self.plan is plan and horizon < self.drafted.shape[0] and _places(bound) == self._places
 
     def draft(
         self,
@@ -85,7 +85,7 @@ class DraftStep:
             if horizon and coming is not None:
                 coming.prefetch(asked.layer)
         for _ in range(horizon):
-            self._step()
+            self._step(self._launch)
         return self.drafted[: horizon + 1].t().contiguous()
 
     def _launch(self) -> None:

@@ -5,6 +5,8 @@ On the CPU the same code runs: with the reference's attention, and with the Trit
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -113,6 +115,29 @@ def test_a_step_is_kept_until_what_it_reads_has_moved(monkeypatch: pytest.Monkey
     moved = [None if tensor is None else tensor.clone() for tensor in step.bound]
     assert not step.fits(step.plan, moved, 3), "other weights"
     assert draft.step is step
+
+
+def test_a_step_dies_with_its_draft_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No cycle holds its buffers until a garbage collection."""
+    monkeypatch.setattr(draft_step, "serves", lambda device, plan: True)
+    monkeypatch.setattr(rounds, "CHUNK", 8)
+    steps: list[weakref.ref[DraftStep]] = []
+    original = draft_step.step_of
+
+    def step_of(*args: Any) -> DraftStep:
+        step = original(*args)
+        steps.append(weakref.ref(step))
+        return step
+
+    monkeypatch.setattr(draft_step, "step_of", step_of)
+    model = make_tiny("llama")
+    gc.disable()
+    try:
+        logits_of(model, compiled(model), make_prompt(50), 60, compressor="streaming", window=4, **OPTIONS)
+        assert steps[0]() is None
+        assert steps[-1]() is not None
+    finally:
+        gc.enable()
 
 
 def test_a_caller_that_repeats_a_token_is_drafted_it(monkeypatch: pytest.MonkeyPatch) -> None:
