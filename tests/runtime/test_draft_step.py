@@ -60,10 +60,11 @@ def test_tokens_and_caches_are_those_of_lengths_in_python(batch: int, monkeypatc
     monkeypatch.setattr(rounds, "draft_tokens", draft_tokens)
     model = make_tiny("llama")
     switch = compiled(model)
-    for method in METHODS.values():
+    methods = METHODS if batch > 1 else {name: METHODS[name] for name in ("none", "kivi")}
+    for method in methods.values():
         logits_of(model, switch, make_prompt(150, batch), 24, **method, window=4, **OPTIONS)
-    assert len(set(compared)) == len(METHODS)
-    assert len(compared) > 3 * len(METHODS)
+    assert len(set(compared)) == len(methods)
+    assert len(compared) > 3 * len(methods)
 
 
 def test_full_kv_from_elsewhere_is_asked_for_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,51 +94,39 @@ def test_full_kv_from_elsewhere_is_asked_for_before_the_first_step(monkeypatch: 
     assert all(layers in ([0, 1, 2], []) for layers in ahead), "none where drafting rests"
 
 
-def test_a_step_is_kept_until_what_it_reads_has_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_lives_as_long_as_its_draft_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is kept until what it reads has moved, and no cycle holds its buffers until a garbage collection."""
     monkeypatch.setattr(draft_step, "serves", lambda device, plan: True)
-    made: list[tuple[DraftStep, DraftKV]] = []
+    monkeypatch.setattr(rounds, "CHUNK", 16)
+    steps: list[weakref.ref[DraftStep]] = []
+    drafts: list[weakref.ref[DraftKV]] = []
     original = draft_step.step_of
 
     def step_of(draft: DraftKV, *rest: Any) -> DraftStep:
-        made.append((original(draft, *rest), draft))
-        return made[-1][0]
-
-    monkeypatch.setattr(draft_step, "step_of", step_of)
-    model = make_tiny("llama")
-    monkeypatch.setattr(rounds, "CHUNK", 16)
-    options = {"compressor": "streaming", "keep": 0.2, "window": 4}
-    logits_of(model, compiled(model), make_prompt(100), 80, **options, **OPTIONS)
-    steps, drafts = ({id(pair[i]) for pair in made} for i in range(2))
-    assert 1 < len(steps) == len(drafts) < len(made) / 2
-    step, draft = made[-1]
-    assert step.fits(step.plan, step.bound, 3)
-    assert not step.fits(step.plan, step.bound, 4), "no room for the tokens"
-    moved = [None if tensor is None else tensor.clone() for tensor in step.bound]
-    assert not step.fits(step.plan, moved, 3), "other weights"
-    assert draft.step is step
-
-
-def test_a_step_dies_with_its_draft_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No cycle holds its buffers until a garbage collection."""
-    monkeypatch.setattr(draft_step, "serves", lambda device, plan: True)
-    monkeypatch.setattr(rounds, "CHUNK", 8)
-    steps: list[weakref.ref[DraftStep]] = []
-    original = draft_step.step_of
-
-    def step_of(*args: Any) -> DraftStep:
-        step = original(*args)
+        step = original(draft, *rest)
+        assert draft.step is step
         steps.append(weakref.ref(step))
+        drafts.append(weakref.ref(draft))
         return step
 
     monkeypatch.setattr(draft_step, "step_of", step_of)
     model = make_tiny("llama")
+    options = {"compressor": "streaming", "keep": 0.2, "window": 4}
     gc.disable()
     try:
-        logits_of(model, compiled(model), make_prompt(50), 60, compressor="streaming", window=4, **OPTIONS)
-        assert steps[0]() is None
-        assert steps[-1]() is not None
+        logits_of(model, compiled(model), make_prompt(100), 80, **options, **OPTIONS)
+        alive = [step() for step in steps]
     finally:
         gc.enable()
+    kept, caches = (len(set(map(id, seen))) for seen in (steps, drafts))  # an object has one weak reference
+    assert 1 < kept == caches < len(steps) / 2
+    assert alive[0] is None
+    step = alive[-1]
+    assert step is not None
+    assert step.fits(step.plan, step.bound, 3)
+    assert not step.fits(step.plan, step.bound, 4), "no room for the tokens"
+    moved = [None if tensor is None else tensor.clone() for tensor in step.bound]
+    assert not step.fits(step.plan, moved, 3), "other weights"
 
 
 def test_a_caller_that_repeats_a_token_is_drafted_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,10 +185,10 @@ def test_a_model_on_triton_kernels_gives_plain_tokens(
 ) -> None:
     """Draft attention, verify attention and verify's products, all in Triton: the path of a GPU."""
     inputs, counts = make_prompt(70, batch), count_launches(monkeypatch)
-    plain = tiny.generate(**inputs, max_new_tokens=7, do_sample=False)
+    plain = tiny.generate(**inputs, max_new_tokens=5, do_sample=False)
     tiny.compile(backend="vericache", options={**METHODS[name], "window": 4, **OPTIONS})
-    assert torch.equal(tiny.generate(**inputs, max_new_tokens=7, do_sample=False), plain)
-    assert counts["merge_splits"] > 8, "attention ran elsewhere"
+    assert torch.equal(tiny.generate(**inputs, max_new_tokens=5, do_sample=False), plain)
+    assert counts["merge_splits"] > 4, "attention ran elsewhere"
     assert bool(counts.get("_attend_region")) == (name == "kivi")
 
 
