@@ -15,6 +15,9 @@ def check(program: Program, after: str) -> None:
             module.graph.lint()
             assert returned(module), f"after {after}: {name} returns nothing"
     _check_sites(program, after)
+    if after == "find_rotation":
+        found = len(program.rotations)
+        assert found == len(program.sites), f"{found} rotations for {len(program.sites)} sites"
     if after == "expand_window":
         _check_gemms(program)
     if after in ("insert_transfers", "hoist_prefetch"):

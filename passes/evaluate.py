@@ -6,7 +6,7 @@ depend on is exactly that; anything else among their inputs raises UnsupportedGr
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,14 +14,20 @@ import torch
 from torch import Tensor
 from torch.fx import Interpreter, Node
 
-from vericache_compile.passes.program import Program, ancestors, example, is_weight, unsupported
+from vericache_compile.errors import UnsupportedGraph
+from vericache_compile.passes.program import Program, ancestors, example, is_weight, mutates, source_line, unsupported
 
 if TYPE_CHECKING:
     import sympy
 
 LONGEST = 1 << 22
 """Constants up to this many columns are taken for lengths at which a mask or position may change its rule."""
+EXPECTED = (RuntimeError, IndexError, ValueError)
 FIX = "compute it from the past length and the padding mask alone"
+
+
+class FailsAt(UnsupportedGraph):
+    """A mask or position cannot be computed at some length."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +43,13 @@ class Scene:
         return (columns >= torch.tensor(self.pads)[:, None]).to(like.dtype).to(like.device)
 
 
-def scenes(program: Program, nodes: Sequence[Node]) -> list[Scene]:
+def scenes(program: Program, nodes: Sequence[Node], given: Collection[Node] = ()) -> list[Scene]:
     """Scenes that tell a rule from its look-alikes.
 
-    Besides a few fixed lengths they reach past every constant that `nodes` are computed with: a window, chunk or
-    clamp that begins to bite at 4,096 columns is seen at 4,099.
+    Besides a few fixed lengths they reach past every constant that `nodes` are computed with, up to those `given`: a
+    window, chunk or clamp that begins to bite at 4,096 columns is seen at 4,099.
     """
-    lengths = [5, 9, 70, 1000, *(c + 3 for c in sorted(set(_constants(nodes))) if 5 < c <= LONGEST)]
+    lengths = [5, 9, 70, 1000, *(c + 3 for c in sorted(set(_constants(nodes, given))) if 5 < c <= LONGEST)]
     none = (0,) * program.batch
     if program.found_roles.mask is None:
         return [Scene(past, none) for past in lengths]
@@ -52,9 +58,9 @@ def scenes(program: Program, nodes: Sequence[Node]) -> list[Scene]:
     return [Scene(5, none), *(Scene(past, padded[i % 3]) for i, past in enumerate(lengths))]
 
 
-def _constants(nodes: Sequence[Node]) -> Iterator[int]:
+def _constants(nodes: Sequence[Node], given: Collection[Node]) -> Iterator[int]:
     """Integers among the arguments and symbolic sizes that nodes are computed with."""
-    for node in ancestors(nodes):
+    for node in ancestors(nodes, given):
         value = example(node)
         if isinstance(value, torch.SymInt):
             yield from (abs(int(atom)) for atom in value.node.expr.atoms() if atom.is_Integer)
@@ -102,14 +108,22 @@ def reads_data(node: Node, cached: set[Node]) -> bool:
     return isinstance(example(node), Tensor) and any(i in cached for i in node.all_input_nodes)
 
 
-def evaluate(program: Program, nodes: Sequence[Node], scene: Scene) -> list[Any]:
-    """Values of `nodes` in a scene; raises UnsupportedGraph when they depend on anything else."""
+def evaluate(
+    program: Program, nodes: Sequence[Node], scene: Scene, filled: Mapping[Node, float] | None = None
+) -> list[Any]:
+    """Values of `nodes` in a scene, tensors in `filled` taken for that number throughout; raises UnsupportedGraph when
+    they depend on anything else, FailsAt when they cannot be computed in it."""
+    filled = filled or {}
     env = bind_symbols(program, scene.past)
     cached = program.cached
-    needed = set(ancestors(nodes))
+    needed = set(ancestors(nodes, filled))
     interpreter = Interpreter(program.module)
     for node in program.module.graph.nodes:
         if node not in needed:
+            continue
+        if node in filled:
+            value = _full(node, env, filled[node])
+            interpreter.env[node] = value.clone() if any(map(mutates, node.users)) else value
             continue
         if reads_data(node, cached):
             raise _depends("cached keys or values", node)
@@ -118,10 +132,9 @@ def evaluate(program: Program, nodes: Sequence[Node], scene: Scene) -> list[Any]
             continue
         try:
             interpreter.env[node] = interpreter.run_node(node)
-        except (RuntimeError, IndexError, ValueError) as error:
-            raise unsupported(
-                f"a mask or position that fails at {scene.past} cached columns ({error})", node, FIX
-            ) from error
+        except EXPECTED as error:
+            found = f"a mask or position that fails at {scene.past} cached columns ({error})"
+            raise FailsAt(found, source_line(node), FIX) from error
     return [interpreter.env[node] for node in nodes]
 
 
@@ -133,11 +146,18 @@ def _input(program: Program, node: Node, scene: Scene, env: Mapping[sympy.Symbol
         return concrete(value, env)
     if index == roles.mask:
         return scene.mask(value)
+    if index in program.buffers:
+        return program.buffers[index]
     if node not in program.cached:
         names = {roles.tokens: "tokens", roles.positions: "given positions"}
         raise _depends("weights" if is_weight(node) else names.get(index, "an input that it does not know"), node)
+    return _full(node, env, 0)
+
+
+def _full(node: Node, env: Mapping[sympy.Symbol, int], number: float) -> Tensor:
+    value = example(node)
     shape = [concrete(size, env) for size in value.shape]
-    return torch.empty([1] * len(shape), dtype=value.dtype, device=value.device).expand(shape)
+    return torch.full([1] * len(shape), number, dtype=value.dtype, device=value.device).expand(shape)
 
 
 def _depends(what: str, node: Node) -> Exception:

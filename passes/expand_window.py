@@ -3,9 +3,9 @@
     draft:  tokens [B, 1] -> logits [B, 1, V] -> next token [B, 1]
     verify: tokens [W, B, 1] -> logits [W, B, 1, V], attention sees [B, H, W, D], causal in the window
 
-Every matrix product with a weight is one `vericache.linear` in both, so verify has as many GEMMs as draft and none over
-an expanded weight. A model for which that does not come out (experts that are chosen per token, say) raises
-UnsupportedGraph: its window would cost W decode steps.
+Every matrix product with a weight is one `vericache.linear` in both, and one with the weights of experts that tokens
+choose one `vericache.experts_mm` (`expert_products`), so verify has as many GEMMs as draft and none over an expanded
+weight. A model for which that does not come out raises UnsupportedGraph: its window would cost W decode steps.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from torch.fx.traceback import preserve_node_meta
 
 from vericache_compile import ops
 from vericache_compile.passes.evaluate import bind_symbols, concrete
+from vericache_compile.passes.expert_products import ExpertProducts
 from vericache_compile.passes.program import Program, example, mutates, placeholders, unsupported
 from vericache_compile.passes.split_modes import MAPPED
 
@@ -90,6 +91,7 @@ class _Linears(Interpreter):
 
     def __init__(self, module: GraphModule) -> None:
         super().__init__(module, garbage_collect_values=True)
+        self.experts = ExpertProducts()
 
     def run_node(self, n: Node) -> Any:
         try:
@@ -99,12 +101,16 @@ class _Linears(Interpreter):
             raise unsupported(f"a call that a window cannot be put through ({reason})", n, FIX) from error
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        product = _as_product(target, args, kwargs)
+        product = self._product(target, args, kwargs)
         return super().call_function(target, args, kwargs) if product is None else product
 
     def call_method(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        product = _as_product(target, args, kwargs)
+        product = self._product(target, args, kwargs)
         return super().call_method(target, args, kwargs) if product is None else product
+
+    def _product(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+        product = _as_product(target, args, kwargs)
+        return self.experts.spell(target, args, kwargs) if product is None else product
 
 
 def _as_product(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:

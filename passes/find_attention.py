@@ -1,4 +1,4 @@
-"""Find every (append to cache, attend) pair: a site. The only file that knows how models spell attention.
+"""Find every (append to cache, attend) pair: a site. Only this and `spelled_attention` know how models spell attention.
 
     k = cat([past_k, k_new], -2)                 one Site:
     v = cat([past_v, v_new], -2)            ->     query q, key k_new, value v_new, mask, scale,
@@ -22,7 +22,6 @@ from vericache_compile.passes.evaluate import concrete
 from vericache_compile.passes.program import (
     Program,
     SiteNodes,
-    ancestors,
     example,
     is_weight,
     output_node,
@@ -30,13 +29,13 @@ from vericache_compile.passes.program import (
     target_name,
     unsupported,
 )
+from vericache_compile.passes.spelled_attention import APPENDS, CASTS, Attention, call_name, read_spelled
 from vericache_compile.plan import Output, OutputRole, Site
 
 ATTENTION = torch.nn.functional.scaled_dot_product_attention
 NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-APPENDS = (torch.cat, torch.concat, torch.concatenate)
 VIEWS = {"expand", "reshape", "view", "contiguous", "unsqueeze", "flatten", "clone", "getitem"}
-REPEATS = VIEWS | {"repeat_interleave", "repeat", "tile"}
+REPEATS = VIEWS | CASTS | {"repeat_interleave", "repeat", "tile"}
 """Calls that may stand between cache and attention, if together they repeat each head in place."""
 COLUMNS = 3
 """Every symbolic length while a repetition is run."""
@@ -72,11 +71,12 @@ def find_attention(program: Program) -> int:
     finder = Finder(program, program.returned, {node: i for i, node in enumerate(program.placeholders)})
     cached: dict[Node, OutputRole] = {}
     pasts: set[int | None] = set()
-    for layer, call in enumerate(attention_calls(program)):
+    for layer, call in enumerate(find_calls(program)):
         site, keys, values = _match(finder, layer, call)
         for side, kind in ((keys, Output.KEYS), (values, Output.VALUES)):
             if side.output in cached or side.past in pasts - {None}:
-                raise unsupported("two uses of one cache tensor", call, "give each attention its own keys and values")
+                fix = "give each attention its own keys and values"
+                raise unsupported("two uses of one cache tensor", call.result, fix)
             cached[side.output] = OutputRole(kind, layer)
             pasts.add(side.past)
         program.sites.append(site)
@@ -84,56 +84,55 @@ def find_attention(program: Program) -> int:
     return len(program.sites)
 
 
-def attention_calls(program: Program) -> list[Node]:
-    """The attention calls of a graph in order; raises UnsupportedGraph where there is none."""
-    calls = [node for node in program.module.graph.nodes if node.target is ATTENTION]
+def find_calls(program: Program) -> list[Attention]:
+    """The attentions of a graph in order; raises UnsupportedGraph where there is none."""
+    calls: list[Attention] = []
+    for node in program.module.graph.nodes:
+        if node.target is ATTENTION:
+            calls.append(_read_call(node))
+        elif call_name(node) == "softmax" and (spelled := read_spelled(node)) is not None:
+            calls.append(spelled)
     if not calls:
         raise _no_attention(program)
     return calls
 
 
 def _no_attention(program: Program) -> UnsupportedGraph:
-    """Why a graph without an attention call has none, as far as its softmax tells."""
     found, fix = "no scaled_dot_product_attention call", "compile the whole model"
-    softmax = next(
-        (n for n in program.module.graph.nodes if target_name(n).strip("_") in ("softmax", "_softmax")), None
-    )
-    if softmax is None:
-        return unsupported(found, None, f'load the model with attn_implementation="sdpa", and {fix}')
-    if any(target_name(node) == "baddbmm" for node in ancestors([softmax])):
-        fix = "use a model with rotary or learned positions, or run this one without vericache"
-        return unsupported(f"a bias added to attention scores (ALiBi, say), and {found}", softmax, fix)
-    fix = f'load the model with attn_implementation="sdpa", and {fix}'
-    return unsupported(f"attention spelled out as a softmax, and {found}", softmax, fix)
+    softmax = next((node for node in program.module.graph.nodes if call_name(node) == "softmax"), None)
+    if softmax is not None:
+        found = f"a softmax that is not read as attention, and {found}"
+    return unsupported(found, softmax, f'load the model with attn_implementation="sdpa", and {fix}')
 
 
-def mask_of(call: Node) -> Node | None:
-    """The mask that an attention call is given."""
-    mask = _given(call).get("attn_mask")
-    assert mask is None or isinstance(mask, Node), f"{call.name} has a mask of type {type(mask).__name__}"
-    return mask
-
-
-def _given(call: Node) -> dict[str, Any]:
-    return dict(zip(NAMES, call.args, strict=False)) | dict(call.kwargs)
-
-
-def _match(finder: Finder, layer: int, call: Node) -> tuple[SiteNodes, Appended, Appended]:
-    given = _given(call)
-    query, scale = given["query"], given.get("scale")
+def _read_call(call: Node) -> Attention:
+    """What scaled_dot_product_attention is given."""
+    given: dict[str, Any] = dict(zip(NAMES, call.args, strict=False)) | call.kwargs
+    mask, scale = given.get("attn_mask"), given.get("scale")
     if given.get("dropout_p", 0.0):
         raise unsupported("attention with dropout", call, "call model.eval()")
-    if example(query).dim() != 4 or not isinstance(scale, (int, float, type(None))):
-        raise unsupported("an attention that is not [batch, heads, tokens, size]", call, "keep heads on axis 1")
-    keys, values = (_append(finder, call, query, given[side]) for side in ("key", "value"))
+    if not isinstance(scale, (int, float, type(None))):
+        raise unsupported("an attention scale that is not a number", call, "use a number")
+    assert mask is None or isinstance(mask, Node), f"{call.name} has a mask of type {type(mask).__name__}"
+    query, key, value = (given[name] for name in NAMES[:3])
+    sides = () if mask is None else (mask,)
+    causal = bool(given.get("is_causal"))
+    return Attention(call, query, key, value, scale, mask, sides, is_causal=causal)
+
+
+def _match(finder: Finder, layer: int, call: Attention) -> tuple[SiteNodes, Appended, Appended]:
+    query, result = call.query, call.result
+    if example(query).dim() != 4:
+        raise unsupported("an attention that is not [batch, heads, tokens, size]", result, "keep heads on axis 1")
+    keys, values = (_append(finder, result, query, side) for side in (call.key, call.value))
     if (keys.past is None) != (values.past is None):
-        raise unsupported("keys are cached but values are not, or the reverse", call, "cache both")
-    if keys.past is not None and given.get("is_causal"):
-        raise unsupported("is_causal=True over a filled cache", call, "pass a mask, or is_causal=False for one token")
+        raise unsupported("keys are cached but values are not, or the reverse", result, "cache both")
+    if keys.past is not None and call.is_causal:
+        raise unsupported("is_causal=True over a filled cache", result, "pass a mask, or is_causal=False for one token")
     heads, kv_heads = (int(example(node).shape[1]) for node in (query, keys.new))
     for side in (keys, values):
         if not _repeats_heads(finder, side, heads // kv_heads):
-            raise unsupported("keys or values change between cache and attention", call, "attend to them as cached")
+            raise unsupported("keys or values change between cache and attention", result, "attend to them as cached")
     head_size, value_size = (int(example(node).shape[3]) for node in (query, values.new))
     site = Site(
         layer=layer,
@@ -141,19 +140,22 @@ def _match(finder: Finder, layer: int, call: Node) -> tuple[SiteNodes, Appended,
         kv_heads=kv_heads,
         head_size=head_size,
         value_size=value_size,
-        scale=float(scale) if scale is not None else 1.0 / math.sqrt(head_size),
+        scale=float(call.scale) if call.scale is not None else 1.0 / math.sqrt(head_size),
         dtype=example(keys.new).dtype,
         past=None if keys.past is None or values.past is None else (keys.past, values.past),
+        soft_cap=call.soft_cap,
+        sinks=call.sinks is not None,
     )
-    return SiteNodes(site, call, query, keys.new, values.new, mask_of(call)), keys, values
+    given = (call.mask, call.sides, call.products, call.sinks, call.spelled)
+    return SiteNodes(site, result, query, keys.new, values.new, *given), keys, values
 
 
 def _append(finder: Finder, call: Node, query: Node, used: Node) -> Appended:
     """From the tensor that attention reads back to the returned cache tensor, and to what that was made from."""
     node, repeats = used, list[Node]()
-    while node not in finder.returned and target_name(node) in REPEATS and isinstance(node.args[0], Node):
+    while node not in finder.returned and _may_repeat(node):
         repeats.insert(0, node)
-        node = node.args[0]
+        [node] = node.all_input_nodes[:1]
     if node not in finder.returned:
         raise unsupported("attention over keys or values that are not returned", call, "call with use_cache=True")
     if node.target not in APPENDS:
@@ -172,6 +174,14 @@ def _append(finder: Finder, call: Node, query: Node, used: Node) -> Appended:
     if example(past).numel() == 0:
         return Appended(node, new, None, tuple(repeats))
     raise unsupported("an append to something other than the cache", node, CACHE)
+
+
+def _may_repeat(node: Node) -> bool:
+    """Whether a call may stand between cache and attention: it moves numbers, or casts them to a wider type."""
+    name, before = target_name(node), node.args[0] if node.args else None
+    if not isinstance(before, Node) or name not in REPEATS:
+        return False
+    return name not in CASTS or example(before).dtype.itemsize <= example(node).dtype.itemsize
 
 
 def _repeats_heads(finder: Finder, side: Appended, group: int) -> bool:
@@ -195,7 +205,8 @@ def _repeats_heads(finder: Finder, side: Appended, group: int) -> bool:
         for target, args, kwargs in calls:
             function = getattr(torch.Tensor, target) if isinstance(target, str) else target
             value = function(value, *args, **kwargs)
-        finder.proved[text] = torch.equal(value, probe.repeat_interleave(group, dim=1))
+        expected = probe.repeat_interleave(group, dim=1)
+        finder.proved[text] = torch.equal(value.to(probe.dtype).flatten(0, -3), expected.flatten(0, 1))
     return finder.proved[text]
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from vericache_compile.passes.find_attention import attention_calls, mask_of
+from vericache_compile.passes.find_attention import find_calls
 from vericache_compile.passes.program import (
     Program,
     ancestors,
@@ -34,8 +34,7 @@ def find_roles(program: Program) -> int:
     inputs = program.placeholders
     weights = tuple(i for i, node in enumerate(inputs) if is_weight(node))
     integers = [i for i, node in enumerate(inputs) if i not in weights and _is_row_input(node)]
-    masks = [found for call in attention_calls(program) if (found := mask_of(call)) is not None]
-    reach_mask = set(ancestors(masks))
+    reach_mask = set(ancestors([side for call in find_calls(program) for side in call.sides]))
     tokens = _find_tokens(program, integers)
     batch, count = example(inputs[tokens]).shape
     mask: int | None = None

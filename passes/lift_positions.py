@@ -75,7 +75,7 @@ def _length_nodes(program: Program) -> set[Node]:
 def _frontier(program: Program, lengths: set[Node]) -> list[Node]:
     """Integer tensors that depend on lengths alone and are read, not only by a mask, as something else."""
     integers = {node for node in lengths if _is_computed_integer(node)}
-    masks = set(ancestors([nodes.mask for nodes in program.sites if nodes.mask is not None]))
+    masks = set(ancestors([side for nodes in program.sites for side in nodes.sides]))
     live = set(ancestors([output_node(program.module)])) - masks
     live_users = {node: [user for user in node.users if user in live] for node in integers}
     return [

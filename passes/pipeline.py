@@ -8,6 +8,7 @@ from functools import partial
 from typing import Protocol
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule
 
 from vericache_compile.errors import UnsupportedGraph
@@ -16,6 +17,7 @@ from vericache_compile.passes.check import check
 from vericache_compile.passes.expand_window import expand_window
 from vericache_compile.passes.find_attention import find_attention
 from vericache_compile.passes.find_roles import find_roles
+from vericache_compile.passes.find_rotation import find_rotation
 from vericache_compile.passes.hoist_prefetch import hoist_prefetch
 from vericache_compile.passes.insert_transfers import insert_transfers
 from vericache_compile.passes.lift_positions import lift_positions
@@ -62,6 +64,7 @@ def decode_passes(
     return (
         prove_mask,
         lift_positions,
+        find_rotation,
         split_modes,
         expand_window,
         partial(spell_products, inductor=inductor, draft_dtype=draft_dtype),
@@ -104,15 +107,16 @@ def plan_capture(
     draft_dtype: torch.dtype | None = None,
     staging: Staging | None = None,
     observers: Sequence[Observer] = (),
+    buffers: dict[int, Tensor] | None = None,
 ) -> CapturedPlan | DecodePlan:
     """Run the pipeline on a captured graph; raises UnsupportedGraph where a graph cannot be taken.
 
     `compiled` holds compiled segments by structure and is added to; `scalars` are the values of scalar
-    inputs; `draft_dtype` is the type that draft reads weights in (None: as they are); `staging` is that of
-    `decode_passes`. Observers are told all but a
-    refusal, which may also have reasons that the caller alone knows.
+    inputs, `buffers` those of the model's buffers; `draft_dtype` is the type that draft reads weights in (None: as they
+    are); `staging` is that of `decode_passes`. Observers are told all but a refusal, which may also have reasons that
+    the caller alone knows.
     """
-    program = Program(copy_module(module), batch, window, scalars or {}, compiled)
+    program = Program(copy_module(module), batch, window, scalars or {}, buffers or {}, compiled)
     decode = run_all(program, decode_passes(inductor, draft_dtype, staging), observers)
     captured = _captured_plan(program)
     if not decode:
@@ -126,6 +130,8 @@ def plan_capture(
         position_rule=program.position_rule,
         position_limit=program.position_limit,
         staging_bytes=0 if staging is None else staging.nbytes,
+        rotations=tuple(program.rotations),
+        column_limit=program.column_limit,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from vericache_compile.errors import UnsupportedGraph
-from vericache_compile.plan import Output, OutputRole, Roles, SegmentedProgram, Site
+from vericache_compile.plan import Output, OutputRole, Roles, Rope, SegmentedProgram, Site
 
 Compiled = Callable[[list[Tensor]], Sequence[Tensor]]
 IN_PLACE = {"iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "setitem"}
@@ -29,6 +29,15 @@ class SiteNodes:
     value: Node
     """This call's keys and values, before they are appended to the cache."""
     mask: Node | None
+    """The mask that attention is given; where it is spelled out, the scores as its softmax reads them."""
+    sides: tuple[Node, ...] = ()
+    """Values other than scores that `mask` is made of."""
+    products: tuple[Node, ...] = ()
+    """Where attention is spelled out, the product of queries and keys; or its two factors, where it adds something."""
+    sinks: Node | None = None
+    """The model's weight [H]."""
+    spelled: tuple[Node, ...] = ()
+    """The calls from the product of queries and keys to the probabilities."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,8 @@ class Program:
     window: int
     scalars: dict[int, float] = field(default_factory=dict)
     """Values of the inputs that hold one float."""
+    buffers: dict[int, Tensor] = field(default_factory=dict)
+    """The model's buffers among the inputs that masks may be made from: those of whole numbers and truth values."""
     compiled: dict[str, Compiled] = field(default_factory=dict)
     """Compiled segments by structure, shared with every capture of the same model."""
     roles: Roles | None = None
@@ -60,6 +71,9 @@ class Program:
     position_rule: str = "given"
     position_nodes: list[Node] = field(default_factory=list)
     position_limit: int | None = None
+    rotations: list[Rope | None] = field(default_factory=list)
+    """Per site, once find_rotation has run."""
+    column_limit: int | None = None
     captured: GraphModule | None = None
     """The graph as captured, handing new keys and values to a store."""
     variants: dict[str, GraphModule] = field(default_factory=dict)
@@ -195,8 +209,8 @@ def unsupported(found: str, node: Node | None, fix: str) -> UnsupportedGraph:
     return UnsupportedGraph(found, source_line(node) if node is not None else "the captured graph", fix)
 
 
-def ancestors(nodes: Sequence[Node]) -> Iterator[Node]:
-    """The given nodes and all that they depend on, each once."""
+def ancestors(nodes: Sequence[Node], given: Collection[Node] = ()) -> Iterator[Node]:
+    """The given nodes and all that they depend on, each once; of the nodes in `given` not what they depend on."""
     seen: set[Node] = set()
     stack = list(nodes)
     while stack:
@@ -204,4 +218,4 @@ def ancestors(nodes: Sequence[Node]) -> Iterator[Node]:
         if node not in seen:
             seen.add(node)
             yield node
-            stack.extend(node.all_input_nodes)
+            stack.extend(node.all_input_nodes if node not in given else ())

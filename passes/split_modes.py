@@ -14,12 +14,13 @@ Inputs that a variant adds carry their name in `meta["role"]`; those it keeps, t
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.fx import Graph, GraphModule, Node
 
 from vericache_compile.ops import ATTEND
 from vericache_compile.passes.evaluate import batch_symbols, bind_symbols, concrete
-from vericache_compile.passes.find_attention import APPENDS
 from vericache_compile.passes.program import (
     Program,
     SiteNodes,
@@ -29,6 +30,7 @@ from vericache_compile.passes.program import (
     output_node,
     unsupported,
 )
+from vericache_compile.passes.spelled_attention import APPENDS
 
 LEADING = ("tokens", "positions", "lengths", "pads")
 """Inputs that come before all others: tokens and positions [B, 1], lengths and pads [B] (int64)."""
@@ -88,7 +90,8 @@ def _canonical(program: Program) -> GraphModule:
         _replace_position(program, node_of[original], leading["positions"])
     module = GraphModule(program.module, graph)
     _return_rows(program, module, node_of)
-    graph.eliminate_dead_code(lambda node: node.is_impure() or mutates(node))
+    spelled = {node_of[node] for nodes in program.sites for node in nodes.spelled}
+    graph.eliminate_dead_code(lambda node: node not in spelled and (node.is_impure() or mutates(node)))
     _drop_unused_inputs(program, module, node_of)
     return module
 
@@ -107,9 +110,26 @@ def _replace_attention(program: Program, node_of: dict[Node, Node], nodes: SiteN
     parts = [node_of[n] for n in (nodes.query, nodes.key, nodes.value)]
     cache = (*past, leading["lengths"], leading["pads"])
     with attention.graph.inserting_before(attention):
-        call = attention.graph.call_function(ATTEND, (*parts, *cache, nodes.site.scale, nodes.site.layer))
+        arguments = (*parts, *cache, nodes.site.scale, nodes.site.layer, *_scores(nodes, node_of))
+        call = attention.graph.call_function(ATTEND, arguments)
     call.meta.update(attention.meta)
-    attention.replace_all_uses_with(call)
+    shape = example(nodes.attention).shape
+    if len(shape) == 4:
+        attention.replace_all_uses_with(call)
+    else:  # [B * H, T, E]
+        with attention.graph.inserting_after(call):
+            shaped = attention.graph.call_method("flatten", (call, 0, 1))
+        attention.replace_all_uses_with(shaped)
+
+
+def _scores(nodes: SiteNodes, node_of: dict[Node, Node]) -> tuple[Any, ...]:
+    """The operator's arguments that say what is done to scores; none at a plain site."""
+    site = nodes.site
+    if site.is_plain:
+        return ()
+    sinks = None if nodes.sinks is None else node_of[nodes.sinks]
+    alibi = (list(site.alibi.slopes), site.alibi.dtype, site.alibi.relative) if site.alibi else ()
+    return (sinks, site.soft_cap, *alibi)
 
 
 def _replace_position(program: Program, node: Node, positions: Node) -> None:

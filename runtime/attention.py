@@ -3,9 +3,9 @@
 Verify's bits must not depend on where a round starts: keys are taken in blocks of 256 columns anchored at column 0,
 each block is attended on its own, and blocks are merged in order. A block that a row cannot see adds exactly zero.
 In float32 on the CPU that is a kernel of ours, and so it is on a GPU, in Triton, whatever the type. For other types on
-the CPU it is torch's flash kernel. In 16-bit types flash
-chooses how to multiply by the number of blocks it is given, so it gets them one by one; heads whose keys and values
-differ in size are filled up with zeros, which change no sum (plain batched products are not invariant).
+the CPU it is torch's flash kernel. In 16-bit types flash chooses how to multiply by the number of blocks it is given,
+so it gets them one by one; heads whose keys and values differ in size are filled up with zeros, which change no sum
+(plain batched products are not invariant).
 
 Shapes: B batch, H query heads, K KV heads, G = H / K, W window, D head size, E value head size, N blocks.
 """
@@ -19,8 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vericache_compile.kernels import block_attention, launch
-from vericache_compile.kernels.block_attention import BLOCK
+from vericache_compile.kernels.block_attention import BLOCK, Scores
 from vericache_compile.kernels.verify_attention import verify_attention
+from vericache_compile.runtime.scores import attend_scores
+from vericache_compile.runtime.scores import merge as _merge
 
 
 class Visible(NamedTuple):
@@ -38,13 +40,18 @@ def attend_full(
     pads: list[int],
     scale: float,
     bounds: Tensor | None = None,
+    scores: Scores | None = None,
 ) -> Tensor:
     """q [B, H, W, D] of tokens at columns starts[b] + (0..W-1), keys [B, K, C, D], values [B, K, C, E] (C a multiple of
     BLOCK, written up to starts[b] + W). Row b sees columns from pads[b] up to its own. `bounds` [2, B] is starts and
-    pads on the device, where they are there already. Returns [B, H, W, E]."""
+    pads on the device, where they are there already; `scores` says what is done to scores beside scaling them. Returns
+    [B, H, W, E]."""
     if launch.serves(q):
         begin, left = torch.tensor([starts, pads], device=q.device) if bounds is None else bounds
-        return verify_attention(q, keys, values, begin, left[:, None].expand(-1, keys.shape[1]), scale)
+        how = {} if scores is None else scores._asdict()
+        return verify_attention(q, keys, values, begin, left[:, None].expand(-1, keys.shape[1]), scale, **how)
+    if scores is not None:
+        return attend_scores(q, keys, values, starts, [[pad] * keys.shape[1] for pad in pads], scale, scores)
     if block_attention.serves(q):
         return block_attention.attend(q, keys, values, starts, [[pad] * keys.shape[1] for pad in pads], scale)
     out = q.new_empty((q.shape[0], q.shape[1], q.shape[2], values.shape[3]))
@@ -119,22 +126,19 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, blocks: slice, 
     return made
 
 
-def _merge(out: Tensor, lse: Tensor) -> Tensor:
-    """Blocks' outputs [N, K, R, E] and log-sum-exps [N, K, R] into [K, R, E], in block order."""
-    share = (lse - lse.amax(dim=0)).exp_().unsqueeze(-1)
-    total = share[0].clone()
-    merged = out[0].to(share.dtype) * share[0]
-    for i in range(1, out.shape[0]):
-        merged.addcmul_(out[i].to(share.dtype), share[i])
-        total += share[i]
-    return merged.div_(total).to(out.dtype)
-
-
 def attend_compressed(
-    q: Tensor, keys: Tensor, values: Tensor, visible: Visible, scale: float, masks: dict[Visible, Tensor | None]
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    visible: Visible,
+    scale: float,
+    masks: dict[Visible, Tensor | None],
+    scores: Scores | None = None,
 ) -> Tensor:
     """One token per row over its compressed cache: q [B, H, 1, D], keys [B, K, S, D], values [B, K, S, E]; row b reads
-    its visible slots. `masks` keeps what layers share. Returns [B, H, 1, E]."""
+    its visible slots. `masks` keeps what layers share, `scores` as for `attend_full`. Returns [B, H, 1, E]."""
+    if scores is not None:
+        return attend_scores(q, keys, values, [end - 1 for end in visible.rights], visible.lefts, scale, scores)
     if block_attention.serves(q):
         return block_attention.attend(q, keys, values, [end - 1 for end in visible.rights], visible.lefts, scale)
     if visible not in masks:

@@ -5,7 +5,7 @@ Shapes: B batch, K KV heads, C columns allocated, D head size, E value head size
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -14,7 +14,10 @@ import torch
 from torch import Tensor
 
 from vericache_compile.compressors.base import CompressedKV, Compressor
+from vericache_compile.compressors.borrowed import BorrowedKV
 from vericache_compile.compressors.dense import DenseKV
+from vericache_compile.compressors.facts import Facts, reader_of
+from vericache_compile.compressors.none import NoCompression
 from vericache_compile.kernels.block_attention import BLOCK
 from vericache_compile.plan import Site, Tier
 from vericache_compile.runtime.attention import Visible
@@ -97,6 +100,10 @@ class FullKV:
         """Columns [begin, end) of all rows, on the device: keys [B, K, end - begin, D] and values; perhaps views."""
         return self.keys[layer][:, :, begin:end], self.values[layer][:, :, begin:end]
 
+    def gather(self, layer: int, row: int, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """Chosen columns [K, n] of a row, on the device: keys [K, n, D] and values [K, n, E]."""
+        return reader_of(self.keys[layer][row], self.values[layer][row])(columns)
+
     def select(self, rows: Sequence[int], columns: int) -> FullKV:
         """A copy of the first `columns` columns of the given rows (repeats allowed)."""
         copy = FullKV(self.sites, len(rows))
@@ -151,15 +158,15 @@ class DraftLayer:
         tail = max(column - start for column, start in zip(columns, self.starts, strict=True))
         return self.keys.shape[2] - self.offset - tail
 
-    def read(self, columns: Sequence[int]) -> tuple[Tensor, Tensor, Visible]:
-        """Keys and values [B, K, S, *], and which slots rows `columns` long read of them."""
+    def read(self, columns: Sequence[int], q: Tensor | None = None) -> tuple[Tensor, Tensor, Visible]:
+        """Keys and values [B, K, S, *], and which slots rows `columns` long read of them, for queries [B, H, 1, D]."""
         tails = [column - start for column, start in zip(columns, self.starts, strict=True)]
-        keys, values = self._materialize(max(tails)) if self.packed else (self.keys, self.values)
+        keys, values = self._materialize(max(tails), q) if self.packed else (self.keys, self.values)
         return keys, values, Visible(self.lefts, tuple(self.slots + tail for tail in tails))
 
     def read_whole(self) -> tuple[Tensor, Tensor]:
         """Keys and values [B, K, S, *] with all of the tail's room: of the same shape however long rows are."""
-        return self._materialize(self.keys.shape[2]) if self.packed else (self.keys, self.values)
+        return self._materialize(self.keys.shape[2], None) if self.packed else (self.keys, self.values)
 
     @cached_property
     def lefts(self) -> tuple[tuple[int, ...], ...]:
@@ -168,8 +175,10 @@ class DraftLayer:
         kept = [region.head_slots or (region.slots,) * heads for region in self.regions]
         return tuple(tuple(self.slots - count for count in row) for row in kept)
 
-    def _materialize(self, longest: int) -> tuple[Tensor, Tensor]:
-        parts = [region.materialize() for region in self.regions]
+    def _materialize(self, longest: int, q: Tensor | None) -> tuple[Tensor, Tensor]:
+        parts = [
+            region.materialize() if q is None else region.select(q[b, :, 0]) for b, region in enumerate(self.regions)
+        ]
         out = []
         for held, side in ((self.keys, 0), (self.values, 1)):
             joined = held.new_zeros((held.shape[0], held.shape[1], self.slots + longest, held.shape[3]))
@@ -183,9 +192,15 @@ class DraftLayer:
 class DraftKV:
     """What the draft variant attends to: per site and row an immutable compressed region and an exact tail."""
 
-    def __init__(self, compressor: Compressor, layers: list[DraftLayer]) -> None:
+    def __init__(
+        self, compressor: Compressor, layers: list[DraftLayer], made: Sequence[int], whole: bool = False
+    ) -> None:
         self.compressor = compressor
         self.layers = layers
+        self.made = list(made)
+        """How long each row was when all of it was last compressed."""
+        self.whole = whole
+        """Whether some site keeps every token although the compressor drops some."""
         self.step: DraftStep | None = None
         """One draft step over these buffers, where it runs with lengths on the device."""
 
@@ -197,6 +212,10 @@ class DraftKV:
     def valid(self, columns: Sequence[int]) -> bool:
         """Whether rows may be `columns` long: no region covers a token beyond."""
         return all(c >= s for layer in self.layers for c, s in zip(columns, layer.starts, strict=True))
+
+    def age(self, columns: Sequence[int]) -> int:
+        """The most tokens that a row, now `columns` long, has gained since all of it was compressed."""
+        return max(column - then for column, then in zip(columns, self.made, strict=True))
 
     def room(self, columns: Sequence[int]) -> int:
         """Columns that every site's tail can still take."""
@@ -221,22 +240,32 @@ Regions = list[list[CompressedKV]]
 """A region per site and row."""
 
 
+Tell = Callable[[int, int, int, int], Facts]
+"""(layer, row, begin, end) -> what a compressor that wants it is told of columns [begin, end)."""
+
+
 def compress_site(
     compressor: Compressor,
     exact: Columns,
     site: Site,
     spans: Sequence[tuple[int, int]],
     queries: Sequence[Tensor | None],
+    earlier: Regions,
+    tell: Tell | None = None,
 ) -> list[CompressedKV]:
-    """One site's regions: row b's columns spans[b] compressed by the method of that site.
+    """One site's regions: row b's columns spans[b] compressed by the method of that site, or borrowed from `earlier`.
 
     `queries[b]` holds the row's last queries [H, w, D], or None where they were never seen (the cache was built by an
     uncompiled model).
     """
-    return [
-        compressor.compress(*(kv := exact.row(b, *span)), _asked(compressor, kv[0], site, queries[b]))
-        for b, span in enumerate(spans)
-    ]
+    if compressor.donor is not None:
+        return [BorrowedKV(region) for region in earlier[compressor.donor]]
+    regions = []
+    for b, span in enumerate(spans):
+        keys, values = exact.row(b, *span)
+        told = compressor if tell is None else compressor.knowing(tell(site.layer, b, *span))
+        regions.append(told.compress(keys, values, _asked(compressor, keys, site, queries[b])))
+    return regions
 
 
 def compress(
@@ -247,12 +276,17 @@ def compress(
     queries: Sequence[Sequence[Tensor | None]],
     room: int,
     early: Regions | None = None,
+    tell: Tell | None = None,
+    placed: Collection[int] = (),
 ) -> DraftKV:
     """Compress each row's columns [pads[b], columns[b]) at every site, or take the regions that were made `early`.
 
-    `queries[layer][b]` are those of `compress_site`. Tails get room for `room` columns more.
+    `queries[layer][b]` are those of `compress_site`, and `tell` is. Tails get room for `room` columns more. Slots do
+    not say where in the text a token stood: sites in `placed`, which need to know, keep every token where the method
+    drops some, and are given no `early` regions.
     """
-    layers = []
+    layers: list[DraftLayer] = []
+    whole = False
     for layer, site in enumerate(full.sites):
         begin = 0 if early is None else min(p + r.covered for p, r in zip(pads, early[layer], strict=True))
         exact = Columns(*full.read(layer, begin, max(columns)), [begin] * full.batch)
@@ -260,31 +294,54 @@ def compress(
             regions = early[layer]
         else:
             own = compressor.for_layer(layer, len(full.sites))
-            regions = compress_site(own, exact, site, list(zip(pads, columns, strict=True)), queries[layer])
+            spans, made = list(zip(pads, columns, strict=True)), [each.regions for each in layers]
+            regions = compress_site(own, exact, site, spans, queries[layer], made, tell)
+        if layer in placed and not _keeps_all(regions):
+            regions, whole = _keep_all(exact, list(zip(pads, columns, strict=True))), True
         layers.append(_place(regions, pads, exact, columns, room))
-    return DraftKV(compressor, layers)
+    return DraftKV(compressor, layers, columns, whole)
 
 
 def extend(
     before: DraftKV,
-    sites: Sequence[Site],
+    full: FullKV,
     pads: Sequence[int],
     columns: Sequence[int],
     queries: Sequence[Sequence[Tensor | None]],
     room: int,
+    tell: Tell | None = None,
+    placed: Collection[int] = (),
 ) -> DraftKV:
     """Compress in what tails have gathered, all but the newest tokens; arguments as those of `compress`."""
-    layers = []
-    for layer, (held, site) in enumerate(zip(before.layers, sites, strict=True)):
+    layers: list[DraftLayer] = []
+    whole = before.whole
+    for layer, (held, site) in enumerate(zip(before.layers, full.sites, strict=True)):
         exact = Columns(held.keys, held.values, [start - held.offset for start in held.starts])
-        regions = []
+        donor = before.compressor.for_layer(layer, len(full.sites)).donor
+        regions: list[CompressedKV] = []
         for b, (region, start, column) in enumerate(zip(held.regions, held.starts, columns, strict=True)):
-            k, v = exact.row(b, start, max(start, column - EXACT))
-            grows = k.shape[1] > 0
-            asked = _asked(before.compressor, k, site, queries[layer][b])
-            regions.append(region.extend(k, v, asked) if grows else region)
+            end = max(start, column - EXACT)
+            k, v = exact.row(b, start, end)
+            if donor is not None:
+                region = BorrowedKV(layers[donor].regions[b])
+            elif end > start:
+                told = region if tell is None else region.knowing(tell(layer, b, start, end))
+                region = told.extend(k, v, _asked(before.compressor, k, site, queries[layer][b]))
+            regions.append(region)
+        if layer in placed and not _keeps_all(regions):
+            exact, whole = Columns(*full.read(layer, 0, max(columns)), [0] * full.batch), True
+            regions = _keep_all(exact, list(zip(pads, columns, strict=True)))
         layers.append(_place(regions, pads, exact, columns, room))
-    return DraftKV(before.compressor, layers)
+    return DraftKV(before.compressor, layers, before.made, whole)
+
+
+def _keeps_all(regions: Sequence[CompressedKV]) -> bool:
+    return all(region.slots == region.covered for region in regions)
+
+
+def _keep_all(exact: Columns, spans: Sequence[tuple[int, int]]) -> list[CompressedKV]:
+    """Regions of every token of each row's columns spans[b]."""
+    return [NoCompression().compress(*exact.row(b, *span), None) for b, span in enumerate(spans)]
 
 
 def _asked(compressor: Compressor, keys: Tensor, site: Site, queries: Tensor | None) -> Tensor | None:

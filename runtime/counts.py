@@ -64,6 +64,10 @@ class Counts:
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
     compress_seconds: float = 0.0
+    repeat_seconds: float = 0.0
+    """In which the model repeated its context for a compressor."""
+    refreshes: int = 0
+    """Times that a draft cache was compressed anew because its compressor asks for it."""
     positions: list[int] = field(default_factory=list)
     """How often the drafted token at each place in the window was accepted."""
     drafted_positions: list[int] = field(default_factory=list)

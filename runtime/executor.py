@@ -12,8 +12,8 @@ from torch import Tensor
 from vericache_compile.plan import Act, Cast, SegmentedProgram
 
 Attend = Callable[..., Tensor]
-"""(layer, q [B, H, T, D], k [B, K, T, D], v [B, K, T, E]) -> [B, H, T, E]; after waits also the site's full keys and
-values [B, K, C, *]."""
+"""(layer, q [B, H, T, D], k [B, K, T, D], v [B, K, T, E], sinks [H] or None) -> [B, H, T, E]; after waits also the
+site's full keys and values [B, K, C, *]."""
 
 
 class Incoming(Protocol):
@@ -87,8 +87,9 @@ def execute(
             assert incoming is not None, "a wait without transfers"
             made = (incoming.wait(step.layer)[step.side],)
         else:
-            assert all(value is not None for value in inputs), "an attention input was freed"
-            made = (attend(step.layer, *inputs),)
+            q, k, v, *rest = map(_present, inputs)
+            sinks = rest.pop(0) if len(rest) % 2 else None  # what was waited for comes in pairs
+            made = (attend(step.layer, q, k, v, sinks, *rest),)
         for slot, value in zip(step.outputs, made, strict=True):
             slots[slot] = value
         for slot in step.dead:
@@ -97,5 +98,5 @@ def execute(
 
 
 def _present(value: Tensor | None) -> Tensor:
-    assert isinstance(value, torch.Tensor), "a program output was freed"
+    assert isinstance(value, torch.Tensor), "a program value was freed"
     return value

@@ -41,8 +41,6 @@ def record(sequence: Sequence, plan: CapturedPlan, inputs: Rows[Any], column: in
             kept[index] = inputs[index].new_zeros(()).expand(inputs[index].shape)
     sequence.calls = [call for call in sequence.calls if call.column < column]
     sequence.calls.append(Call(plan, kept, column, count))
-    for row in sequence.rows:
-        row.tokens += [None] * (column + count - len(row.tokens))
 
 
 def recover(
@@ -57,7 +55,8 @@ def recover(
     `run_call` runs a recorded call on the replica; `verify` runs a round on it in which these tokens [B, n] stand for
     what would have been drafted.
     """
-    if any(row.length > len(row.tokens) for row in sequence.rows):
+    begun = bool(sequence.calls) and sequence.calls[0].column == 0
+    if not begun or any(row.length > len(row.ids) for row in sequence.rows):
         raise lost
     log.warning(
         "vericache: full KV is computed again from its tokens: %s\n  where: %s\n  fix: check the disk; until the "
@@ -84,7 +83,7 @@ def _verify_up_to(
     while any(row.length < end for row, end in zip(replica.rows, ends, strict=True)):
         ahead = []
         for row, known, end in zip(replica.rows, sequence.rows, ends, strict=True):
-            own = [token for token in known.tokens[row.length : end] if token is not None]
+            own = known.ids[row.length : end]
             row.token = own[0] if own else None
             ahead.append(own)
         longest = max(map(len, ahead))

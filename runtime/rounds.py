@@ -13,16 +13,22 @@ import torch
 from torch import Tensor
 
 from vericache_compile.compressors.base import Compressor
+from vericache_compile.compressors.facts import KINDS
 from vericache_compile.plan import DecodePlan
 from vericache_compile.runtime import draft_step
 from vericache_compile.runtime.acceptance import accept, next_horizon
-from vericache_compile.runtime.attention import Visible, attend_compressed, attend_full
+from vericache_compile.runtime.attention import Visible, attend_compressed
 from vericache_compile.runtime.caches import CHUNK, DraftKV, compress, extend
 from vericache_compile.runtime.counts import Counts, Round
 from vericache_compile.runtime.executor import Attend, WeightCasts, bind_weights, execute
 from vericache_compile.runtime.pace import Seen
+from vericache_compile.runtime.repeat import knows_context, repeat_context
+from vericache_compile.runtime.rotations import Rotations
+from vericache_compile.runtime.scores import scores_of
 from vericache_compile.runtime.sequences import Held, Queries, Sequence
 from vericache_compile.runtime.slots import Incoming, Ring, incoming
+from vericache_compile.runtime.told import Telling
+from vericache_compile.runtime.verify import verify_tokens
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,7 @@ def run_round(
     compressor: Compressor,
     counts: Counts,
     casts: WeightCasts,
+    rotations: Rotations,
     ring: Ring,
     known: Tensor | None = None,
 ) -> None:
@@ -73,10 +80,14 @@ def run_round(
     called = time.perf_counter()
     start = make_start(sequence, device)
     sequence.full.reserve(max(start.columns) + plan.window, device)
-    draft = prepare_draft(sequence, start, compressor, plan.window, counts)
+    verify = bind_weights(plan.verify, inputs, casts)
+    sequence.draft = usable_draft(sequence.draft, start, compressor, counts)
+    if "repeated" in compressor.wants:
+        _repeat_once(sequence, plan, verify, ring, counts, device)
+    telling = Telling(sequence, plan, inputs, rotations, compressor.wants)
+    draft = prepare_draft(sequence, start, compressor, plan.window, counts, telling)
     horizon = _horizon(sequence, plan.window)
     low = bind_weights(plan.draft, inputs, casts)
-    high = bind_weights(plan.verify, inputs, casts)
     coming = incoming(sequence.full, draft, ring, plan.staging_bytes, start.columns, start.pads)
     began = time.perf_counter()
     try:
@@ -85,7 +96,7 @@ def run_round(
         else:
             drafted = known[:, : plan.window].to(device)
         drafted_at = time.perf_counter()
-        outputs, queries = verify_window(coming, draft, plan, high, start, drafted)
+        outputs, queries = verify_window(coming, draft, plan, verify, start, drafted)
         predicted = outputs[plan.logits][:, :, -1].argmax(-1).t().tolist()  # the round's host wait
     finally:
         coming.close()
@@ -105,27 +116,56 @@ def run_round(
     counts.latest.append(made)
 
 
-def prepare_draft(sequence: Sequence, start: Start, compressor: Compressor, window: int, counts: Counts) -> DraftKV:
-    """The sequence's draft cache, with room for a window: compressed anew when it is missing or cut into."""
+def usable_draft(draft: DraftKV | None, start: Start, compressor: Compressor, counts: Counts) -> DraftKV | None:
+    """A draft cache as far as it can still be used: not another compressor's, cut into, or due to be refreshed."""
+    if draft is None or draft.compressor is not compressor or not draft.valid(start.columns):
+        return None
+    if 0 < compressor.refresh <= draft.age(start.columns):
+        counts.refreshes += 1
+        return None
+    return draft
+
+
+def prepare_draft(
+    sequence: Sequence, start: Start, compressor: Compressor, window: int, counts: Counts, telling: Telling
+) -> DraftKV:
+    """The sequence's draft cache with room for a window: made where there is none, else tails are compressed in."""
     began = time.perf_counter()
     draft = sequence.draft
-    if draft is not None and (draft.compressor is not compressor or not draft.valid(start.columns)):
-        draft = None
     if draft is None or draft.room(start.columns) < window:
-        sites = sequence.full.sites
         queries = [
             [held.row(b) if held is not None else None for b in range(len(sequence.rows))] for held in sequence.queries
         ]
         spread = max(start.columns) - min(start.columns)
         room = CHUNK + 2 * window + spread
+        tell = telling.of if compressor.wants & KINDS else None
+        full, placed = sequence.full, {site.layer for site in telling.plan.captured.sites if site.alibi is not None}
         if draft is not None:
-            draft = extend(draft, sites, start.pads, start.columns, queries, room)
+            draft = extend(draft, full, start.pads, start.columns, queries, room, tell, placed)
         else:
             early = sequence.take_early(compressor, start.columns)
-            draft = compress(compressor, sequence.full, start.pads, start.columns, queries, room, early)
+            draft = compress(compressor, full, start.pads, start.columns, queries, room, early, tell, placed)
         sequence.draft = draft
         counts.compress_seconds += time.perf_counter() - began
     return draft
+
+
+def _repeat_once(
+    sequence: Sequence,
+    plan: DecodePlan,
+    bound: list[Tensor | None],
+    ring: Ring,
+    counts: Counts,
+    device: torch.device,
+) -> None:
+    """Let the model repeat its context before a draft cache is made, where the tokens of the context are known."""
+    lengths = [row.length for row in sequence.rows]
+    known = sequence.repeated is not None and sequence.repeated.lengths == lengths
+    if sequence.draft is None and not known:
+        began = time.perf_counter()
+        repeats = knows_context(sequence)
+        sequence.repeated = repeat_context(sequence, plan, bound, ring, device) if repeats else None
+        counts.repeat_seconds += time.perf_counter() - began
 
 
 def _horizon(sequence: Sequence, window: int) -> int:
@@ -153,7 +193,7 @@ def draft_tokens(
     whatever is predicted (`forced`) repeat it.
     """
     forced = torch.tensor([[row.forced] for row in sequence.rows], device=start.tokens.device)
-    if draft_step.serves(start.tokens.device, plan):
+    if draft_step.serves(start.tokens.device, plan, draft):
         replayed = draft_step.step_of(draft, plan, bound, start.tokens.shape[0], horizon)
         return replayed.draft(start.tokens, start.positions, start.bounds[0], forced, horizon, coming)
     tokens = [start.tokens]
@@ -178,11 +218,12 @@ def _drafting(draft: DraftKV, plan: DecodePlan, start: Start, step: int) -> Atte
     masks: dict[Visible, Tensor | None] = {}
     sites = plan.captured.sites
 
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
         held = draft.layers[layer]
         held.write(k, v, columns)
-        keys, values, visible = held.read(grown)
-        return attend_compressed(q, keys, values, visible, sites[layer].scale, masks)
+        keys, values, visible = held.read(grown, q)
+        scores = scores_of(sites[layer], sinks, max(visible.rights), q.device)
+        return attend_compressed(q, keys, values, visible, sites[layer].scale, masks, scores)
 
     return attend
 
@@ -198,25 +239,15 @@ def verify_window(
     batch, have = drafted.shape
     tokens = torch.zeros((plan.window, batch, 1), dtype=torch.int64, device=drafted.device)
     tokens[:have, :, 0] = drafted.t()
-    steps = torch.arange(plan.window, device=drafted.device)[:, None, None]
-    positions = start.positions + steps
-    if plan.position_limit is not None:
-        positions.clamp_(max=plan.position_limit - 1)
     queries: list[Queries | None] = [None] * len(plan.captured.sites)
     keep = draft.compressor.queries > 0
 
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, *full: Tensor) -> Tensor:
-        keys, values = full or coming.wait(layer)
-        coming.append(layer, k, v)
+    def note(layer: int, q: Tensor, k: Tensor, v: Tensor, keys: Tensor) -> None:
         draft.layers[layer].write(k, v, start.columns)
         if keep:
             queries[layer] = Queries(q, [0] * batch)
-        scale = plan.captured.sites[layer].scale
-        out = attend_full(q, keys, values, start.columns, start.pads, scale, start.bounds)
-        coming.release(layer)
-        return out
 
-    return execute(plan.verify, bound, tokens, positions, attend, coming), queries
+    return verify_tokens(coming, start.pads, plan, bound, tokens, start.positions, note, start.bounds), queries
 
 
 def _commit(
@@ -237,13 +268,15 @@ def _commit(
         if len(row.held) >= plan.window or row.token is None:
             continue
         kept = accept(window[b], predicted[b], row.forced)
+        if plan.column_limit is not None:
+            kept = min(kept, max(plan.column_limit - row.length, 1))
         if plan.position_limit is not None:
             kept = min(kept, max(plan.position_limit - (row.length + row.offset), 1))
         own = outputs if len(sequence.rows) == 1 else tuple(output[:kept, b : b + 1].clone() for output in outputs)
+        if len(row.ids) == row.length:
+            row.ids += window[b][:kept]
         row.held.extend(Held(row.length + i, window[b][i], own, i) for i in range(kept))
         row.length += kept
-        if len(row.tokens) == row.length - kept:
-            row.tokens += window[b][:kept]
         row.token = window[b][0] if row.forced else predicted[b][kept - 1]
         counts.add_row(plan.window, horizon, kept - 1)
         for held in queries:
@@ -251,3 +284,19 @@ def _commit(
                 held.counts[b] = kept
     if any(held is not None and all(held.counts) for held in queries):
         sequence.queries = queries
+    if sequence.drawn is not None and sequence.full.resident:
+        _add_drawn(sequence, start, queries)
+
+
+def _add_drawn(sequence: Sequence, start: Start, queries: list[Queries | None]) -> None:
+    """Add the attention of each row's accepted queries to what its tokens have drawn.
+
+    Only where full KV is on the device: elsewhere all keys would have to come in once more.
+    """
+    assert sequence.drawn is not None
+    for layer, held in enumerate(queries):
+        for b, (column, pad) in enumerate(zip(start.columns, start.pads, strict=True)):
+            own = held.row(b) if held is not None else None
+            if own is not None:
+                keys = sequence.full.keys[layer][b, :, : column + own.shape[1]]
+                sequence.drawn.add(layer, b, own, keys, pad)

@@ -17,6 +17,7 @@ from vericache_compile.errors import GhostError
 from vericache_compile.plan import DecodePlan, Site
 from vericache_compile.runtime import ghosts
 from vericache_compile.runtime.caches import CHUNK, DraftKV, FullKV, Regions
+from vericache_compile.runtime.drawn import Drawn
 from vericache_compile.runtime.pace import Pace
 from vericache_compile.runtime.tiers import Home
 
@@ -64,8 +65,8 @@ class Row:
     """Whether the caller keeps feeding the same token whatever is predicted (padding after the end)."""
     served: int = 0
     """Rows that the caller took since the last round."""
-    tokens: list[int | None] = field(default_factory=list)
-    """Those of verified columns, where full KV may be lost; None in calls that ran as captured."""
+    ids: list[int] = field(default_factory=list)
+    """Tokens of the first columns: all of them where a compressor wants them, or full KV may be lost."""
 
     def feed(self, column: int, token: int, offset: int, pad: int) -> None:
         """The caller feeds `token` at `column`; what was held for another history is dropped."""
@@ -89,7 +90,7 @@ class Row:
     def truncate(self, column: int) -> None:
         """Forget everything from `column` on."""
         self.length = min(self.length, column)
-        del self.tokens[column:]
+        del self.ids[column:]
         self.held.clear()
         self.token = None
 
@@ -115,6 +116,28 @@ class Early:
     regions: Regions
 
 
+@dataclass(frozen=True)
+class Repeated:
+    """What a context's keys drew while the model repeated it: per site [B, K, C], float32."""
+
+    scores: list[Tensor]
+    lengths: list[int]
+    """Columns that each row had."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(held.nbytes for held in self.scores)
+
+    def of(self, layer: int, b: int, begin: int, end: int) -> Tensor:
+        """Row b's scores [K, n] of columns [begin, end), as far as they were there."""
+        return self.scores[layer][b, :, begin : min(end, self.lengths[b])]
+
+    def select(self, rows: Rows[int]) -> Repeated:
+        """A copy of the given rows."""
+        return Repeated([held[list(rows)] for held in self.scores], [self.lengths[r] for r in rows])
+
+
 class Sequence:
     """One cache: full KV, compressed KV, held rows, per row."""
 
@@ -131,6 +154,8 @@ class Sequence:
         self.draft: DraftKV | None = None
         self.queries: list[Queries | None] = [None] * len(full.sites)
         self.pace = Pace()
+        self.drawn: Drawn | None = None
+        self.repeated: Repeated | None = None
         self.horizon = 0
         """Tokens drafted in the last round (0 before the first)."""
         self.epoch = 0
@@ -147,8 +172,8 @@ class Sequence:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of KV held, full and draft."""
-        return self.full.nbytes + (self.draft.nbytes if self.draft is not None else 0)
+        """Bytes of KV held, full and draft, and of what is noted about it."""
+        return sum(x.nbytes for x in (self.full, self.draft, self.drawn, self.repeated) if x is not None)
 
     def take_early(self, compressor: Compressor, columns: Rows[int]) -> Regions | None:
         """The regions that prefill made for this compressor, once; None where there are none that still hold."""
@@ -200,11 +225,13 @@ class Sequence:
         made.regular, made.version, made.horizon = self.regular, self.version, self.horizon
         for new, old in zip(made.rows, (self.rows[r] for r in rows), strict=True):
             new.pad, new.offset, new.length = old.pad, old.offset, min(old.length, columns)
-            new.served = old.served
+            new.served, new.ids = old.served, old.ids[:columns]
         for layer, queries in enumerate(self.queries):
             if queries is not None:
                 counts = [queries.counts[r] for r in rows]
                 made.queries[layer] = Queries(queries.tensor[list(rows)], counts)
+        made.drawn = self.drawn.select(rows) if self.drawn is not None else None
+        made.repeated = self.repeated.select(rows) if self.repeated is not None else None
         return made
 
 

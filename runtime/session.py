@@ -14,17 +14,21 @@ import torch
 from torch import Tensor
 
 from vericache_compile.compressors.base import Compressor
+from vericache_compile.compressors.facts import KINDS
 from vericache_compile.errors import PageLost
 from vericache_compile.plan import CapturedPlan, DecodePlan, Output, OutputRole, Roles, Tier
 from vericache_compile.runtime import rounds
 from vericache_compile.runtime.counts import Counts
+from vericache_compile.runtime.drawn import Drawn
 from vericache_compile.runtime.executor import WeightCasts, bind_weights
 from vericache_compile.runtime.recovery import Call, record, recover
+from vericache_compile.runtime.rotations import Rotations
 from vericache_compile.runtime.sequences import Early, Row, Sequence, SequenceTable
 from vericache_compile.runtime.slots import Ring
 from vericache_compile.runtime.store import Store
 from vericache_compile.runtime.tiers import Home, PagedKV
 from vericache_compile.runtime.timeline import Timeline
+from vericache_compile.runtime.told import Telling
 
 log = logging.getLogger(__name__)
 FEW = 1
@@ -73,8 +77,9 @@ class Session:
         self._newest: weakref.ref[Sequence] | None = None
         self._timelines: dict[str, Timeline] = {}
         self._timeline: Timeline | None = None
-        self._told = False
+        self._told = self._told_whole = False
         self._lock = lock
+        self._rotations = Rotations()
 
     def trace_to(self, path: str | None) -> None:
         """Write calls and rounds down in this file from now on, or nowhere."""
@@ -118,17 +123,22 @@ class Session:
         if draft is not None and (not draft.valid(starts) or draft.room(starts) < count):
             sequence.draft = None
         pads = self._padding(sequence, roles, inputs)
-        compresses = not columns and not sequence.full.resident
+        if "attention" in self.compressor.wants and (sequence.drawn is None or columns == 0):
+            sequence.drawn = None if columns else Drawn.empty(plan.sites, batch, device)
+        early = not columns and not sequence.full.resident and not self.compressor.wants & KINDS
+        compresses = early and all(site.alibi is None for site in plan.sites)
         sequence.early = Early(self.compressor, pads, []) if compresses else None
         try:
-            made = plan.module(Store(sequence, columns, self.compressor.queries), *inputs)
+            made = plan.module(Store(sequence, columns, self.compressor.queries, pads), *inputs)
         except PageLost as lost:
             self._recover(sequence, lost)
-            made = plan.module(Store(sequence, columns, self.compressor.queries), *inputs)
+            made = plan.module(Store(sequence, columns, self.compressor.queries, pads), *inputs)
         if sequence.full.tier is Tier.DISK:
             record(sequence, plan, inputs, columns, count)
         for row, pad in zip(sequence.rows, pads, strict=True):
             row.length, row.pad = columns + count, pad
+        if "repeated" in self.compressor.wants or sequence.full.tier is Tier.DISK:
+            _note_tokens(sequence, inputs[roles.tokens], columns)
         self._note(sequence)
         self.prefill_seconds += time.perf_counter() - began
         return self._assemble(plan.outputs, list(made), sequence, columns + count, device, marked=True)
@@ -155,6 +165,7 @@ class Session:
                     self.last = (plan, [x if i in weights else None for i, x in enumerate(inputs)])
                 sequence.decode = self.last
                 self._run_round(sequence)
+                self._tell_whole(sequence)
                 self._note(sequence)
             made = self._take(sequence.rows)
             return self._assemble(plan.captured.outputs, made, sequence, columns + 1, tokens.device, marked=False)
@@ -162,7 +173,15 @@ class Session:
     def _run_round(self, sequence: Sequence, known: Tensor | None = None, counts: Counts | None = None) -> None:
         """A round of a sequence that is being decoded; where a page of its full KV is lost, after that came back."""
         assert sequence.decode is not None, "set by the decode call"
-        arguments = (*sequence.decode, self.compressor, counts or self.counts, self.casts, self.ring, known)
+        arguments = (
+            *sequence.decode,
+            self.compressor,
+            counts or self.counts,
+            self.casts,
+            self._rotations,
+            self.ring,
+            known,
+        )
         try:
             rounds.run_round(sequence, *arguments)
         except PageLost as lost:
@@ -178,7 +197,7 @@ class Session:
         replica.decode = sequence.decode
 
         def run_call(replica: Sequence, call: Call) -> None:
-            call.plan.module(Store(replica, call.column, 0), *call.inputs)
+            call.plan.module(Store(replica, call.column, 0, [row.pad for row in replica.rows]), *call.inputs)
 
         def verify(replica: Sequence, tokens: Tensor) -> None:
             if replica.decode is None:
@@ -186,6 +205,16 @@ class Session:
             self._run_round(replica, tokens, Counts())
 
         recover(sequence, lost, replica, run_call, verify)
+
+    def _tell_whole(self, sequence: Sequence) -> None:
+        """Say once that a compressor is not used at sites that need to know where kept tokens stood."""
+        if sequence.draft is not None and sequence.draft.whole and not self._told_whole:
+            self._told_whole = True
+            log.warning(
+                "vericache: drafts read every token of layers with ALiBi: a compressed cache does not say where in the "
+                "text its tokens stood\n  where: compressor %s\n  fix: use one that drops no token (int8, kivi)",
+                self.compressor,
+            )
 
     def _fed(
         self, plan: DecodePlan, inputs: Rows[Any], pads: list[int], columns: int
@@ -200,6 +229,8 @@ class Session:
             offsets = [-pad for pad in pads]
         else:
             offsets = [0] * len(tokens)
+        if plan.column_limit is not None and columns >= plan.column_limit:
+            return None
         limit = plan.position_limit
         if limit is not None and any(columns + offset >= limit for offset in offsets):
             return None
@@ -318,9 +349,17 @@ class Session:
                 row.token = token
                 row.offset = 0 if plan.position_rule == "column" else -row.pad
             start = rounds.make_start(copy, device)
-            draft = rounds.prepare_draft(copy, start, self.compressor, count, Counts())
+            telling = Telling(copy, plan, inputs, self._rotations, self.compressor.wants)
+            draft = rounds.prepare_draft(copy, start, self.compressor, count, Counts(), telling)
             bound = bind_weights(plan.draft, inputs, self.casts)
             return rounds.draft_tokens(copy, draft, plan, bound, start, count)[:, 1:].tolist()
+
+
+def _note_tokens(sequence: Sequence, tokens: Tensor, columns: int) -> None:
+    """Note the tokens [B, T] at `columns` on, for rows whose tokens before are known."""
+    for row, ids in zip(sequence.rows, tokens.tolist(), strict=True):
+        if len(row.ids) >= columns:
+            row.ids[columns:] = ids
 
 
 def _columns(plan: CapturedPlan, inputs: Rows[Any]) -> int:

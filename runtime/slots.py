@@ -78,11 +78,13 @@ class Ring:
 class PagedIncoming(Incoming):
     """Full KV that comes from a tier outside the device, through the ring.
 
-    Only what the draft cache does not hold exactly is brought: the columns before each row's tail; the tail is copied
-    from there. What lies in a slot beyond a row's window is zero up to the end of its block.
+    Only what the draft cache, if there is one, does not hold exactly is brought: the columns before each row's tail;
+    the tail is copied from there. What lies in a slot beyond a row's window is zero up to the end of its block.
     """
 
-    def __init__(self, full: PagedKV, draft: DraftKV, ring: Ring, columns: Sequence[int], pads: Sequence[int]) -> None:
+    def __init__(
+        self, full: PagedKV, draft: DraftKV | None, ring: Ring, columns: Sequence[int], pads: Sequence[int]
+    ) -> None:
         super().__init__(full, columns)
         self.paged, self.draft = full, draft
         self._pads = tuple(pads)
@@ -152,13 +154,15 @@ class PagedIncoming(Incoming):
 
     def _tail(self, layer: int, b: int) -> int:
         """The first column that the draft cache holds exactly."""
-        return self.draft.layers[layer].starts[b]
+        return self.columns[b] if self.draft is None else self.draft.layers[layer].starts[b]
 
     def _views(self, layer: int, slot: Tensor) -> tuple[Tensor, Tensor]:
         site, full = self.paged.sites[layer], self.paged
         return sides(slot, site, full.batch, site.kv_heads, full.columns)
 
     def _fill_tail(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        if self.draft is None:
+            return
         held = self.draft.layers[layer]
         for b, column in enumerate(self.columns):
             own = slice(held.starts[b], column)
@@ -173,7 +177,7 @@ class PagedIncoming(Incoming):
 
 
 def incoming(
-    full: FullKV, draft: DraftKV, ring: Ring, staging_bytes: int, columns: Sequence[int], pads: Sequence[int]
+    full: FullKV, draft: DraftKV | None, ring: Ring, staging_bytes: int, columns: Sequence[int], pads: Sequence[int]
 ) -> Incoming:
     """A round's full KV, wherever it lives; rows start at `columns`."""
     if not isinstance(full, PagedKV):

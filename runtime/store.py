@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Rows
+
+import torch
 from torch import Tensor
 
 from vericache_compile.runtime.caches import Columns, compress_site
@@ -11,8 +14,8 @@ from vericache_compile.runtime.sequences import Early, Queries, Sequence
 class Store:
     """Takes each site's new queries, keys and values while a graph runs as captured, and gives it those before."""
 
-    def __init__(self, sequence: Sequence, column: int, queries: int) -> None:
-        self.sequence, self.column, self.queries = sequence, column, queries
+    def __init__(self, sequence: Sequence, column: int, queries: int, pads: Rows[int]) -> None:
+        self.sequence, self.column, self.queries, self.pads = sequence, column, queries, pads
         self._past: dict[int, tuple[Tensor, Tensor]] = {}
 
     def past(self, layer: int, side: int) -> Tensor:
@@ -34,6 +37,10 @@ class Store:
         if self.queries:
             last = q[:, :, -self.queries :].clone()
             self.sequence.queries[layer] = Queries(last, [last.shape[2]] * batch)
+        if self.sequence.drawn is not None:
+            keys = torch.cat([self.past(layer, 0), k], dim=2) if self.column else k
+            for b, pad in enumerate(self.pads):
+                self.sequence.drawn.add(layer, b, q[b], keys[b], pad)
         if self.sequence.early is not None:
             self._compress(self.sequence.early, layer, k, v)
 
@@ -43,4 +50,6 @@ class Store:
         own = early.compressor.for_layer(layer, len(sites))
         spans = [(pad, k.shape[2]) for pad in early.pads]
         asked = [None if held is None else held.row(b) for b in range(k.shape[0])]
-        early.regions.append(compress_site(own, Columns(k, v, [0] * k.shape[0]), sites[layer], spans, asked))
+        early.regions.append(
+            compress_site(own, Columns(k, v, [0] * k.shape[0]), sites[layer], spans, asked, early.regions)
+        )

@@ -136,6 +136,18 @@ class PagedKV(FullKV):
         self.link.submit(chain.from_iterable(jobs)).result()
         return keys, values
 
+    def gather(self, layer: int, row: int, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """Chosen columns [K, n] of a row, on the device: keys [K, n, D] and values [K, n, E]."""
+        self.link.synchronize()
+        site, wanted = self.sites[layer], columns.cpu()
+        keys, values = (torch.empty(*wanted.shape, size, dtype=site.dtype) for size in _sizes(site))
+        for index in sorted(set((wanted // self.page).flatten().tolist())):
+            page = self._readable(layer, row, index)
+            heads, places = (wanted // self.page == index).nonzero(as_tuple=True)
+            own = wanted[heads, places] - index * self.page
+            keys[heads, places], values[heads, places] = page.keys[heads, own], page.values[heads, own]
+        return keys.to(self.device), values.to(self.device)
+
     def select(self, rows: Sequence[int], columns: int) -> PagedKV:
         """The first `columns` columns of the given rows (repeats allowed); whole pages are shared until written."""
         copy = PagedKV(self.sites, len(rows), self.tier, self.folder, self.link)

@@ -258,7 +258,8 @@ def run_segmented(program: Program, mode: str, captured: Captured, steps: Steps,
             keys, values = (real[i] for i in program.sites[layer].site.past)
             return keys, values
 
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, *waited: Tensor) -> Tensor:
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *waited: Tensor) -> Tensor:
+        assert sinks is None
         site = program.sites[layer].site
         past = waited or [real[i] for i in site.past]
         return ops.attend(q, k, v, *past, steps.lengths, steps.pads, site.scale, layer)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
 import torch
-from torch.fx import GraphModule
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel, Qwen3Config
 
-from vericache_compile.backend import vericache
+from vericache_compile.testing import VOCABULARY, Switch, make_prompt
 
-VOCABULARY = 97
+__all__ = ["BATCHES", "COMPRESSORS", "PROMPTS", "VOCABULARY", "WINDOWS", "Switch", "make_prompt", "make_tiny"]
 POSITIONS = 4096
 NEW = 40
 """New tokens per run of the exactness grid: compressors x windows x batches x prompt lengths."""
@@ -71,35 +69,6 @@ def make_tiny(name: str, positions: int = POSITIONS, seed: int = 0) -> PreTraine
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model
-
-
-def make_prompt(tokens: int, batch: int = 1, vocabulary: int = VOCABULARY, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Random input_ids [B, T] and attention_mask; rows after the first are shorter, padded on the left."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(1, vocabulary, (batch, tokens), generator=generator)
-    mask = torch.ones_like(ids)
-    for b in range(1, batch):
-        pad = tokens * b // (batch + 1)
-        ids[b, :pad], mask[b, :pad] = 0, 0
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-class Switch:
-    """The backend under options that may change between calls, so that Dynamo captures a model once for all of them."""
-
-    def __init__(self) -> None:
-        self.options: dict[str, Any] = {}
-
-    def __call__(self, module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        made = {str(self.options): vericache(module, example_inputs, options=self.options)}
-
-        def call(*inputs: Any) -> Any:
-            key = str(self.options)
-            if key not in made:
-                made[key] = vericache(module, example_inputs, options=self.options)
-            return made[key](*inputs)
-
-        return call
 
 
 @cache

@@ -270,7 +270,7 @@ def test_compressors_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     listed = json.loads(capsys.readouterr().out)
     assert [method["name"] for method in listed] == list(COMPRESSORS)
     snapkv = next(method for method in listed if method["name"] == "snapkv")
-    assert snapkv["parameters"] == {"keep": 0.2, "window": 32, "kernel": 7}
+    assert snapkv["parameters"] == {"keep": 0.2, "refresh": 0, "window": 32, "kernel": 7}
     assert (snapkv["needs"], snapkv["paper"]) == (["queries"], "arXiv 2404.14469")
 
     assert main(["compressors"]) == 0

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from models import make_tiny
+from torch import Tensor
+from transformers import AttentionInterface
 
 from vericache_compile import cli_explain
 from vericache_compile.cli import main
@@ -32,15 +35,24 @@ def test_tables_for_people(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     assert "at 4,096 tokens" in text
 
 
+def attend_by_relu(
+    module: torch.nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **more: object
+) -> tuple[Tensor, None]:
+    """Attention without a softmax."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    return ((q @ k.mT).relu() @ v).transpose(1, 2), None
+
+
 def test_a_model_that_is_not_taken_says_why(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = make_tiny("llama")
-    model.set_attn_implementation("eager")
+    AttentionInterface.register("relu", attend_by_relu)
+    model.set_attn_implementation("relu")
     monkeypatch.setattr(cli_explain, "load", lambda *args: (model, None))
     assert main(ARGUMENTS) == 1
     text = capsys.readouterr().out
-    assert "not taken (graph 0): attention spelled out as a softmax" in text
+    assert "not taken (graph 0): no scaled_dot_product_attention call" in text
     assert "where: " in text
     assert 'fix: load the model with attn_implementation="sdpa"' in text
 

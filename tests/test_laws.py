@@ -44,7 +44,7 @@ def test_a_poisoned_draft_never_changes_a_row(
     assert poisoned, "no draft was poisoned"
 
 
-@pytest.mark.parametrize("compressor", ["none", "streaming", "snapkv", "kivi"])
+@pytest.mark.parametrize("compressor", ["none", "streaming", "snapkv", "kivi", "quest(whole=0)"])
 def test_drafting_leaves_full_kv_alone(compressor: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Law 2: the bytes of the full cache are the same before and after drafting."""
     model = make_tiny("llama")

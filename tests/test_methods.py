@@ -2,46 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 import pytest
 import torch
-from models import Switch, make_prompt, make_tiny
-from transformers import PreTrainedModel
 
 from vericache_compile import stats
 from vericache_compile.compressors.table import COMPRESSORS
 from vericache_compile.runtime import rounds
-
-GATHER = 8
-"""Tokens that gather in a tail here before they are compressed in, so that few new tokens do it twice."""
+from vericache_compile.testing import GATHER, KV_HEADS, check_tokens, make_prompt, tiny_model
 
 
 @pytest.fixture(autouse=True)
 def fresh_dynamo() -> None:
-    """Not here: the model is captured once for all methods."""
+    """Not here: the models are captured once for all methods."""
 
 
-@pytest.fixture(scope="module")
-def switched() -> Iterator[tuple[PreTrainedModel, Switch]]:
-    """A small model with grouped queries, compiled under options that each test sets."""
-    torch._dynamo.reset()
-    model, switch = make_tiny("llama"), Switch()
-    model.compile(backend=switch)
-    yield model, switch
-    torch._dynamo.reset()
+@pytest.fixture(autouse=True)
+def gathering(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few tokens gather in a tail before they are compressed in."""
+    monkeypatch.setattr(rounds, "CHUNK", GATHER)
 
 
 @pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("heads", [pytest.param(n, marks=pytest.mark.slow) if n == 4 else n for n in KV_HEADS.values()])
 @pytest.mark.parametrize("name", sorted(COMPRESSORS))
-def test_tokens_are_plain(
-    switched: tuple[PreTrainedModel, Switch], name: str, batch: int, plain_tokens: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, switch = switched
-    switch.options = {"compressor": name, "window": 4, "inductor": False}
-    monkeypatch.setattr(rounds, "CHUNK", GATHER)
+def test_tokens_are_plain(name: str, heads: int, batch: int) -> None:
     for tokens, count in ((9, 5), (300, 30)):
-        ours = model.generate(**make_prompt(tokens, batch), max_new_tokens=count, do_sample=False)
-        assert torch.equal(ours, plain_tokens("llama", tokens, batch, count)), f"prompt of {tokens}"
-    assert stats(model)["rounds"] > 0
+        check_tokens(name, heads, tokens=tokens, batch=batch, count=count)
+    assert stats(tiny_model(heads)[0])["rounds"] > 0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "snapkv(keep=0.1, refresh=12)",
+        "h2o(keep=0.1, refresh=12)",
+        "kvzip(keep=0.1, refresh=30)",
+        "0: quest(whole=0, page=4, keep=0.1), rest: clusterkv(whole=0, keep=0.1)",
+        pytest.param("0: none, rest: streaming(keep=0.1, refresh=12) | int8", marks=pytest.mark.slow),
+        pytest.param("chunkkv(keep=0.2, reuse=2)", marks=pytest.mark.slow),
+    ],
+)
+def test_long_outputs_are_plain(text: str) -> None:
+    """A cache that is compressed anew several times, or chosen from at every step, changes no token."""
+    check_tokens(text, 2, tokens=120, batch=3, count=80)
+    refreshes = stats(tiny_model(2)[0])["refreshes"]
+    assert refreshes >= 2 if "refresh" in text else refreshes == 0
+
+
+@pytest.mark.parametrize("name", ["h2o", "expected_attention"])
+def test_what_is_noted_can_be_added_to_in_any_mode(name: str) -> None:
+    """A prefill under inference_mode, then steps under no_grad and inference_mode by turns."""
+    from transformers import DynamicCache
+
+    model, switch = tiny_model(2)
+    switch.options = {"compressor": name, "window": 4, "inductor": False}
+    ids = make_prompt(100)["input_ids"]
+    cache, fed, given = DynamicCache(), ids, []
+    for step in range(20):
+        with torch.inference_mode() if step % 2 == 0 else torch.no_grad():
+            fed = model(input_ids=fed, past_key_values=cache).logits[:, -1:].argmax(-1)
+            given.append(int(fed))
+    check_tokens(name, 2, tokens=100, batch=1, count=20)
+    assert given == model.generate(ids, max_new_tokens=20, do_sample=False)[0, 100:].tolist()

@@ -68,10 +68,14 @@ CALL = (
     0.5,
     1,
 )
+CHANGED = (*CALL, draw(4, seed=5), 2.0, [0.5, 0.25, 0.125, 0.0625], torch.bfloat16, True)
+"""The same with sinks, a soft cap and biases by distance."""
 PRODUCT = (draw(2, 3, 8), draw(5, 8, seed=1), draw(5, seed=2))
 
 
-@pytest.mark.parametrize(("operator", "inputs"), [(attend, CALL), (linear, PRODUCT), (linear, (*PRODUCT[:2], None))])
+@pytest.mark.parametrize(
+    ("operator", "inputs"), [(attend, CALL), (attend, CHANGED), (linear, PRODUCT), (linear, (*PRODUCT[:2], None))]
+)
 def test_torch_finds_no_fault_with_the_operators(operator: object, inputs: tuple[object, ...]) -> None:
     torch.library.opcheck(operator, inputs, test_utils=("test_schema", "test_faketensor"))
 
@@ -87,10 +91,29 @@ def test_fake_results_have_the_strides_of_real_ones(transposed: bool) -> None:
         assert (real.shape, real.stride(), real.dtype) == (fake.shape, fake.stride(), fake.dtype)
 
 
-def test_a_window_of_one_token_calls_is_one_call_on_its_tokens() -> None:
+@pytest.mark.parametrize("relative", [False, True])
+def test_scores_are_capped_biased_and_sunk_in_that_order(relative: bool) -> None:
+    q, k, v, past_k, past_v, lengths, pads, scale, layer = CALL
+    sinks, cap, slopes = draw(4, seed=5), 2.0, [0.5, 0.25, 0.125, 0.0625]
+    made = attend(q, k, v, past_k, past_v, lengths, pads, scale, layer, sinks, cap, slopes, torch.float32, relative)
+    for b, (length, pad) in enumerate(zip(lengths.tolist(), pads.tolist(), strict=True)):
+        for t in range(q.shape[2]):
+            for h in range(4):
+                keys, values = (
+                    torch.cat([past[b, h // 2, pad:length], new[b, h // 2, : t + 1]])
+                    for past, new in ((past_k, k), (past_v, v))
+                )
+                scores = cap * torch.tanh(keys @ q[b, h, t] * scale / cap)
+                place = torch.arange(len(keys)) - (len(keys) - 1 if relative else 0)
+                shares = torch.cat([scores + slopes[h] * place, sinks[h : h + 1]]).softmax(0)[:-1]
+                torch.testing.assert_close(made[b, h, t], shares @ values)
+
+
+@pytest.mark.parametrize("call", [CALL, CHANGED], ids=["plain", "changed"])
+def test_a_window_of_one_token_calls_is_one_call_on_its_tokens(call: tuple[object, ...]) -> None:
     window = 5
     q, k, v = draw(window, 2, 4, 1, 8), draw(window, 2, 2, 1, 8, seed=1), draw(window, 2, 2, 1, 8, seed=2)
-    rest = CALL[3:]
+    rest = call[3:]
     rows = torch.func.vmap(lambda q, k, v: attend(q, k, v, *rest))(q, k, v)
     tokens = [x.squeeze(3).permute(1, 2, 0, 3) for x in (q, k, v)]
     assert torch.equal(rows, attend(*tokens, *rest).permute(2, 0, 1, 3).unsqueeze(3))

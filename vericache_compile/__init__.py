@@ -13,13 +13,15 @@ if TYPE_CHECKING:
     from vericache_compile.api import CheckReport, check, stats
     from vericache_compile.demo_model import demo_model_path
     from vericache_compile.explanation import Explanation, explain
+    from vericache_compile.learning import calibrate
 
 __version__ = "0.1.0"
-__all__ = ["CheckReport", "Explanation", "__version__", "check", "demo_model_path", "explain", "stats"]
+__all__ = ["CheckReport", "Explanation", "__version__", "calibrate", "check", "demo_model_path", "explain", "stats"]
 
 _HOMES = {
     "CheckReport": "api",
     "Explanation": "explanation",
+    "calibrate": "learning",
     "check": "api",
     "demo_model_path": "demo_model",
     "explain": "explanation",

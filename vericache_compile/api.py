@@ -65,6 +65,7 @@ def stats(model: torch.nn.Module) -> dict[str, Any]:
         "accepted": counts.accepted,
         "served_rows": counts.served,
         "rounds_without_drafts": counts.rested,
+        "refreshes": counts.refreshes,
         "tokens_per_round": counts.served / counts.row_rounds if counts.row_rounds else 0.0,
         "accepted_by_position": list(counts.positions),
         "acceptance_by_position": [
@@ -76,6 +77,7 @@ def stats(model: torch.nn.Module) -> dict[str, Any]:
             "draft": counts.draft_seconds,
             "verify": counts.verify_seconds,
             "compress": counts.compress_seconds,
+            "repeat": counts.repeat_seconds,
             "prefill": session.prefill_seconds,
             "compile": made.seconds,
             "transfer": counts.traffic.seconds,

@@ -24,7 +24,7 @@ from vericache_compile.machine import bandwidths
 from vericache_compile.observers import make_observers
 from vericache_compile.passes.bind_scalars import scalar_inputs
 from vericache_compile.passes.pipeline import Observer, plan_capture
-from vericache_compile.passes.program import Compiled, batch_of
+from vericache_compile.passes.program import Compiled, batch_of, is_weight
 from vericache_compile.plan import CapturedPlan, DecodePlan, Site, Staging, Tier
 from vericache_compile.runtime.executor import WeightCasts
 from vericache_compile.runtime.ghosts import can_spell
@@ -173,13 +173,17 @@ def _take(
             low = config.draft_dtype_on(inputs[parameters[0]].device)
             watching = first or make_observers(config, made.dumps_failed)
             window, inductor = config.window, config.inductor
-            staging = _staging(config, inputs, parameters)
-            plans[key] = plan_capture(gm, batch, window, inductor, made.compiled, values, low, staging, watching)
+            staging, buffers = staging_of(config, inputs, parameters), buffers_of(gm, inputs)
+            plans[key] = plan_capture(
+                gm, batch, window, inductor, made.compiled, values, low, staging, watching, buffers
+            )
         return plans[key]
 
     plan = plan_for(example_inputs, batch_of(example_inputs))
     captured = plan.captured if isinstance(plan, DecodePlan) else plan
     check_sites(captured.sites)
+    compressor = compilation_of(example_inputs, parameters, config).session.compressor
+    compressor.check_model(captured.sites, [example_inputs[i].shape for i in parameters])
     if takes(example_inputs[parameters[0]].device, captured.sites[0].dtype):
         start_build()
     _tell(compilation_of(example_inputs, parameters, config), plan)
@@ -194,7 +198,7 @@ def _take(
     return run
 
 
-def _staging(config: Config, inputs: Sequence[Any], parameters: Sequence[int]) -> Staging | None:
+def staging_of(config: Config, inputs: Sequence[Any], parameters: Sequence[int]) -> Staging | None:
     """The ring for full KV as long as these inputs'; None where full KV is on the device for good.
 
     As large as what comes over the link while a round drafts, where its size is not given.
@@ -210,6 +214,13 @@ def _staging(config: Config, inputs: Sequence[Any], parameters: Sequence[int]) -
     reads = sum(weight.numel() * (weight.dtype if low is None else low).itemsize for weight in weights)
     machine = Machine(0, found.memory_gbps, config.link_gbps or found.link_gbps)
     return Staging(int(ring_bytes(reads, config.window, machine)), columns)
+
+
+def buffers_of(gm: GraphModule, inputs: Sequence[Any]) -> dict[int, Tensor]:
+    """The model's buffers of whole numbers or truth values, which masks are made from, by input."""
+    nodes = gm.graph.find_nodes(op="placeholder", sort=True)
+    held = {i: x for i, x in enumerate(inputs) if isinstance(x, Tensor) and not isinstance(x, torch.nn.Parameter)}
+    return {i: x for i, x in held.items() if is_weight(nodes[i]) and not x.is_floating_point()}
 
 
 def check_parameters(parameters: Sequence[int]) -> None:

@@ -1,4 +1,4 @@
-"""The `vericache` command: run, check, bench, explain, plan, compressors, plot, doctor.
+"""The `vericache` command: run, trace, check, bench, explain, plan, sweep, compressors, calibrate, plot, doctor.
 
 With --json, stdout holds exactly one JSON document; everything else goes to stderr. Exit codes: 0 all well,
 1 tokens differ or something needed is missing, 2 wrong input (three parts on stderr: found, where, fix).
@@ -14,12 +14,15 @@ from contextlib import nullcontext, redirect_stdout
 from typing import Any
 
 import vericache_compile
-from vericache_compile.cli_commands import bench, check, compressors, run
+from vericache_compile.cli_calibrate import add_arguments as add_calibration
+from vericache_compile.cli_calibrate import calibrate
+from vericache_compile.cli_commands import bench, check, compressors, run, trace
 from vericache_compile.cli_explain import explain
 from vericache_compile.cli_plan import plan
 from vericache_compile.doctor import doctor
 from vericache_compile.errors import VericacheError
 from vericache_compile.plot import plot
+from vericache_compile.sweep import sweep
 
 Command = Callable[[argparse.Namespace], tuple[Any, int]]
 
@@ -63,6 +66,11 @@ def make_parser() -> argparse.ArgumentParser:
     made.add_argument("--check", action="store_true", help="then do what `vericache check` does")
     _finish(made, run)
 
+    made = commands.add_parser("trace", help="run, and write a Chrome trace of calls, rounds and transfers")
+    _add_model(made, max_new_tokens=64)
+    made.set_defaults(check=False)
+    _finish(made, trace)
+
     made = commands.add_parser("check", help="compare with plain generate; exit code 1 when tokens differ")
     _add_model(made, max_new_tokens=64)
     _finish(made, check)
@@ -75,6 +83,11 @@ def make_parser() -> argparse.ArgumentParser:
 
     made = commands.add_parser("compressors", help="the compression methods: parameters, what they need, the paper")
     _finish(made, compressors)
+
+    made = commands.add_parser("calibrate", help="let a compression method learn from a text, once for a model")
+    add_calibration(made)
+    _add_device(made)
+    _finish(made, calibrate)
 
     made = commands.add_parser(
         "explain", help="how a model would run, and why not where it would not; compiles nothing"
@@ -89,6 +102,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     _add_plan(made)
     _finish(made, plan)
+    made = commands.add_parser("sweep", help="which families of models are taken, tried on small random ones")
+    made.add_argument("names", nargs="*", metavar="NAME", help="families, as llama or falcon-alibi (default: all)")
+    made.add_argument("--markdown", metavar="F", help="write the table to a page")
+    made.add_argument("--inductor", action="store_true", help="compile segments (default: run them eagerly)")
+    _finish(made, sweep)
 
     made = commands.add_parser("plot", help="draw a run's statistics: acceptance, tokens per round, time")
     made.add_argument("stats", metavar="STATS.json", help="what `vericache run --json` printed")

@@ -12,7 +12,10 @@ from typing import Any
 from vericache_compile.errors import VericacheError
 from vericache_compile.terminal import AnswerStream, format_bytes, format_rate, phase, print_columns, print_table
 
-OPTIONS = ("compressor", "keep", "bits", "window", "draft_dtype", "inductor", "strict", "dump", "trace")
+OPTIONS = (
+    *("compressor", "keep", "bits", "window", "draft_dtype", "placement", "staging_mb", "kv_folder"),
+    *("inductor", "strict", "dump", "trace"),
+)
 WARM_UP_TOKENS = 32
 
 
@@ -42,6 +45,14 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
         report = self_check(model, inputs, max_new_tokens=args.max_new_tokens, **options)
     print(report)
     return result | {"check": report.as_dict()}, 0 if report.identical else 1
+
+
+def trace(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
+    """As `run`, with a trace, in `vericache-trace.json` where no --trace is given."""
+    args.trace = args.trace or "vericache-trace.json"
+    result, code = run(args)
+    print(f"the trace is in {args.trace}: open it in https://ui.perfetto.dev or chrome://tracing", file=sys.stderr)
+    return {**result, "trace": args.trace}, code
 
 
 def check(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
@@ -108,7 +119,7 @@ def _method_row(method: Mapping[str, Any]) -> tuple[str, str, str, str]:
 def _prepare(args: argparse.Namespace) -> tuple[Any, Any, dict[str, Any], dict[str, Any]]:
     """Model, tokenizer, inputs and checked options; wrong input is found before anything slow starts."""
     options = options_of(args)
-    prompt = _read_prompt(args.prompt_file)
+    prompt = read_text(args.prompt_file, "--prompt-file")
     model, tokenizer = load(args, "AutoTokenizer")
     inputs = _encode(tokenizer, prompt, args.chat)
     return model, tokenizer, {name: tensor.to(model.device) for name, tensor in inputs.items()}, options
@@ -123,16 +134,18 @@ def options_of(args: argparse.Namespace) -> dict[str, Any]:
     return options
 
 
-def _read_prompt(file: str) -> str:
+def read_text(file: str, option: str) -> str:
+    """The text in a file, or on stdin for -; raises VericacheError where it cannot be read or is empty."""
+    what = option.removeprefix("--").removesuffix("-file")
     try:
-        prompt = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        found = f"the prompt cannot be read: {getattr(error, 'strerror', None) or error}"
+        found = f"the {what} cannot be read: {getattr(error, 'strerror', None) or error}"
         fix = "name a text file in UTF-8, or - for stdin"
-        raise VericacheError(found, f"--prompt-file {file}", fix) from error
-    if not prompt.strip():
-        raise VericacheError("the prompt is empty", f"--prompt-file {file}", "put some text into it")
-    return prompt
+        raise VericacheError(found, f"{option} {file}", fix) from error
+    if not text.strip():
+        raise VericacheError(f"the {what} is empty", f"{option} {file}", "put some text into it")
+    return text
 
 
 def model_path(args: argparse.Namespace) -> str:

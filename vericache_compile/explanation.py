@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from vericache_compile.backend import check_parameters, check_sites, parameters_of
+from vericache_compile.backend import buffers_of, check_parameters, check_sites, parameters_of, staging_of
 from vericache_compile.config import Config, make_config
 from vericache_compile.dump.describe import describe_segments, describe_sites
 from vericache_compile.errors import UnsupportedGraph
@@ -108,7 +108,10 @@ class _Recorder:
         try:
             check_parameters(parameters_of(example_inputs))
             program = take(module, example_inputs, self.config, observers)
-            check_sites([nodes.site for nodes in program.sites])
+            sites = [nodes.site for nodes in program.sites]
+            check_sites(sites)
+            shapes = [example_inputs[i].shape for i in parameters_of(example_inputs)]
+            self.config.make_compressor().check_model(sites, shapes)
         except UnsupportedGraph as reason:
             for observer in observers:
                 observer.refused(module, reason)
@@ -152,9 +155,10 @@ def take(
 ) -> Program:
     """A captured graph after all passes but `lower`, which compiles; raises UnsupportedGraph."""
     scalars = {i: float(example_inputs[i]) for i in scalar_inputs(module)}
-    program = Program(copy_module(module), batch_of(example_inputs), config.window, scalars)
-    low = config.draft_dtype_on(example_inputs[parameters_of(example_inputs)[0]].device)
-    passes = pipeline.decode_passes(config.inductor, low)
+    buffers, parameters = buffers_of(module, example_inputs), parameters_of(example_inputs)
+    program = Program(copy_module(module), batch_of(example_inputs), config.window, scalars, buffers)
+    low = config.draft_dtype_on(example_inputs[parameters[0]].device)
+    passes = pipeline.decode_passes(config.inductor, low, staging_of(config, example_inputs, parameters))
     pipeline.run_all(program, tuple(each for each in passes if getattr(each, "func", each) is not lower), observers)
     return program
 

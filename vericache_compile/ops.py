@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from vericache_compile.kernels.row_invariant_linear import is_row_invariant, row_invariant_linear
 
@@ -23,12 +24,18 @@ def attend(
     pads: Tensor,
     scale: float,
     layer: int,
+    sinks: Tensor | None = None,
+    soft_cap: float | None = None,
+    slopes: list[float] | None = None,
+    slope_dtype: torch.dtype = torch.float32,
+    relative: bool = False,
 ) -> Tensor:
     """Attend from new tokens over a row's past columns [pads, lengths) and, causally, over the new tokens.
 
     q [B, H, T, D], k [B, K, T, D], v [B, K, T, E], past_k [B, K, C, D], past_v [B, K, C, E], lengths and pads
-    [B] (int64), scale multiplies the scores. Whatever other columns hold (NaN too) is not read. Returns
-    [B, H, T, E].
+    [B] (int64), scale multiplies the scores. Whatever other columns hold (NaN too) is not read. Then scores s become
+    soft_cap * tanh(s / soft_cap), slopes[h] * place is added (see `plan.Alibi`), and sinks [H] take part in the softmax
+    without a value. Returns [B, H, T, E].
     """
     batch, heads, tokens, _ = q.shape
     columns = past_k.shape[2]
@@ -38,28 +45,38 @@ def attend(
     new = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).tril()
     visible = torch.cat([past, new.expand(batch, 1, tokens, tokens)], dim=-1)
     unseen = ~seen[:, None, :, None]
-    return F.scaled_dot_product_attention(
-        q,
-        torch.cat([past_k.masked_fill(unseen, 0), k], dim=2),
-        torch.cat([past_v.masked_fill(unseen, 0), v], dim=2),
-        attn_mask=visible,
-        scale=scale,
-        enable_gqa=heads != k.shape[1],
-    ).contiguous()
+    keys, values = (torch.cat([old.masked_fill(unseen, 0), fresh], dim=2) for old, fresh in ((past_k, k), (past_v, v)))
+    if sinks is None and soft_cap is None and slopes is None:
+        gqa = heads != k.shape[1]
+        made = F.scaled_dot_product_attention(q, keys, values, attn_mask=visible, scale=scale, enable_gqa=gqa)
+        return made.contiguous()
+    keys, values = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (keys, values))
+    scores = (q @ keys.transpose(2, 3)).float() * scale
+    if soft_cap is not None:
+        scores = soft_cap * torch.tanh(scores / soft_cap)
+    if slopes is not None:
+        own = lengths[:, None] + torch.arange(tokens, device=q.device)
+        places = torch.cat([column.expand(batch, -1), own], dim=1)
+        places = places[:, None] - (own[:, :, None] if relative else pads[:, None, None])
+        bias = torch.tensor(slopes, dtype=slope_dtype, device=q.device)[:, None, None] * places[:, None].to(slope_dtype)
+        scores = scores + bias.float()
+    scores = scores.masked_fill(~visible, float("-inf"))
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.float()[:, None, None].expand(batch, -1, tokens, 1)], dim=-1)
+    return (scores.softmax(-1)[..., : visible.shape[-1]].to(values.dtype) @ values).contiguous()
 
 
 @attend.register_fake
-def _attend_fake(q, k, v, past_k, past_v, lengths, pads, scale, layer):  # type: ignore[no-untyped-def]
+def _attend_fake(q, k, v, past_k, past_v, lengths, pads, scale, layer, *_):  # type: ignore[no-untyped-def]
     return q.new_empty((q.shape[0], q.shape[1], q.shape[2], v.shape[3]))
 
 
-def _attend_window(info, in_dims, q, k, v, past_k, past_v, lengths, pads, scale, layer):  # type: ignore[no-untyped-def]
+def _attend_window(info, in_dims, q, k, v, *given):  # type: ignore[no-untyped-def]
     """W one-token calls become one call on W tokens: the window is the token axis of the canonical operator."""
-    if any(d is not None for d in in_dims[3:]):
+    if any(d is not None for d in tree_leaves(in_dims[3:])):
         raise NotImplementedError("only queries, keys and values differ over a window")
     q, k, v = (_as_tokens(x, d, info.batch_size) for x, d in zip((q, k, v), in_dims[:3], strict=True))
-    out = attend(q, k, v, past_k, past_v, lengths, pads, scale, layer)
-    return out.permute(2, 0, 1, 3).unsqueeze(3), 0
+    return attend(q, k, v, *given).permute(2, 0, 1, 3).unsqueeze(3), 0
 
 
 def _as_tokens(x: Tensor, dim: int | None, window: int) -> Tensor:
@@ -141,6 +158,45 @@ def wait(past: Tensor, ticket: Tensor, layer: int) -> Tensor:
 def _wait_fake(past, ticket, layer):  # type: ignore[no-untyped-def]
     return torch.empty_like(past)
 
+
+@torch.library.custom_op("vericache::experts_mm", mutates_args=())
+def experts_mm(x: Tensor, weight: Tensor, experts: Tensor, rows: int) -> Tensor:
+    """Each row by the weight of its own expert: x [..., in], weight [E, in, out], experts [...] (int64; a row of expert
+    E or beyond becomes zeros). Returns [..., out].
+
+    An expert's rows are one GEMM, or (`rows` > 0) GEMMs of exactly that many, filled up with zeros: a row's bits then
+    do not depend on how many others chose the same expert.
+    """
+    flat, chosen = x.flatten(0, -2), experts.flatten()
+    out = x.new_zeros((flat.shape[0], weight.shape[2]))
+    for expert in sorted(set(chosen.tolist())):
+        own = (chosen == expert).nonzero()[:, 0]
+        for part in own.split(rows or own.shape[0]) if expert < weight.shape[0] else ():
+            given = F.pad(flat[part], (0, 0, 0, rows - part.shape[0])) if rows else flat[part]
+            out[part] = linear(given, weight[expert].t(), None)[: part.shape[0]]
+    return out.view(*x.shape[:-1], weight.shape[2])
+
+
+@experts_mm.register_fake
+def _experts_mm_fake(x, weight, experts, rows):  # type: ignore[no-untyped-def]
+    return x.new_empty((*x.shape[:-1], weight.shape[2]))
+
+
+def _experts_mm_window(info, in_dims, x, weight, experts, rows):  # type: ignore[no-untyped-def]
+    """The rows of all tokens of a window are put to their experts together."""
+    if in_dims[1] is not None:
+        raise NotImplementedError("a weight differs over the window")
+    x, experts = (
+        value.movedim(dim, 0) if dim is not None else value.expand(info.batch_size, *value.shape)
+        for value, dim in ((x, in_dims[0]), (experts, in_dims[2]))
+    )
+    return experts_mm(x, weight, experts, EXPERT_ROWS), 0
+
+
+torch.library.register_vmap("vericache::experts_mm", _experts_mm_window)
+
+EXPERT_ROWS = 16
+"""Rows per GEMM of an expert in verify."""
 
 ATTEND = torch.ops.vericache.attend.default
 """The node target of a site."""

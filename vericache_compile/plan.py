@@ -24,6 +24,18 @@ class Output(StrEnum):
 
 
 @dataclass(frozen=True)
+class Alibi:
+    """Attention with linear biases (arXiv 2108.12409): slope[h] * place of the key, added to the scores of head h."""
+
+    slopes: tuple[float, ...]
+    """[H]; a constant factor of the model's own (the attention scale, say) included."""
+    dtype: torch.dtype
+    """The type in which slope and place are multiplied: large places are rounded in a small one."""
+    relative: bool
+    """Whether a place is counted back from the query (0, -1, ...) or on from the row's first token (0, 1, ...)."""
+
+
+@dataclass(frozen=True)
 class Site:
     """One attention call, in graph order."""
 
@@ -36,6 +48,16 @@ class Site:
     dtype: torch.dtype
     past: tuple[int, int] | None
     """Graph inputs that carry this site's cached keys and values; None where the cache is still empty."""
+    soft_cap: float | None = None
+    """Scores s become soft_cap * tanh(s / soft_cap), before anything is added to them."""
+    sinks: bool = False
+    """Whether each head has a learned score more in its softmax, that no value belongs to."""
+    alibi: Alibi | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing but the scale is done to the products of queries and keys."""
+        return self.soft_cap is None and not self.sinks and self.alibi is None
 
     @property
     def bytes_per_token(self) -> int:
@@ -90,6 +112,19 @@ class OutputRole:
 
     kind: Output
     layer: int = -1
+
+
+@dataclass(frozen=True)
+class Rope:
+    """How a site's keys are rotated by position, as the captured graph computes it.
+
+    `module(x, positions, *weights)` gives keys [B, K, 1, D], in any order of the first three axes, from what they are
+    before, of as many elements; positions [B, 1].
+    """
+
+    module: GraphModule
+    weights: tuple[int, ...]
+    """Captured graph inputs that it reads."""
 
 
 @dataclass(frozen=True)
@@ -196,3 +231,7 @@ class DecodePlan:
     """First position that the model cannot embed; None where there is no such limit."""
     staging_bytes: int = 0
     """Device memory for full KV that comes in from outside the device."""
+    rotations: tuple[Rope | None, ...] = ()
+    """Per site; None where keys are not rotated, or where it is not known how."""
+    column_limit: int | None = None
+    """Cached columns from which on the model's own mask fails; None where it was not seen to."""

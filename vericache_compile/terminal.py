@@ -26,6 +26,24 @@ def phase(what: str) -> Iterator[None]:
         yield
 
 
+def progress(labels: Sequence[str], what: str) -> Iterator[int]:
+    """The numbers of the labels in order, each said on stderr in its turn: a bar on a terminal, lines elsewhere."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(file=sys.stderr)
+    if not console.is_terminal:
+        for i, label in enumerate(labels):
+            print(f"{what}: {label} ({i + 1} of {len(labels)}) ...", file=sys.stderr, flush=True)
+            yield i
+        return
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task(what, total=len(labels))
+        for i, label in enumerate(labels):
+            bar.update(task, description=f"{what}: {label}", completed=i)
+            yield i
+
+
 def print_table(title: str, rows: Mapping[str, Any], file: TextIO | None = None) -> None:
     """Two columns: what, and how much."""
     from rich.console import Console
@@ -40,11 +58,12 @@ def print_table(title: str, rows: Mapping[str, Any], file: TextIO | None = None)
 
 
 def print_columns(title: str, names: Sequence[str], rows: Iterable[Sequence[str]], file: TextIO | None = None) -> None:
-    """A table with named columns."""
+    """A table with named columns, the first of which is never broken."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table(*names, title=title, title_justify="left")
+    table.columns[0].no_wrap = True
     for row in rows:
         table.add_row(*row)
     Console(file=file).print(table)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from vericache_compile.compressors.chain import Chain, make_chain
+from vericache_compile.compressors.facts import Facts
+from vericache_compile.compressors.h2o import H2O
 from vericache_compile.compressors.int8 import Int8
 from vericache_compile.compressors.kivi import Kivi
 from vericache_compile.compressors.knorm import Knorm
@@ -75,6 +77,27 @@ def test_qpruningkv_is_snapkv_and_kivi(random_row: Row) -> None:
     assert regions[0].nbytes == regions[1].nbytes
 
 
+def test_tokens_that_join_are_given_no_sinks(random_row: Row) -> None:
+    keys, values, _ = random_row(200)
+    region = Chain(Streaming(keep=0.1), Int8()).compress(keys[:, :100], values[:, :100], None)
+    longer = region.extend(keys[:, 100:], values[:, 100:], None)
+    kept = torch.cat([keys[:, :4], keys[:, 94:100], keys[:, 190:]], dim=1)
+    assert longer.slots == 20
+    torch.testing.assert_close(longer.materialize()[0], kept, atol=0.05, rtol=0)
+
+
+def test_what_a_chain_is_told_its_methods_know(random_row: Row) -> None:
+    keys, values, queries = random_row(50)
+    chain = Chain(H2O(keep=0.2, refresh=64), Int8())
+    assert (chain.wants, chain.refresh) == ({"queries", "attention"}, 64)
+    drawn = torch.rand(2, 50, generator=torch.Generator().manual_seed(0))
+    facts = Facts(attention=drawn)
+    expected = H2O(keep=0.2).knowing(facts).compress(keys, values, queries)
+    region = chain.knowing(facts).compress(keys, values, queries)
+    torch.testing.assert_close(region.materialize()[0], expected.materialize()[0], atol=0.05, rtol=0)
+    assert chain.drop.facts is not facts
+
+
 def test_methods_in_the_wrong_place_are_option_errors() -> None:
     with pytest.raises(OptionError, match="'kivi' is not a method that drops tokens"):
         make_chain(Kivi(), SnapKV())
@@ -84,5 +107,6 @@ def test_methods_in_the_wrong_place_are_option_errors() -> None:
 
 @pytest.mark.parametrize("wrong", [{"keep": 0.0}, {"bits": 3}])
 def test_values_out_of_range_are_option_errors(wrong: dict[str, float]) -> None:
-    with pytest.raises(OptionError, match=next(iter(wrong))):
+    with pytest.raises(OptionError, match=next(iter(wrong))) as caught:
         QPruningKV(**wrong)  # type: ignore[arg-type]
+    assert caught.value.where == "compressor 'qpruningkv'"

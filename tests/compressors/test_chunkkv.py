@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vericache_compile.compressors.chunkkv import ChunkKV
+from vericache_compile.compressors.facts import Facts
 from vericache_compile.errors import OptionError
 
 Row = Callable[..., tuple[Tensor, Tensor, Tensor]]
@@ -61,7 +62,21 @@ def test_only_whole_chunks_before_the_window_are_covered(random_row: Row, tokens
     assert ChunkKV().compress(*random_row(tokens)).covered == covered
 
 
-@pytest.mark.parametrize("wrong", [{"keep": 0.0}, {"window": 0}, {"chunk": 0}, {"chunk": 33}])
+def test_adjacent_layers_share_the_choice_of_the_first(random_row: Row) -> None:
+    rows = [random_row(200, seed=seed) for seed in range(4)]
+    shared: dict[object, Tensor] = {}
+    kept = []
+    for layer, row in enumerate(rows):
+        method = ChunkKV(keep=0.2, reuse=2).knowing(Facts(layer=layer, shared=shared))
+        assert isinstance(method, ChunkKV)
+        kept.append(method.choose(*row, 160))
+    alone = [ChunkKV(keep=0.2).choose(*row, 160) for row in rows]
+    assert all(torch.equal(kept[layer], alone[layer - layer % 2]) for layer in range(4))
+    assert not torch.equal(alone[0], alone[1])
+    assert len(shared) == 2
+
+
+@pytest.mark.parametrize("wrong", [{"keep": 0.0}, {"window": 0}, {"chunk": 0}, {"chunk": 33}, {"reuse": 0}])
 def test_values_out_of_range_are_option_errors(wrong: dict[str, float]) -> None:
     with pytest.raises(OptionError, match=next(iter(wrong))):
         ChunkKV(**wrong)  # type: ignore[arg-type]

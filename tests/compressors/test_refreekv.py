@@ -56,7 +56,7 @@ def test_extend_ranks_the_chunk_alone(random_row: Row) -> None:
     method = ReFreeKV(threshold=0.3)
     region = method.compress(keys[:, :30], values[:, :30], queries)
     longer = region.extend(keys[:, 30:], values[:, 30:], queries)
-    kept = naive_choice(keys[:, 30:], queries, 0.3, 4)
+    kept = naive_choice(keys[:, 30:], queries, 0.3, 0)
     assert (longer.covered, longer.slots) == (60, region.slots + len(kept))
     assert torch.equal(longer.keys[:, region.slots :], keys[:, 30:][:, kept])
 
@@ -78,7 +78,9 @@ def test_a_threshold_of_nothing_keeps_everything_and_so_does_nan(random_row: Row
     assert ReFreeKV().compress(keys, values, queries).slots == 60
 
 
-@pytest.mark.parametrize("wrong", [{"threshold": -0.1}, {"threshold": 1}, {"sinks": -1}, {"whole": -1}])
+@pytest.mark.parametrize(
+    "wrong", [{"threshold": -0.1}, {"threshold": 1}, {"sinks": -1}, {"whole": -1}, {"threshold": False}]
+)
 def test_values_out_of_range_are_option_errors(wrong: dict[str, float]) -> None:
     with pytest.raises(OptionError, match=next(iter(wrong))):
         ReFreeKV(**wrong)  # type: ignore[arg-type]

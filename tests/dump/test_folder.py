@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,15 +22,16 @@ from models import make_prompt, make_tiny
 from vericache_compile.dump.folder import Dump, _make_folder, unified_diff
 from vericache_compile.errors import UnsupportedGraph
 from vericache_compile.passes.pipeline import plan_capture
+from vericache_compile.plan import Staging
 
 NAMES = ["captured", *(getattr(each, "func", each).__name__ for each in PASSES)]
 OPTIONS = {"inductor": False, "window": 4}
 
 
-def dump_of(root: Path, name: str = "llama", batch: int = 1) -> Path:
+def dump_of(root: Path, name: str = "llama", batch: int = 1, staging: Staging | None = None) -> Path:
     """The folder that one decode step is written down in."""
     dump = Dump(str(root), set())
-    plan_capture(tiny_decode(name, batch).module, batch, 4, False, {}, observers=[dump])
+    plan_capture(tiny_decode(name, batch).module, batch, 4, False, {}, staging=staging, observers=[dump])
     assert dump.folder is not None
     assert not dump.failed
     return dump.folder
@@ -47,6 +49,31 @@ def stages(folder: Path) -> list[Path]:
 def test_there_is_a_file_for_the_captured_graph_and_for_each_pass(folder: Path) -> None:
     assert [path.name for path in stages(folder)] == [f"{i:02d}_{name}.py" for i, name in enumerate(NAMES)]
     assert len(list(folder.glob("*.diff"))) == len(NAMES) - 1
+
+
+def test_transfers_are_in_every_file(tmp_path: Path) -> None:
+    """Two slots for three sites: what is asked for when, in the graphs, the plan, and a file that runs."""
+    import networkx
+
+    folder = dump_of(tmp_path, staging=Staging(2 * 64 * 256, 64))
+    assert {"09_spell_products.py", "10_insert_transfers.py", "11_hoist_prefetch.py"} <= {
+        p.name for p in stages(folder)
+    }
+    assert "vericache.prefetch" in (folder / "11_hoist_prefetch.diff").read_text()
+    program = json.loads((folder / "program.json").read_text())
+    placed = [(row["layer"], row["asked_for_in"], row["after_attention"]) for row in program["transfers"]]
+    assert placed == [(0, "draft", None), (1, "draft", None), (2, "verify", 0)]
+    kinds = [data["kind"] for _, data in networkx.read_graphml(folder / "program.verify.graphml").nodes(data=True)]
+    assert [kinds.count(kind) for kind in ("site", "prefetch", "wait")] == [3, 3, 6]
+    assert "#c6e5b3" in (folder / "program.draft.dot").read_text()
+    done = subprocess.run(
+        [sys.executable, str(folder / "repro_verify.py"), "--check"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_each_file_is_python_that_shows_the_graphs_of_its_time(folder: Path) -> None:

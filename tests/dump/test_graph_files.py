@@ -26,7 +26,7 @@ def test_graphml_read_back_is_the_fx_graph(program: Program, mode: str) -> None:
     nodes = list(graph.nodes)
     assert set(read.nodes) == {node.name for node in nodes}
     assert set(read.edges) == {(used.name, node.name) for node in nodes for used in node.all_input_nodes}
-    attends = [data for _, data in read.nodes(data=True) if data["site"]]
+    attends = [data for _, data in read.nodes(data=True) if data["kind"] == "site"]
     assert {data["target"] for data in attends} == {"vericache.attend.default"}
     assert {data["segment"] for _, data in read.nodes(data=True)} == {0, 1, 2, 3}
 

@@ -98,20 +98,21 @@ class TwoMasks(Toy):
 
 
 class Softmax(Toy):
-    """Attends by hand."""
+    """Reads its probabilities for more than the values."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *more: Tensor) -> Tensor:
         k, v = (x.repeat_interleave(2, dim=1) for x in (k, v))
-        return (q @ k.mT).softmax(-1) @ v
+        shares = (q @ k.mT).softmax(-1)
+        return shares @ v + shares.amax()
 
 
-SPELLED_OUT = "attention spelled out as a softmax, and no scaled_dot_product_attention call"
+NO_ATTENTION = "a softmax that is not read as attention, and no scaled_dot_product_attention call"
 ONE, MASK = torch.tensor([[1]]), torch.ones(1, 7, dtype=torch.int64)
 REFUSED = [
     (Typed, (ONE,), "two inputs that may both be the tokens", "self.embed(more[-1])"),
     (TwoPositions, (ONE, ONE.clone()), "a second position input", "self.place(more[1])"),
     (TwoMasks, (MASK, MASK.clone()), "a second padding mask", "mask = ("),
-    (Softmax, (), SPELLED_OUT, "softmax(-1) @ v"),
+    (Softmax, (), NO_ATTENTION, "softmax(-1)"),
 ]
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vericache_compile.errors import UnsupportedGraph
 from vericache_compile.passes.prove_mask import prove_mask
+from vericache_compile.plan import Alibi
 
 
 @pytest.mark.parametrize(("batch", "masked"), [(1, 0), (3, 3)])
@@ -107,10 +108,43 @@ class Banded(Masked):
 
 
 class Sloped(Masked):
-    """Adds a bias that grows with distance (ALiBi)."""
+    """Adds a bias that grows with distance (ALiBi), the same for all heads."""
 
     def mask(self, columns: int, *more: Tensor) -> Tensor:
         return 0.1 * (torch.arange(columns) - columns + 1)[None, None, None]
+
+
+class Placed(Masked):
+    """Adds a bias that grows with the place after the padding, in bfloat16, with a slope per head."""
+
+    def mask(self, columns: int, *more: Tensor) -> Tensor:
+        places = (more[0].cumsum(-1) - 1) * more[0]
+        slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625]).bfloat16()
+        lowest = torch.finfo(torch.float32).min
+        bias = (slopes[:, None] * places[:, None]).float()
+        return bias.masked_fill(more[0][:, None] == 0, lowest)[:, :, None]
+
+
+class Bent(Masked):
+    """Adds a bias that grows with the square of the distance."""
+
+    def mask(self, columns: int, *more: Tensor) -> Tensor:
+        return -0.1 * ((torch.arange(columns) - columns + 1) ** 2)[None, None, None]
+
+
+class Kinked(Masked):
+    """Adds a bias that stops growing at 2,048 columns."""
+
+    def mask(self, columns: int, *more: Tensor) -> Tensor:
+        return 0.1 * torch.arange(columns).clamp(max=2048)[None, None, None]
+
+
+class Misplaced(Masked):
+    """Adds a bias by the column, padding or not, to a padding mask."""
+
+    def mask(self, columns: int, *more: Tensor) -> Tensor:
+        bias = 0.1 * torch.arange(columns).expand(more[0].shape)
+        return bias.masked_fill(more[0] == 0, torch.finfo(torch.float32).min)[:, None, None]
 
 
 class Faint(Masked):
@@ -142,6 +176,7 @@ class Forgotten(Twin):
 
 
 NOT_CAUSAL = "an attention mask that is not causal with left padding"
+NOT_LINEAR = "a bias on attention scores that is not linear in the key's place"
 
 
 @pytest.mark.parametrize(
@@ -151,8 +186,6 @@ NOT_CAUSAL = "an attention mask that is not causal with left padding"
         (Wide, "self.window"),
         (Chunked, "chunk == chunk[-1]"),
         (Banded, "% 2"),
-        (Sloped, "0.1 *"),
-        (Faint, "-100.0"),
     ],
 )
 def test_other_masks_are_refused_with_their_source_line(model: type[Toy], line: str) -> None:
@@ -160,6 +193,45 @@ def test_other_masks_are_refused_with_their_source_line(model: type[Toy], line: 
         run_until(toy_decode(model()), "prove_mask")
     assert error.value.found == NOT_CAUSAL
     assert line in error.value.where
+
+
+@pytest.mark.parametrize(("model", "line"), [(Bent, "** 2"), (Kinked, "clamp(max=2048)"), (Faint, "-100.0")])
+def test_other_biases_are_refused_with_their_source_line(model: type[Toy], line: str) -> None:
+    with pytest.raises(UnsupportedGraph) as error:
+        run_until(toy_decode(model()), "prove_mask")
+    assert error.value.found == NOT_LINEAR
+    assert line in error.value.where
+
+
+def test_a_bias_linear_in_distance_is_found() -> None:
+    [nodes] = run_until(toy_decode(Sloped()), "prove_mask").sites
+    assert nodes.site.alibi == Alibi(pytest.approx((0.1,) * 4), torch.float32, relative=True)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_bias_linear_in_place_is_found_with_the_type_it_was_rounded_to(batch: int) -> None:
+    padding = torch.ones(batch, 7, dtype=torch.int64)
+    [nodes] = run_until(toy_decode(Placed(), padding, batch=batch), "prove_mask", batch=batch).sites
+    assert nodes.site.alibi == Alibi((0.5, 0.25, 0.125, 0.0625), torch.bfloat16, relative=False)
+
+
+def test_a_bias_by_the_column_of_a_padded_row_is_refused() -> None:
+    padding = torch.ones(3, 7, dtype=torch.int64)
+    with pytest.raises(UnsupportedGraph, match=NOT_LINEAR):
+        run_until(toy_decode(Misplaced(), padding, batch=3), "prove_mask", batch=3)
+
+
+class Limited(Masked):
+    """Reads its mask from a table of 600 columns."""
+
+    def mask(self, columns: int, *more: Tensor) -> Tensor:
+        table = torch.ones(600, 600, dtype=torch.bool).tril()
+        return table[columns - 1 : columns, :columns][None, None].expand(1, 1, 1, columns)
+
+
+def test_a_length_at_which_the_model_fails_is_a_limit() -> None:
+    program = run_until(toy_decode(Limited()), "prove_mask")
+    assert program.column_limit == 600
 
 
 @pytest.mark.parametrize("model", [Late, Both])

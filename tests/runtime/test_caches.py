@@ -148,7 +148,7 @@ class Made:
     def extended(self, room: int) -> Made:
         """What the tails have gathered, compressed in."""
         queries = queries_of(self.full, self.draft.compressor)
-        draft = extend(self.draft, self.full.sites, self.pads, self.columns, queries, room)
+        draft = extend(self.draft, self.full, self.pads, self.columns, queries, room)
         return Made(draft, self.full, self.pads, self.columns)
 
     def write(self, count: int) -> None:
@@ -338,5 +338,5 @@ def test_queries_that_were_never_seen_are_made_up_from_keys(make_draft: Callable
     made.draft = compress(made.draft.compressor, made.full, PADS, COLUMNS, unseen, 200)
     assert_reads_region_and_tail(made)
     made.write(180)
-    draft = extend(made.draft, made.full.sites, PADS, made.columns, unseen, 50)
+    draft = extend(made.draft, made.full, PADS, made.columns, unseen, 50)
     assert_reads_region_and_tail(Made(draft, made.full, PADS, made.columns))

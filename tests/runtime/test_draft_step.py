@@ -20,6 +20,7 @@ from vericache_compile.kernels import draft_attention, verify_attention
 from vericache_compile.runtime import draft_step, rounds, slots
 from vericache_compile.runtime.caches import DraftKV
 from vericache_compile.runtime.draft_step import DraftStep
+from vericache_compile.sweep_models import make_model
 
 METHODS: dict[str, dict[str, Any]] = {
     "none": {"compressor": "none"},
@@ -37,9 +38,9 @@ def layers_of(draft: DraftKV) -> list[Tensor]:
     return [held for layer in draft.layers for held in (layer.keys, layer.values)]
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-def test_tokens_and_caches_are_those_of_lengths_in_python(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In every round both ways draft from the same state; rows of the batch advance on their own."""
+@pytest.fixture
+def compared(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """In every round both ways draft from the same state, and must agree; the compressors of the rounds so far."""
     original = rounds.draft_tokens
     compared: list[str] = []
 
@@ -50,7 +51,7 @@ def test_tokens_and_caches_are_those_of_lengths_in_python(batch: int, monkeypatc
         for held, was in zip(layers_of(draft), before, strict=True):
             held.copy_(was)
         with monkeypatch.context() as switched:
-            switched.setattr(draft_step, "serves", lambda device, plan: True)
+            switched.setattr(draft_step, "serves", lambda device, plan, draft: True)
             made = original(sequence, draft, *rest)
         assert torch.equal(made, expected)
         assert all(torch.equal(a, b) for a, b in zip(layers_of(draft), written, strict=True))
@@ -58,6 +59,12 @@ def test_tokens_and_caches_are_those_of_lengths_in_python(batch: int, monkeypatc
         return made
 
     monkeypatch.setattr(rounds, "draft_tokens", draft_tokens)
+    return compared
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_tokens_and_caches_are_those_of_lengths_in_python(batch: int, compared: list[str]) -> None:
+    """Rows of the batch advance on their own."""
     model = make_tiny("llama")
     switch = compiled(model)
     methods = METHODS if batch > 1 else {name: METHODS[name] for name in ("none", "kivi")}
@@ -67,12 +74,19 @@ def test_tokens_and_caches_are_those_of_lengths_in_python(batch: int, monkeypatc
     assert len(compared) > 3 * len(methods)
 
 
+@pytest.mark.parametrize("name", ["gpt_oss", pytest.param("gemma2", marks=pytest.mark.slow)])
+def test_sinks_and_soft_caps_are_part_of_a_step(name: str, compared: list[str]) -> None:
+    model = make_model(name, "eager")
+    logits_of(model, compiled(model), make_prompt(60), 16, compressor="streaming", window=4, **OPTIONS)
+    assert len(compared) > 2
+
+
 def test_full_kv_from_elsewhere_is_asked_for_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Transfers are no part of a recording, and begin when drafting begins all the same."""
     model = make_tiny("llama")
     switch, inputs = compiled(model), make_prompt(150)
     first = logits_of(model, switch, inputs, 16, window=4, **OPTIONS)
-    monkeypatch.setattr(draft_step, "serves", lambda device, plan: True)
+    monkeypatch.setattr(draft_step, "serves", lambda device, plan, draft: True)
     asked: list[int] = []
     ahead: list[list[int]] = []
     prefetch, draft_tokens = slots.PagedIncoming.prefetch, rounds.draft_tokens
@@ -96,7 +110,7 @@ def test_full_kv_from_elsewhere_is_asked_for_before_the_first_step(monkeypatch: 
 
 def test_a_step_lives_as_long_as_its_draft_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is kept until what it reads has moved, and no cycle holds its buffers until a garbage collection."""
-    monkeypatch.setattr(draft_step, "serves", lambda device, plan: True)
+    monkeypatch.setattr(draft_step, "serves", lambda device, plan, draft: True)
     monkeypatch.setattr(rounds, "CHUNK", 16)
     steps: list[weakref.ref[DraftStep]] = []
     drafts: list[weakref.ref[DraftKV]] = []
@@ -131,7 +145,7 @@ def test_a_step_lives_as_long_as_its_draft_cache(monkeypatch: pytest.MonkeyPatch
 
 def test_a_caller_that_repeats_a_token_is_drafted_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that have ended are fed padding whatever is predicted."""
-    monkeypatch.setattr(draft_step, "serves", lambda device, plan: True)
+    monkeypatch.setattr(draft_step, "serves", lambda device, plan, draft: True)
     model = make_tiny("llama")
     inputs = make_prompt(40, 3)
     plain = model.generate(**inputs, max_new_tokens=20, do_sample=False)

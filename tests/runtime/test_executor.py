@@ -38,8 +38,9 @@ def make_program(cast: Cast | None = None) -> SegmentedProgram:
     return SegmentedProgram("draft", steps, 9, TOKENS, POSITIONS, ((WEIGHT, 5, cast),), (NEXT, ROWS), 2)
 
 
-def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
     assert layer == 3
+    assert sinks is None
     return q * 100 + k * 10 + v
 
 

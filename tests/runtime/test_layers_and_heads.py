@@ -29,7 +29,7 @@ def make(method: Compressor, full: FullKV, columns: list[int], before: DraftKV |
         for s in full.sites
     ]
     if before is not None:
-        return extend(before, full.sites, PADS, columns, queries, 50)
+        return extend(before, full, PADS, columns, queries, 50)
     return compress(method, full, PADS, columns, queries, 50)
 
 

@@ -45,6 +45,19 @@ def test_every_event_has_what_perfetto_asks_for(tmp_path: Path) -> None:
         assert isinstance(span["pid"], int)
 
 
+def test_transfers_have_a_track(tmp_path: Path) -> None:
+    """Every site once per round, and as many bytes as `stats` says."""
+    model = make_tiny("llama")
+    options = {"inductor": False, "window": 4, "placement": "host", "trace": str(tmp_path / "trace.json")}
+    model.compile(backend="vericache", options=options)
+    made, _ = stats_of(model, 1)
+    events = json.loads((tmp_path / "trace.json").read_text())
+    spans = [event for event in events if event["ph"] == "X" and event["tid"] == TRACKS.index("link")]
+    assert [span["args"]["layer"] for span in spans] == [0, 1, 2] * made["rounds"]
+    assert sum(span["args"]["bytes"] for span in spans) == made["bytes"]["transferred"]
+    assert sum(each["traffic"]["nbytes"] for each in made["latest_rounds"]) == made["bytes"]["transferred"]
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 def test_rounds_are_labelled_with_what_was_drafted_and_accepted(tmp_path: Path, batch: int) -> None:
     made, _ = run(tmp_path / "trace.json", batch)

@@ -11,13 +11,13 @@ Dv value head size, w queries.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple, Self
 
 from torch import Tensor
 
 from vericache_compile.compressors.base import Compressor
-from vericache_compile.compressors.dense import budget, check_count, check_keep
+from vericache_compile.compressors.dense import budget, check_count, check_keep, is_number
 from vericache_compile.compressors.ragged import RaggedKV, join_heads
 from vericache_compile.compressors.snapkv import score_tokens
 from vericache_compile.errors import OptionError
@@ -68,15 +68,18 @@ class AdaKV(Compressor):
     """Width of the pooling over tokens; odd."""
     floor: float = 0.2
     """Fraction of an even share that each head keeps in any case, in [0, 1]; 1 shares evenly."""
+    refresh: int = field(default=0, kw_only=True, repr=False)
+    """Choose anew among all tokens after so many; 0: never."""
 
     def __post_init__(self) -> None:
         where = f"compressor {self.name!r}"
         check_keep(self.keep, self.name)
         check_count("window", self.window, 1, self.name)
+        check_count("refresh", self.refresh, 0, self.name)
         check_count("kernel", self.kernel, 1, self.name)
         if self.kernel % 2 == 0:
             raise OptionError(f"kernel={self.kernel}", where, "give an odd width")
-        if not isinstance(self.floor, int | float) or not 0 <= self.floor <= 1:
+        if not is_number(self.floor) or not 0 <= self.floor <= 1:
             raise OptionError(f"floor={self.floor!r}", where, "give a fraction in [0, 1]")
 
     @property
@@ -98,11 +101,15 @@ class AdaKV(Compressor):
         heads = keys.shape[0]
         if covered == 0:
             return Chosen(keys.new_empty(0, keys.shape[2]), values.new_empty(0, values.shape[2]), (0,) * heads)
-        scores = score_tokens(keys, queries[:, -self.window :], self.kernel, keys.shape[1] - covered)
-        kept = share_out(scores, budget(self.keep, covered), self.floor)
+        kept = self.share(keys, queries, covered)
         counts = (kept // covered).bincount(minlength=heads).tolist()
         rows = kept // covered * keys.shape[1] + kept % covered
         return Chosen(_take(keys, rows), _take(values, rows), tuple(counts))
+
+    def share(self, keys: Tensor, queries: Tensor, covered: int) -> Tensor:
+        """Places, ascending, in the flattened [K, C], of those that stay of the first C = `covered` tokens."""
+        scores = score_tokens(keys, queries[:, -self.window :], self.kernel, keys.shape[1] - covered)
+        return share_out(scores, budget(self.keep, covered), self.floor)
 
 
 def share_out(scores: Tensor, count: int, floor: float) -> Tensor:

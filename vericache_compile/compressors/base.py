@@ -8,12 +8,16 @@ Shapes: H query heads, K KV heads, S tokens, N slots kept, D head size, Dv value
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
 from typing import ClassVar, Self
 
 from torch import Tensor
 
+from vericache_compile.compressors.facts import NOTHING, Facts
 from vericache_compile.compressors.packed import PackedSide
+from vericache_compile.plan import Site
 
 
 class CompressedKV(ABC):
@@ -56,6 +60,24 @@ class CompressedKV(ABC):
         May cover fewer than S of them (see `Compressor.compress`). Queries [H, w, D] are the latest.
         """
 
+    def select(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys [K, N, D] and values [K, N, Dv] that one draft step with this query [H, D] reads: by default all."""
+        return self.materialize()
+
+    @property
+    def selects(self) -> bool:
+        """Whether what a draft step reads depends on its query; then `materialize` gives one choice of many."""
+        return False
+
+    def knowing(self, facts: Facts) -> CompressedKV:
+        """The same region for `extend`, told what its method needs to know."""
+        method = getattr(self, "method", None)
+        if not isinstance(method, Compressor) or not method.wants:
+            return self
+        told = copy.copy(self)
+        vars(told)["method"] = method.knowing(facts)
+        return told
+
 
 class Compressor(ABC):
     """A compression method with its parameters."""
@@ -66,12 +88,32 @@ class Compressor(ABC):
     paper: ClassVar[str] = ""
     needs: ClassVar[tuple[str, ...]] = ()
     """What it asks for: `queries`, the last ones; `layers`, which site of how many it stands at (`for_layer`);
-    `count`, a number that the data decides, and the host waits for it once per site and compression."""
+    `count`, a number that the data decides, and the host waits for it once per site and compression; or one of `Facts`:
+    `pre_rope`, `attention`, `repeated`, `read`, `shared`."""
+    refresh: int = 0
+    """Compress anew from the full KV after so many tokens, by the latest queries; 0: never."""
+    facts: Facts = NOTHING
+    """What the runtime has told it (`knowing`)."""
 
     @property
     def queries(self) -> int:
         """How many of the last queries `compress` reads; 0 when it reads none."""
         return 0
+
+    @property
+    def wants(self) -> frozenset[str]:
+        """All that it `needs`, and what it is made of."""
+        return frozenset(self.needs)
+
+    def knowing(self, facts: Facts) -> Self:
+        """The method told of one row of one site; the runtime asks it where a method `wants` any of it."""
+        told = copy.copy(self)
+        vars(told)["facts"] = facts
+        return told
+
+    def __str__(self) -> str:
+        """The method with its parameters."""
+        return repr(self) + (f", anew every {self.refresh} tokens" if self.refresh else "")
 
     def for_layer(self, layer: int, layers: int) -> Compressor:
         """The method as it is at site `layer` of `layers`: itself, unless sites have budgets of their own.
@@ -79,6 +121,17 @@ class Compressor(ABC):
         The runtime asks it at every site before `compress`; `queries` is asked of the method as it was given.
         """
         return self
+
+    @property
+    def donor(self) -> int | None:
+        """The earlier site whose region this one reads in place of one of its own; None for its own."""
+        return None
+
+    def check_model(self, sites: Sequence[Site], parameters: Iterable[Sequence[int]]) -> None:  # noqa: B027
+        """Raise OptionError where the method was calibrated for a model of other sites or shapes of `parameters`.
+
+        Asked once per captured graph, before it runs; a method that is not calibrated serves all.
+        """
 
     @abstractmethod
     def compress(self, keys: Tensor, values: Tensor, queries: Tensor | None) -> CompressedKV:

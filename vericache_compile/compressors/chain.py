@@ -8,6 +8,7 @@ Shapes: K KV heads, S tokens, N slots, D head size, Dv value head size, w querie
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vericache_compile.compressors.base import CompressedKV, Compressor
+from vericache_compile.compressors.facts import Facts
 from vericache_compile.compressors.quantizer import QuantizedKV, Quantizer
 from vericache_compile.compressors.scorer import Chooser
 from vericache_compile.errors import OptionError
@@ -46,7 +48,7 @@ class ChainKV(CompressedKV):
         """Also cover keys [K, S, D] and values [K, S, Dv]; they compete among themselves, by queries [H, w, D]."""
         drop = self.method.drop
         tokens = drop.covers_more(keys.shape[1])
-        keys, values = drop.keep_best(keys, values, queries, tokens)
+        keys, values = drop.later.keep_best(keys, values, queries, tokens)
         keys, values = torch.cat([self.keys, keys], dim=1), torch.cat([self.values, values], dim=1)
         held = self.held.extend(keys, values, None)
         used = held.covered - self.held.covered
@@ -67,6 +69,22 @@ class Chain(Compressor):
     def queries(self) -> int:
         """Those that `drop` reads."""
         return self.drop.queries
+
+    @property
+    def wants(self) -> frozenset[str]:
+        """What both want."""
+        return self.drop.wants | self.quantise.wants
+
+    @property
+    def refresh(self) -> int:  # type: ignore[override]
+        """When `drop` chooses anew."""
+        return self.drop.refresh
+
+    def knowing(self, facts: Facts) -> Self:
+        """The chain of both, told of one row of one site."""
+        told = copy.copy(self)
+        vars(told).update(drop=self.drop.knowing(facts), quantise=self.quantise.knowing(facts))
+        return told
 
     def for_layer(self, layer: int, layers: int) -> Compressor:
         """The chain of both as they are at site `layer`."""

@@ -1,8 +1,8 @@
 """ChunkKV: keep whole chunks of neighbouring tokens, the same ones in all heads of a layer.
 
 Liu et al., arXiv 2502.00299, section 3: the last queries' attention to each token, summed over the heads, and its mean
-over a chunk, decide. Tokens short of a chunk stay exact, in the tail. The paper also lets adjacent layers share their
-choice, to save the scoring; here a site is compressed by itself and each layer makes its own.
+over a chunk, decide. Tokens short of a chunk stay exact, in the tail. With `reuse` > 1 groups of so many adjacent
+layers share the choice of the first of them, which saves the scoring (section 3.3).
 
 Shapes: H query heads, K KV heads, S tokens, C tokens scored, N slots kept, D head size, w queries.
 """
@@ -27,14 +27,17 @@ class ChunkKV(WindowScorer):
 
     name: ClassVar[str] = "chunkkv"
     paper: ClassVar[str] = "arXiv 2502.00299"
-    needs: ClassVar[tuple[str, ...]] = ("queries",)
+    needs: ClassVar[tuple[str, ...]] = ("queries", "shared")
 
     chunk: int = 10
     """Tokens in a chunk; at most the window."""
+    reuse: int = 1
+    """Adjacent layers that share a choice."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("chunk", self.chunk, 1, self.name)
+        check_count("reuse", self.reuse, 1, self.name)
         if self.chunk > self.window:
             fix = f"give at most window={self.window}"
             raise OptionError(f"chunk={self.chunk}", f"compressor {self.name!r}", fix)
@@ -46,6 +49,16 @@ class ChunkKV(WindowScorer):
     def covers_more(self, tokens: int) -> int:
         """Whole chunks."""
         return tokens // self.chunk * self.chunk
+
+    def choose(self, keys: Tensor, values: Tensor, queries: Tensor | None, covered: int) -> Tensor:
+        """Indices [K, N]: its own, or those of its group's first layer."""
+        shared = self.facts.shared
+        if shared is None or self.reuse == 1:
+            return super().choose(keys, values, queries, covered)
+        group = (self, self.facts.layer // self.reuse, covered)
+        if group not in shared:
+            shared[group] = super().choose(keys, values, queries, covered)[:1]
+        return shared[group].expand(keys.shape[0], -1)
 
     def score(self, keys: Tensor, values: Tensor, queries: Tensor | None, covered: int) -> Tensor:
         """Scores [K, C], equal for all K: mean attention of the last of queries [H, w, D] to keys [K, S, D]."""

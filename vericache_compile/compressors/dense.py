@@ -56,13 +56,18 @@ def budget(keep: float, tokens: int) -> int:
 
 def check_keep(keep: float, method: str) -> None:
     """Raise OptionError unless `keep` is a fraction in (0, 1]."""
-    if not isinstance(keep, int | float) or not 0 < keep <= 1:
+    if not is_number(keep) or not 0 < keep <= 1:
         raise OptionError(f"keep={keep!r}", f"compressor {method!r}", "give the fraction to keep, in (0, 1]")
+
+
+def is_number(value: object) -> bool:
+    """Whether a parameter is a number: True and False are none, though Python counts with them."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def check_count(option: str, value: int, least: int, method: str) -> None:
     """Raise OptionError unless `value` is a whole number of at least `least`."""
-    if not isinstance(value, int) or value < least:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise OptionError(f"{option}={value!r}", f"compressor {method!r}", f"give a whole number from {least} up")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from vericache_compile.compressors.base import CompressedKV, Compressor
 from vericache_compile.errors import OptionError
+from vericache_compile.plan import Site
 
 
 @dataclass(frozen=True)
@@ -30,10 +32,26 @@ class PerLayer(Compressor):
         """The most that one of the methods reads."""
         return max(method.queries for _, method in self.entries)
 
+    @property
+    def wants(self) -> frozenset[str]:
+        """What any of the methods wants."""
+        return frozenset(self.needs).union(*(method.wants for _, method in self.entries))
+
+    @property
+    def refresh(self) -> int:  # type: ignore[override]
+        """All sites are compressed anew when the most restless of the methods asks for it."""
+        return min((method.refresh for _, method in self.entries if method.refresh), default=0)
+
     def for_layer(self, layer: int, layers: int) -> Compressor:
         """The method of site `layer` of `layers`."""
         chosen = next(method for sites, method in self.entries if sites is None or layer in sites)
         return chosen.for_layer(layer, layers)
+
+    def check_model(self, sites: Sequence[Site], parameters: Iterable[Sequence[int]]) -> None:
+        """Ask every method."""
+        shapes = list(parameters)
+        for _, method in self.entries:
+            method.check_model(sites, shapes)
 
     def compress(self, keys: Tensor, values: Tensor, queries: Tensor | None) -> CompressedKV:
         """Never called: `for_layer` hands out the methods."""

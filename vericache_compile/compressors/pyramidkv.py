@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from vericache_compile.compressors.dense import is_number
 from vericache_compile.compressors.snapkv import SnapKV
 from vericache_compile.errors import OptionError
 
@@ -30,7 +31,7 @@ class PyramidKV(SnapKV):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.beta, int | float) or not 1 <= self.beta < float("inf"):
+        if not is_number(self.beta) or not 1 <= self.beta < float("inf"):
             raise OptionError(f"beta={self.beta!r}", f"compressor {self.name!r}", "give a number from 1 up")
 
     def for_layer(self, layer: int, layers: int) -> SnapKV:

@@ -15,6 +15,7 @@ from vericache_compile.compressors.kivi import Kivi
 from vericache_compile.compressors.quantizer import Quantizer
 from vericache_compile.compressors.scorer import Chooser
 from vericache_compile.compressors.snapkv import SnapKV
+from vericache_compile.errors import OptionError
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class QPruningKV(Chain):
 
     def __post_init__(self) -> None:
         check_keep(self.keep, self.name)
+        if isinstance(self.bits, bool) or self.bits not in (2, 4):
+            raise OptionError(f"bits={self.bits!r}", f"compressor {self.name!r}", "give 2 or 4")
         object.__setattr__(self, "drop", SnapKV(keep=self.keep))
         object.__setattr__(self, "quantise", Kivi(bits=self.bits))
 

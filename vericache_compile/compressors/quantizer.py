@@ -58,7 +58,7 @@ class QuantizedKV(CompressedKV):
         tokens = keys.shape[1] // self.method.multiple * self.method.multiple
         more_keys, more_values = self.method.quantize(keys[:, :tokens], values[:, :tokens])
         return type(self)(
-            _join(self.keys, more_keys), _join(self.values, more_values), self.covered + tokens, self.method
+            join(self.keys, more_keys), join(self.values, more_values), self.covered + tokens, self.method
         )
 
 
@@ -120,7 +120,7 @@ def _shifts(bits: int, device: torch.device) -> Tensor:
     return torch.arange(0, 8, bits, dtype=torch.uint8, device=device).view(-1, 1, 1)
 
 
-def _join(held: Codes, more: Codes) -> Codes:
+def join(held: Codes, more: Codes) -> Codes:
     """Both, one after the other along the tokens, in new storages; as the kind of tuple that `held` is."""
     joined: Iterable[Tensor] = (torch.cat(pair, dim=1) for pair in zip(held, more, strict=True))
     make = getattr(type(held), "_make", tuple)

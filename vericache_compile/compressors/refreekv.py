@@ -3,6 +3,8 @@
 Ni et al., arXiv 2502.16886 (first published as DBudgetKV): tokens are ranked first the `sinks`, then from the newest
 back. Tokens are added in that order until the norm of the last query's attention to them, the mean over the heads, is
 within `threshold` of the norm of all of its attention. The first layers keep everything. All heads keep the same.
+A norm is ruled by the largest weights: where the sinks draw most of the attention, hardly more than the sinks is kept
+(checked against the authors' code, which does the same); a smaller threshold keeps more.
 
 How many stay depends on the data: the host waits for that count, once per site and compression.
 
@@ -17,7 +19,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vericache_compile.compressors.dense import check_count
+from vericache_compile.compressors.dense import check_count, is_number
 from vericache_compile.compressors.scorer import Chooser
 from vericache_compile.errors import OptionError
 
@@ -26,7 +28,7 @@ from vericache_compile.errors import OptionError
 class ReFreeKV(Chooser):
     """Keep the shortest prefix of the ranking that loses at most `threshold` of the attention's norm.
 
-    Tokens that join later are ranked among themselves, in the same way.
+    Tokens that join later are ranked among themselves, from the newest back.
     """
 
     name: ClassVar[str] = "refreekv"
@@ -41,7 +43,7 @@ class ReFreeKV(Chooser):
     """So many first layers keep everything."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.threshold, int | float) or not 0 <= self.threshold < 1:
+        if not is_number(self.threshold) or not 0 <= self.threshold < 1:
             fix = "give the fraction of the attention's norm that may be lost, in [0, 1)"
             raise OptionError(f"threshold={self.threshold!r}", f"compressor {self.name!r}", fix)
         check_count("sinks", self.sinks, 0, self.name)
@@ -51,6 +53,11 @@ class ReFreeKV(Chooser):
     def queries(self) -> int:
         """The last one decides."""
         return 1
+
+    @property
+    def later(self) -> ReFreeKV:
+        """No first tokens among those that join later."""
+        return type(self)(self.threshold, 0, self.whole)
 
     def for_layer(self, layer: int, layers: int) -> Chooser:
         """Itself, but for the first layers, which keep everything."""

@@ -10,7 +10,7 @@ w queries, H query heads.
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Self
 
 import torch
@@ -33,7 +33,7 @@ class SelectedKV(DenseKV):
         What the region holds already stays; the chunk competes only with itself.
         """
         tokens = self.method.covers_more(keys.shape[1])
-        keys, values = self.method.keep_best(keys, values, queries, tokens)
+        keys, values = self.method.later.keep_best(keys, values, queries, tokens)
         return type(self)(
             torch.cat([self.keys, keys], dim=1),
             torch.cat([self.values, values], dim=1),
@@ -57,6 +57,11 @@ class Chooser(Compressor):
 
     def for_layer(self, layer: int, layers: int) -> Chooser:
         """The method as it is at site `layer` of `layers`: itself, unless sites have budgets of their own."""
+        return self
+
+    @property
+    def later(self) -> Chooser:
+        """The method as it chooses among tokens that join: itself, but for what it keeps of a row's first tokens."""
         return self
 
     def covers(self, tokens: int) -> int:
@@ -92,9 +97,12 @@ class Scorer(Chooser):
 
     keep: float = 0.2
     """Fraction of the covered tokens that stay, in (0, 1]."""
+    refresh: int = field(default=0, kw_only=True, repr=False)
+    """Choose anew among all tokens after so many; 0: never."""
 
     def __post_init__(self) -> None:
         check_keep(self.keep, self.name)
+        check_count("refresh", self.refresh, 0, self.name)
 
     @abstractmethod
     def score(self, keys: Tensor, values: Tensor, queries: Tensor | None, covered: int) -> Tensor:

@@ -89,7 +89,9 @@ def _parse_parameters(text: str, where: str) -> Iterator[tuple[str, object]]:
                 raise ValueError
             yield name.strip(), ast.literal_eval(value.strip())
         except (ValueError, SyntaxError):
-            raise OptionError(f"{part.strip()!r}", f"compressor {where!r}", "write parameter=number") from None
+            raise OptionError(
+                f"{part.strip()!r}", f"compressor {where!r}", "write parameter=number or parameter='text'"
+            ) from None
 
 
 def _split(text: str) -> list[str]:

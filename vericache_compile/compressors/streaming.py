@@ -8,7 +8,7 @@ Shapes: K KV heads, S tokens, C tokens scored, D head size, Dv value head size, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 import torch
@@ -50,6 +50,11 @@ class Streaming(Scorer):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("sinks", self.sinks, 0, self.name)
+
+    @property
+    def later(self) -> Streaming:
+        """The most recent ones: a row's first tokens were first once."""
+        return replace(self, sinks=0)
 
     def slots(self, tokens: int) -> int:
         """Slots for `tokens` tokens: the fraction kept, at least the sinks and one recent token."""

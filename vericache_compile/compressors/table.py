@@ -16,17 +16,32 @@ from typing import Final, TypeVar
 from vericache_compile.compressors.adakv import AdaKV
 from vericache_compile.compressors.base import Compressor
 from vericache_compile.compressors.chunkkv import ChunkKV
+from vericache_compile.compressors.clusterkv import ClusterKV
+from vericache_compile.compressors.cskv import CSKV
+from vericache_compile.compressors.expected_attention import ExpectedAttention
 from vericache_compile.compressors.fp8 import Fp8
+from vericache_compile.compressors.gear import Gear
+from vericache_compile.compressors.h2o import H2O
 from vericache_compile.compressors.int8 import Int8
 from vericache_compile.compressors.keydiff import KeyDiff
 from vericache_compile.compressors.kivi import Kivi
 from vericache_compile.compressors.knorm import Knorm
+from vericache_compile.compressors.kvquant import KVQuant
+from vericache_compile.compressors.kvreviver import KVReviver
+from vericache_compile.compressors.kvsharer import KVSharer
+from vericache_compile.compressors.kvzip import KVzip
 from vericache_compile.compressors.lagkv import LagKV
 from vericache_compile.compressors.none import NoCompression
+from vericache_compile.compressors.packkv import PackKV
 from vericache_compile.compressors.pyramidkv import PyramidKV
 from vericache_compile.compressors.qpruningkv import QPruningKV
+from vericache_compile.compressors.quest import Quest
+from vericache_compile.compressors.recalkv import ReCalKV
 from vericache_compile.compressors.refreekv import ReFreeKV
+from vericache_compile.compressors.rotatekv import RotateKV
+from vericache_compile.compressors.samkv import SamKV
 from vericache_compile.compressors.snapkv import SnapKV
+from vericache_compile.compressors.spark import SparK
 from vericache_compile.compressors.streaming import Streaming
 from vericache_compile.compressors.tova import Tova
 from vericache_compile.compressors.turboquant import TurboQuant
@@ -48,11 +63,26 @@ COMPRESSORS: Final[Mapping[str, type[Compressor]]] = MappingProxyType(
             Knorm,
             KeyDiff,
             LagKV,
+            ExpectedAttention,
+            H2O,
+            KVzip,
+            SamKV,
+            KVReviver,
+            Quest,
+            ClusterKV,
             Int8,
             Fp8,
             Kivi,
             TurboQuant,
             QPruningKV,
+            Gear,
+            PackKV,
+            KVQuant,
+            RotateKV,
+            SparK,
+            ReCalKV,
+            CSKV,
+            KVSharer,
         )
     }
 )

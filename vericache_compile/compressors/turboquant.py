@@ -5,7 +5,7 @@ direction, turned by a fixed random rotation, has coordinates that are nearly in
 whatever the data. One scalar codebook of Lloyd and Max then serves all, and nothing is calibrated. The variant with a
 one-bit sketch of the residual is not built.
 
-Codes are packed by groups of 32 tokens; a 3-bit code is a plane of its low 2 bits and a plane of its high bit.
+Codes are packed by groups of 32 tokens.
 Rotation and codebook are functions of the head size and the seed, made once per process: no region counts them.
 
 Shapes: K KV heads, S tokens, D head size, g = 32 tokens in a group, L = 2^bits levels.
@@ -17,18 +17,14 @@ import math
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
-from typing import ClassVar, Final, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from vericache_compile.compressors.dense import check_count
-from vericache_compile.compressors.quantizer import Codes, Quantizer, pack, unpack
-from vericache_compile.errors import OptionError
-
-GROUP: Final = 32
-PLANES: Final = {2: (2,), 3: (2, 1), 4: (4,)}
-"""Widths of the bit planes that codes are packed in, lowest bits first."""
+from vericache_compile.compressors.planes import GROUP, check_bits, pack_planes, unpack_planes
+from vericache_compile.compressors.quantizer import Codes, Quantizer
 
 
 class Rotated(NamedTuple):
@@ -55,8 +51,7 @@ class TurboQuant(Quantizer):
     """Of the rotation."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.bits, int) or self.bits not in PLANES:
-            raise OptionError(f"bits={self.bits!r}", f"compressor {self.name!r}", "give 2, 3 or 4")
+        check_bits(self.bits, self.name)
         check_count("residual", self.residual, 0, self.name)
         check_count("seed", self.seed, 0, self.name)
 
@@ -74,29 +69,18 @@ class TurboQuant(Quantizer):
         return self._decode(*keys), self._decode(*values)
 
     def _encode(self, x: Tensor) -> Rotated:
-        kv_heads, tokens, size = x.shape
+        size = x.shape[2]
         norms = torch.linalg.vector_norm(x, dim=2, dtype=torch.float32)
         turned = x.float() @ rotation(size, self.seed).to(x.device).T
         steps = turned * (math.sqrt(size) / norms.unsqueeze(2))
         levels = codebook(self.bits).to(x.device)
         middles = (levels[1:] + levels[:-1]) / 2
         codes = torch.bucketize(steps.nan_to_num_(nan=0.0), middles).to(torch.uint8)
-        packed, low = [], 0
-        for width in PLANES[self.bits]:
-            plane = (codes >> low) & (2**width - 1)
-            packed.append(pack(plane.view(kv_heads, tokens // GROUP, GROUP, size), width))
-            low += width
-        return Rotated(torch.cat(packed, dim=2), norms.to(x.dtype))
+        return Rotated(pack_planes(codes, self.bits), norms.to(x.dtype))
 
     def _decode(self, packed: Tensor, norms: Tensor) -> Tensor:
         size = packed.shape[3]
-        widths = PLANES[self.bits]
-        planes = torch.split(packed, [GROUP * width // 8 for width in widths], dim=2)
-        codes, low = torch.zeros_like(unpack(planes[0], widths[0])), 0
-        for plane, width in zip(planes, widths, strict=True):
-            codes |= unpack(plane, width) << low
-            low += width
-        steps = codebook(self.bits).to(packed.device)[codes.flatten(1, 2).int()]
+        steps = codebook(self.bits).to(packed.device)[unpack_planes(packed, self.bits).int()]
         scaled = steps * (norms.float() / math.sqrt(size)).unsqueeze(2)
         return (scaled @ rotation(size, self.seed).to(packed.device)).to(norms.dtype)
 

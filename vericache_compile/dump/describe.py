@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from vericache_compile.ops import ATTEND
+from vericache_compile.ops import ATTEND, PREFETCH, WAIT
 from vericache_compile.passes.find_attention import ATTENTION
 from vericache_compile.passes.partition import levels
 from vericache_compile.passes.program import Program, SiteNodes, example, target_name, user_frame
 from vericache_compile.plan import Roles
 
 SITES = (ATTENTION, ATTEND)
+KINDS = {ATTENTION: "site", ATTEND: "site", PREFETCH: "prefetch", WAIT: "wait"}
+"""What a node is to us, by its target; all others are ordinary."""
 ARGUMENTS = 400
 """Characters of a node's arguments that are kept."""
 
@@ -79,7 +81,16 @@ def segment_of(graph: Graph) -> dict[Node, int]:
 
 
 def mask_kind(nodes: SiteNodes, proved: bool) -> str:
-    """How an attention is masked, as a person would say it."""
+    """How an attention is masked, and what else is done to its scores, as a person would say it."""
+    site = nodes.site
+    cap = "" if site.soft_cap is None else f"soft cap {site.soft_cap:g}"
+    more = (cap, "sinks" if site.sinks else "", "ALiBi" if site.alibi is not None else "")
+    return ", ".join(filter(None, (_mask_alone(nodes, proved), *more)))
+
+
+def _mask_alone(nodes: SiteNodes, proved: bool) -> str:
+    if nodes.products and not nodes.sides:
+        return "none"
     if nodes.mask is not None:
         return "causal with left padding (proved)" if proved else "a tensor"
     given = dict(zip(("attn_mask", "dropout_p", "is_causal"), nodes.attention.args[3:], strict=False))
@@ -129,6 +140,30 @@ def describe_segments(program: Program, mode: str) -> list[dict[str, Any]]:
     ]
 
 
+def describe_transfers(program: Program) -> list[dict[str, Any]]:
+    """Per site of verify: where it is asked for, in the draft step already or after which attention, and what comes."""
+    verify, draft = program.variants.get("verify"), program.variants.get("draft")
+    if verify is None or draft is None:
+        return []
+    early = {node.args[1] for node in draft.graph.nodes if node.target is PREFETCH}
+    rows, attended = [], -1
+    for node in verify.graph.nodes:
+        attended += node.target is ATTEND
+        if node.target is PREFETCH:
+            layer = int(node.args[1])
+            asked = "draft" if layer in early else "verify"
+            rows.append(
+                {
+                    "layer": layer,
+                    "asked_for_in": asked,
+                    "after_attention": attended if attended >= 0 else None,
+                    "waited_for_before_attention": layer,
+                    "bytes_per_cached_token": program.batch * program.sites[layer].site.bytes_per_token,
+                }
+            )
+    return rows
+
+
 def describe_roles(program: Program) -> dict[str, Any]:
     """Which captured input is what, by name; empty before find_roles has run."""
     roles: Roles | None = program.roles
@@ -152,6 +187,7 @@ def describe_program(program: Program) -> dict[str, Any]:
         "roles": describe_roles(program),
         "outputs": [{"kind": str(role.kind), "layer": role.layer} for role in program.outputs],
         "sites": describe_sites(program),
+        "transfers": describe_transfers(program),
         "variants": {
             name: {
                 "nodes": [describe_node(node) | {"segment": at} for node, at in segment_of(module.graph).items()],

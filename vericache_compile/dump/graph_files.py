@@ -7,11 +7,11 @@ from typing import Any
 
 from torch.fx import Graph
 
-from vericache_compile.dump.describe import SITES, describe_node, segment_of
+from vericache_compile.dump.describe import KINDS, describe_node, segment_of
 
 NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 """What XML 1.0 cannot hold, however it is escaped; a form feed in a source line, say."""
-COLOURS = {"site": "#f4b183", "placeholder": "#d9d9d9", "output": "#d9d9d9"}
+COLOURS = {"site": "#f4b183", "prefetch": "#c6e5b3", "wait": "#f7e08b", "placeholder": "#d9d9d9", "output": "#d9d9d9"}
 
 
 def to_networkx(graph: Graph) -> Any:
@@ -22,7 +22,7 @@ def to_networkx(graph: Graph) -> Any:
     for node, segment in segment_of(graph).items():
         known = describe_node(node)
         texts = {name: _clean(known[name]) for name in ("op", "target", "type", "args", "source")}
-        made.add_node(node.name, **texts, segment=segment, site=node.target in SITES)
+        made.add_node(node.name, **texts, segment=segment, kind=KINDS.get(node.target, ""))
         made.add_edges_from((read, node.name) for read in known["inputs"])
     return made
 
@@ -44,7 +44,7 @@ def dot(graph: Graph) -> str:
     edges = []
     for node, segment in segment_of(graph).items():
         known = describe_node(node)
-        colour = COLOURS.get("site" if node.target in SITES else node.op, "#ffffff")
+        colour = COLOURS.get(KINDS.get(node.target, node.op), "#ffffff")
         label = _quote("\n".join((known["name"], known["target"], known["type"])))
         line = f"    {_quote(node.name)} [label={label}, fillcolor={_quote(colour)}];"
         clusters.setdefault(segment, []).append(line)

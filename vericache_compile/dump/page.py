@@ -15,7 +15,7 @@ from typing import Any
 
 from torch.fx import GraphModule, Node
 
-from vericache_compile.dump.describe import SITES, describe_node, describe_segments, graphs_of, segment_of
+from vericache_compile.dump.describe import KINDS, SITES, describe_node, describe_segments, graphs_of, segment_of
 from vericache_compile.passes.program import Program
 
 BOX = (210, 36)
@@ -65,7 +65,7 @@ class Page:
             traced = [origins[captured]]
         source = self.sources.setdefault(known["source"], len(self.sources))
         texts = [known[name] for name in ("name", "op", "target", "type", "args")]
-        row = json.dumps([*texts, source, known["inputs"], traced, int(node.target in SITES)], separators=(",", ":"))
+        row = json.dumps([*texts, source, known["inputs"], traced, KINDS.get(node.target, "")], separators=(",", ":"))
         return self.nodes.setdefault(row, len(self.nodes))
 
 

@@ -48,6 +48,21 @@ static inline Floats exponential(Floats x) {
   return x < low ? Floats{} : x == x ? scaled : x;
 }
 
+// tanh(x), as Cephes's tanhf: a polynomial near 0, (1 - e) / (1 + e) with e = exp(-2|x|) elsewhere; NaN stays NaN.
+static inline Floats hyperbolic_tangent(Floats x) {
+  const Floats size = x < Floats{} ? -x : x;
+  const Floats e = exponential(size * -2.0f);
+  const Floats far = (1.0f - e) / (1.0f + e);
+  const Floats z = x * x;
+  Floats p = fill(-5.70498872745e-3f);
+  p = p * z + 2.06390887954e-2f;
+  p = p * z - 5.37397155531e-2f;
+  p = p * z + 1.33314422036e-1f;
+  p = p * z - 3.33332819422e-1f;
+  const Floats near = p * z * x + x;
+  return size < fill(0.625f) ? near : x < Floats{} ? -far : far;
+}
+
 // out[i] (+ lanes) = sum over s of a[i * a_row + s * a_step] * b[s * b_step + lanes], for `count` rows i.
 template <int ROWS, int N>
 static inline void tile(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_step, int64_t steps,
@@ -82,10 +97,26 @@ struct Shape {
   int64_t v_batch, v_head, v_row;
 };
 
+// What is done to scores: scaled, capped, a bias added by the key's place; `sinks` are scores without a value.
+struct Score {
+  float scale, soft_cap;             // 0: no cap
+  const float *sinks, *bias;         // [H] or null; [H][bias_row] or null
+  int64_t bias_row, relative;        // places count from a row's first column, or (relative) back from its own
+
+  inline Floats capped(Floats score) const {
+    return soft_cap == 0 ? score : soft_cap * hyperbolic_tangent(score / soft_cap);
+  }
+  inline float added(int64_t head, int64_t column, int64_t first, int64_t own) const {
+    const int64_t place = relative ? own - column : column - first;
+    return bias[head * bias_row + (place > 0 ? place : 0)];
+  }
+};
+
 // One block for N vectors of rows: probabilities' products with values to out [E][N * LANES], maxima and sums after it.
 template <int N>
-static void attend_block(const float* query, const float* keys, const float* values, const Shape& shape, int64_t from,
-                         int64_t to, int64_t start, const int32_t* token, float* out) {
+static void attend_block(const float* query, const float* keys, const float* values, const Shape& shape,
+                         const Score& how, int64_t from, int64_t to, int64_t first, int64_t start,
+                         const int32_t* token, const int32_t* head, float* out) {
   constexpr int64_t rows = N * LANES;
   alignas(64) float scores[BLOCK * rows];
   const int64_t count = to - from;
@@ -97,6 +128,13 @@ static void attend_block(const float* query, const float* keys, const float* val
       float* at = scores + c * rows + n * LANES;
       Floats score = load(at);
       const int64_t ahead = from + c - start;
+      if (how.soft_cap != 0) store(at, score = how.capped(score));
+      if (how.bias) {
+        alignas(64) float added[LANES];
+        for (int i = 0; i < LANES; ++i)
+          added[i] = how.added(head[n * LANES + i], from + c, first, start + token[n * LANES + i]);
+        store(at, score = score + load(added));
+      }
       if (ahead > 0) {
         score = own < (Ints{} + static_cast<int32_t>(ahead)) ? fill(HIDDEN) : score;
         store(at, score);
@@ -117,9 +155,9 @@ static void attend_block(const float* query, const float* keys, const float* val
   product<N>(values + from * shape.v_row, shape.value_size, 1, shape.v_row, scores, rows, count, out, rows);
 }
 
-// Blocks' parts [blocks][E + 2][N * LANES] into part 0, in block order, divided by the sum of all shares.
+// Blocks' parts [blocks][E + 2][N * LANES] into part 0, in block order, divided by the sum of all shares and sinks'.
 template <int N>
-static void merge(float* parts, int64_t blocks, int64_t value_size) {
+static void merge(float* parts, int64_t blocks, int64_t value_size, const float* sinks, const int32_t* head) {
   constexpr int64_t rows = N * LANES;
   const int64_t stride = (value_size + 2) * rows;
   for (int n = 0; n < N; ++n) {
@@ -130,6 +168,13 @@ static void merge(float* parts, int64_t blocks, int64_t value_size) {
       highest = other > highest ? other : highest;
     }
     Floats whole = {};
+    if (sinks) {
+      alignas(64) float own[LANES];
+      for (int i = 0; i < LANES; ++i) own[i] = sinks[head[n * LANES + i]];
+      const Floats sink = load(own);
+      highest = sink > highest ? sink : highest;
+      whole = exponential(sink - highest);
+    }
     for (int64_t i = 0; i < blocks; ++i) {
       float* part = at + i * stride;
       const Floats share = exponential(load(part + value_size * rows) - highest);
@@ -174,8 +219,8 @@ static inline void weigh(const float* shares, const float* values, int64_t v_row
 }
 
 template <int ROWS>
-static void attend_few(const float* query, const float* keys, const float* values, const Shape& shape, int64_t from,
-                       int64_t to, float scale, float* out) {
+static void attend_few(const float* query, const float* keys, const float* values, const Shape& shape,
+                       const Score& how, int64_t from, int64_t to, int64_t first, int64_t own, int64_t head, float* out) {
   const int64_t count = to - from, stride = shape.value_size + 2;
   alignas(64) float scores[ROWS][BLOCK];
   for (int64_t c = 0; c < BLOCK; ++c) {
@@ -189,9 +234,17 @@ static void attend_few(const float* query, const float* keys, const float* value
       const Floats part = load(key + d);
       for (int r = 0; r < ROWS; ++r) total[r] += part * load(query + r * shape.q_head + d);
     }
-    for (int r = 0; r < ROWS; ++r) scores[r][c] = scale * sum<LANES / 2>(reinterpret_cast<const float*>(&total[r]));
+    for (int r = 0; r < ROWS; ++r)
+      scores[r][c] = how.scale * sum<LANES / 2>(reinterpret_cast<const float*>(&total[r]));
   }
   for (int r = 0; r < ROWS; ++r) {
+    if (how.soft_cap != 0)
+      for (int64_t c = 0; c < count; c += LANES) {
+        const Floats capped = how.capped(load(scores[r] + c));
+        std::memcpy(scores[r] + c, &capped, (count - c < LANES ? count - c : LANES) * sizeof(float));
+      }
+    if (how.bias)
+      for (int64_t c = 0; c < count; ++c) scores[r][c] += how.added(head + r, from + c, first, own);
     float highest = HIDDEN;
     for (int64_t c = 0; c < count; ++c) highest = scores[r][c] > highest ? scores[r][c] : highest;
     Floats total = {};
@@ -223,8 +276,8 @@ extern "C" int64_t workspace(const Shape* shape, int64_t blocks) {
 
 // As `attend`, for a window of one token, and sizes that vectors divide.
 static void attend_one(const float* q, const float* keys, const float* values, const int64_t* starts,
-                       const int64_t* pads, const Shape& shape, float scale, int64_t blocks, float* work, float* out,
-                       int threads) {
+                       const int64_t* pads, const Shape& shape, const Score& how, int64_t blocks, float* work,
+                       float* out, int threads) {
   const int64_t group = shape.heads / shape.kv_heads, sites = shape.batch * shape.kv_heads;
   const int64_t stride = shape.value_size + 2;
 #pragma omp parallel num_threads(threads)
@@ -242,10 +295,10 @@ static void attend_one(const float* q, const float* keys, const float* values, c
           const float* own_values = values + b * shape.v_batch + k * shape.v_head;
           float* at = work + ((site * blocks + block) * group + g) * stride;
           switch (group - g < FEW ? group - g : FEW) {
-            case 1: attend_few<1>(query, own_keys, own_values, shape, from, to, scale, at); break;
-            case 2: attend_few<2>(query, own_keys, own_values, shape, from, to, scale, at); break;
-            case 3: attend_few<3>(query, own_keys, own_values, shape, from, to, scale, at); break;
-            default: attend_few<FEW>(query, own_keys, own_values, shape, from, to, scale, at); break;
+            case 1: attend_few<1>(query, own_keys, own_values, shape, how, from, to, pads[site], starts[b], k * group + g, at); break;
+            case 2: attend_few<2>(query, own_keys, own_values, shape, how, from, to, pads[site], starts[b], k * group + g, at); break;
+            case 3: attend_few<3>(query, own_keys, own_values, shape, how, from, to, pads[site], starts[b], k * group + g, at); break;
+            default: attend_few<FEW>(query, own_keys, own_values, shape, how, from, to, pads[site], starts[b], k * group + g, at); break;
           }
         }
       }
@@ -261,6 +314,10 @@ static void attend_one(const float* q, const float* keys, const float* values, c
         highest = other > highest ? other : highest;
       }
       float whole = 0;
+      if (how.sinks) {
+        highest = how.sinks[h % shape.heads] > highest ? how.sinks[h % shape.heads] : highest;
+        whole = exponential(fill(how.sinks[h % shape.heads] - highest))[0];
+      }
       for (int64_t i = 0; i < have; ++i) {
         const float* part = from + i * group * stride;
         const float share = exponential(fill(part[shape.value_size] - highest))[0];
@@ -282,11 +339,12 @@ static void attend_one(const float* q, const float* keys, const float* values, c
 // q [B, H, W, D], keys [B, K, C, D], values [B, K, C, E] with the strides in `shape` (innermost 1), out [B, H, W, E].
 // The token at place w of row b sees columns pads[b * K + k] .. starts[b] + w of KV head k.
 extern "C" void attend(const float* q, const float* keys, const float* values, const int64_t* starts,
-                       const int64_t* pads, const Shape* given, float scale, int64_t blocks, float* work, float* out,
-                       int threads) {
+                       const int64_t* pads, const Shape* given, const Score* score, int64_t blocks, float* work,
+                       float* out, int threads) {
   const Shape shape = *given;
+  const Score how = *score;
   if (shape.window == 1 && shape.size % LANES == 0 && shape.value_size % LANES == 0)
-    return attend_one(q, keys, values, starts, pads, shape, scale, blocks, work, out, threads);
+    return attend_one(q, keys, values, starts, pads, shape, how, blocks, work, out, threads);
   const int64_t group = shape.heads / shape.kv_heads, count = group * shape.window;
   const int64_t vectors = (count + LANES - 1) / LANES, chunks = (vectors + WIDE - 1) / WIDE;
   const int64_t sites = shape.batch * shape.kv_heads;
@@ -296,6 +354,13 @@ extern "C" void attend(const float* q, const float* keys, const float* values, c
   auto width = [&](int64_t chunk) { return static_cast<int>(vectors - chunk * WIDE < WIDE ? vectors - chunk * WIDE : WIDE); };
   auto query = [&](int64_t site, int64_t chunk) {
     return work + site * site_floats + group_floats(shape, blocks, chunk * WIDE * LANES);
+  };
+  auto places = [&](int64_t k, int64_t chunk, int32_t* token, int32_t* head) {
+    for (int64_t r = 0; r < WIDE * LANES; ++r) {
+      const int64_t row = chunk * WIDE * LANES + r;
+      token[r] = static_cast<int32_t>(row % shape.window);
+      head[r] = static_cast<int32_t>(k * group + (row < count ? row / shape.window : 0));
+    }
   };
   auto parts = [&](int64_t site, int64_t chunk) { return query(site, chunk) + shape.size * width(chunk) * LANES; };
 
@@ -310,7 +375,7 @@ extern "C" void attend(const float* q, const float* keys, const float* values, c
         for (int64_t r = 0; r < rows && chunk * WIDE * LANES + r < count; ++r) {
           const int64_t row = chunk * WIDE * LANES + r, h = k * group + row / shape.window, w = row % shape.window;
           const float* from = q + b * shape.q_batch + h * shape.q_head + w * shape.q_row;
-          for (int64_t d = 0; d < shape.size; ++d) to[d * rows + r] = from[d] * scale;
+          for (int64_t d = 0; d < shape.size; ++d) to[d * rows + r] = from[d] * how.scale;
         }
       }
 #pragma omp for collapse(2) schedule(dynamic)
@@ -323,11 +388,11 @@ extern "C" void attend(const float* q, const float* keys, const float* values, c
         const float* own_keys = keys + b * shape.k_batch + k * shape.k_head;
         const float* own_values = values + b * shape.v_batch + k * shape.v_head;
         for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-          int32_t token[WIDE * LANES];
-          for (int64_t r = 0; r < WIDE * LANES; ++r)
-            token[r] = static_cast<int32_t>((chunk * WIDE * LANES + r) % shape.window);
+          int32_t token[WIDE * LANES], head[WIDE * LANES];
+          places(k, chunk, token, head);
           float* at = parts(site, chunk) + block * (shape.value_size + 2) * width(chunk) * LANES;
-#define CALL(N) attend_block<N>(query(site, chunk), own_keys, own_values, shape, from, to, starts[b], token, at)
+#define CALL(N) \
+  attend_block<N>(query(site, chunk), own_keys, own_values, shape, how, from, to, pads[site], starts[b], token, head, at)
           BY_WIDTH(width(chunk), CALL)
 #undef CALL
         }
@@ -338,7 +403,9 @@ extern "C" void attend(const float* q, const float* keys, const float* values, c
         const int64_t b = site / shape.kv_heads, k = site % shape.kv_heads, rows = width(chunk) * LANES;
         const int64_t have = (starts[b] + shape.window - 1) / BLOCK + 1 - pads[site] / BLOCK;
         float* from = parts(site, chunk);
-#define CALL(N) merge<N>(from, have, shape.value_size)
+        int32_t token[WIDE * LANES], head[WIDE * LANES];
+        places(k, chunk, token, head);
+#define CALL(N) merge<N>(from, have, shape.value_size, how.sinks, head)
         BY_WIDTH(width(chunk), CALL)
 #undef CALL
         for (int64_t r = 0; r < rows && chunk * WIDE * LANES + r < count; ++r) {

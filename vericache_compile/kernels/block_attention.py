@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +33,35 @@ class Shape(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int64) for name in SIZES + STRIDES]
 
 
+class Score(ctypes.Structure):
+    """`struct Score` of the C++ file."""
+
+    _fields_ = [
+        ("scale", ctypes.c_float),
+        ("soft_cap", ctypes.c_float),
+        ("sinks", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("bias_row", ctypes.c_int64),
+        ("relative", ctypes.c_int64),
+    ]
+
+
+class Scores(NamedTuple):
+    """What is done to the products of queries and keys beside scaling them, in this order."""
+
+    soft_cap: float | None = None
+    """s becomes soft_cap * tanh(s / soft_cap)."""
+    bias: Tensor | None = None
+    """[H, P] float32, added by the key's place: counted from the first column that a KV head of a row sees, or back
+    from the query's own column. P is at least the most columns that a row sees."""
+    relative: bool = False
+    sinks: Tensor | None = None
+    """[H] float32: one score more per head in the softmax, with no value."""
+
+
+PLAIN = Scores()
+
+
 def takes(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the kernel is for such tensors."""
     return device.type == "cpu" and dtype is torch.float32
@@ -43,7 +73,13 @@ def serves(q: Tensor) -> bool:
 
 
 def attend(
-    q: Tensor, keys: Tensor, values: Tensor, starts: Sequence[int], pads: Sequence[Sequence[int]], scale: float
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    starts: Sequence[int],
+    pads: Sequence[Sequence[int]],
+    scale: float,
+    scores: Scores = PLAIN,
 ) -> Tensor:
     """The token at place w of row b attends to columns pads[b][k] .. starts[b] + w of KV head k; no other is read.
 
@@ -60,6 +96,7 @@ def attend(
     shape = Shape(batch, heads, keys.shape[1], window, size, values.shape[3], *strides)
     ends = [(start + window - 1) // BLOCK + 1 for start in starts]
     blocks = max(end - min(row) // BLOCK for end, row in zip(ends, pads, strict=True))
+    how = _score(scale, scores)
     work = q.new_empty(library.workspace(ctypes.byref(shape), ctypes.c_int64(blocks)))
     out = q.new_empty((batch, heads, window, values.shape[3]))
     heads_pads = [pad for row in pads for pad in row]
@@ -68,12 +105,20 @@ def attend(
         (ctypes.c_int64 * batch)(*starts),
         (ctypes.c_int64 * len(heads_pads))(*heads_pads),
         ctypes.byref(shape),
-        ctypes.c_float(scale),
+        ctypes.byref(how),
         ctypes.c_int64(blocks),
         *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (work, out)),
         ctypes.c_int(torch.get_num_threads()),
     )
     return out
+
+
+def _score(scale: float, scores: Scores) -> Score:
+    cap, bias, relative, sinks = scores
+    for held in (bias, sinks):
+        assert held is None or (held.dtype is torch.float32 and held.is_contiguous()), "float32, side by side"
+    pointers = (None if held is None else held.data_ptr() for held in (sinks, bias))
+    return Score(scale, cap or 0.0, *pointers, 0 if bias is None else bias.shape[1], relative)
 
 
 def load() -> ctypes.CDLL | None:

@@ -1,0 +1,296 @@
+"""How good is a compression method as a drafter, at equal bytes? Tokens per round on real prompts, and what they cost.
+
+The demo model reads each prompt once; every method drafts over a copy of that cache. Prints a table, and with --json
+writes a file from which an interrupted run goes on; --plot draws tokens per round against bytes per token. Drafts read
+the model's own weights unless --draft-dtype says otherwise, so that what is rejected is the method's doing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import inspect
+import json
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import torch
+import transformers
+from decode import load, machine
+from rich.console import Console
+from rich.table import Table
+from settings import choose
+from torch.fx import GraphModule
+
+from vericache_compile import calibrate, demo_model_path
+from vericache_compile.backend import state_of, vericache
+from vericache_compile.compressors.fitted import Learner
+from vericache_compile.compressors.table import find_method, method_names
+from vericache_compile.learning import rows_of
+
+TOKENS = 3000
+"""Of each prompt, at most."""
+PREFILL = "snapkv(window=64)"
+"""Reads the prompt: the last queries of as many tokens as any method asks for stay with the copies."""
+WARM_UP = 512
+WIDTH = 170
+
+
+class Switch:
+    """The backend under options that change between calls, so that Dynamo captures the model once for all methods."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self.options = options
+
+    def __call__(self, module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        made: dict[str, Callable[..., Any]] = {}
+
+        def call(*inputs: Any) -> Any:
+            key = json.dumps(self.options)
+            if key not in made:
+                made[key] = vericache(module, example_inputs, options=self.options)
+            return made[key](*inputs)
+
+        return call
+
+
+def prompts(tokenizer: Any) -> dict[str, torch.Tensor]:
+    """Token ids [1, T] by name: code to go on with, a question on a document, a document to sum up."""
+
+    def chat(document: str, ask: str) -> torch.Tensor:
+        ids = tokenizer(document).input_ids[: TOKENS - 100]
+        content = f"{tokenizer.decode(ids)}\n\n{ask}"
+        message = [{"role": "user", "content": content}]
+        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        made: torch.Tensor = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
+        return made
+
+    code = tokenizer(inspect.getsource(argparse), return_tensors="pt").input_ids[:, :TOKENS]
+    return {
+        "code": code,
+        "question": chat(topics["typesseq"], "What is the difference between a list, a tuple and a range?"),
+        "summary": chat(topics["attribute-access"], "Summarise the text above in a few sentences."),
+    }
+
+
+class Bench:
+    """The compiled demo model, its reading of the prompts, and what plain decoding says to each."""
+
+    def __init__(self, names: Sequence[str], new: int, draft_dtype: str) -> None:
+        self.new = new
+        self.model = load()
+        self.switch = Switch({"compressor": PREFILL, "draft_dtype": draft_dtype})
+        found = prompts(transformers.AutoTokenizer.from_pretrained(demo_model_path()))
+        self.prompts = {name: found[name] for name in names}
+        self.plain = {name: self.generate(ids)[0, ids.shape[1] :].tolist() for name, ids in self.prompts.items()}
+        self.model.compile(backend=self.switch)
+        self.generate(next(iter(self.prompts.values()))[:, :WARM_UP], 24)
+        self.caches = {name: self.read(ids) for name, ids in self.prompts.items()}
+
+    @property
+    def made(self) -> Any:
+        """The compilation that ran last."""
+        state = state_of(list(self.model.parameters()))
+        assert state is not None and state.latest is not None, "the model has run"
+        return state.latest
+
+    def generate(self, ids: torch.Tensor, count: int | None = None, **more: Any) -> torch.Tensor:
+        """Greedy tokens [1, T + count] after ids [1, T]."""
+        mask = torch.ones_like(ids)
+        made: torch.Tensor = self.model.generate(
+            ids, attention_mask=mask, max_new_tokens=count or self.new, do_sample=False, **more
+        )
+        return made
+
+    def read(self, ids: torch.Tensor) -> tuple[Any, Any]:
+        """A cache of all tokens but the last, and the sequence that it stands for."""
+        cache = transformers.DynamicCache()
+        with torch.no_grad():
+            self.model(ids[:, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return cache, self.made.session.newest
+
+    def measure(self, compressor: str, prompt: str) -> dict[str, Any]:
+        """One method on one prompt."""
+        ids, plain = self.prompts[prompt], self.plain[prompt]
+        cache, sequence = self.caches[prompt]
+        self.switch.options = self.switch.options | {"compressor": compressor}
+        began = time.perf_counter()
+        tokens = self.generate(ids, past_key_values=copy.deepcopy(cache))[0, ids.shape[1] :].tolist()
+        took = time.perf_counter() - began
+        session = self.made.session
+        counts, held = session.counts, session.footprint
+        session.counts = type(counts)()
+        alone = session.draft_alone(sequence, [int(ids[0, -1])], len(plain))[0]
+        pairs = zip(counts.positions, counts.drafted_positions, strict=True)
+        return {
+            "compressor": compressor,
+            "prompt": prompt,
+            "prompt_tokens": ids.shape[1],
+            "tokens_per_round": counts.served / counts.row_rounds,
+            "acceptance_by_position": [accepted / drafted if drafted else None for accepted, drafted in pairs],
+            "compress_seconds": counts.compress_seconds,
+            "draft_step_ms": 1e3 * counts.draft_seconds / counts.drafted,
+            "bytes_per_token": held.draft / held.tokens,
+            "full_bytes_per_token": sum(site.bytes_per_token for site in self.made.sites),
+            "alone_diverges_at": next((i for i, (a, b) in enumerate(zip(alone, plain, strict=True)) if a != b), None),
+            "identical": tokens == plain,
+            "seconds": took,
+        }
+
+    def calibrate(self, name: str, folder: Path) -> str:
+        """A calibration file for a method, by text that is in no prompt."""
+        path = folder / f"{name}.safetensors"
+        text = inspect.getsource(tempfile) + topics["execmodel"] + topics["comparisons"]
+        tokenizer = transformers.AutoTokenizer.from_pretrained(demo_model_path())
+        calibrate(self.model, rows_of(tokenizer(text, return_tensors="pt").input_ids[0], 12, 256), name, path)
+        return str(path)
+
+
+def measure_all(arguments: argparse.Namespace, report: dict[str, Any], folder: Path, console: Console) -> None:
+    """Every method at every share of the full cache's bytes on every prompt, as far as the report lacks them."""
+    done = {(run["method"], run["share"], run["prompt"]) for run in report["runs"]}
+    jobs = [(method, share) for method in arguments.methods for share in arguments.bytes]
+    wanted = [job for job in jobs if any((*job, prompt) not in done for prompt in arguments.prompts)]
+    if not wanted:
+        return
+    with console.status("reading the prompts, compiling"):
+        bench = Bench(arguments.prompts, arguments.new, arguments.draft_dtype)
+    files: dict[str, str] = {}
+    for method, share in wanted:
+        name, _, calibrated = method.partition("+")
+        if calibrated and name not in files:
+            with console.status(f"calibrating {name}"):
+                files[name] = bench.calibrate(name, folder)
+        compressor = choose(name, share, bench.made.sites, files.get(name) if calibrated else None)
+        for prompt in arguments.prompts:
+            if (method, share, prompt) not in done:
+                with console.status(f"{method} at {share:.0%} of the bytes: {prompt}"):
+                    run = bench.measure(compressor, prompt)
+                report["runs"].append({"method": method, "share": share, **run})
+                save(report, arguments.json)
+
+
+def save(report: dict[str, Any], path: Path | None) -> None:
+    """Write what there is so far; the file is whole at every moment."""
+    if path is not None:
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(report, indent=1) + "\n")
+        part.replace(path)
+
+
+def show(report: dict[str, Any], names: Sequence[str], console: Console) -> None:
+    """Print the table: best first at each share."""
+    table = Table(title=f"{report['machine']['device']}, {report['machine']['threads']} threads, W = 16")
+    columns = (
+        "at",
+        "method",
+        "setting",
+        "bytes",
+        *names,
+        "tokens per round",
+        "compress",
+        "draft step",
+        "alone",
+        "same",
+    )
+    for column in columns:
+        table.add_column(column)
+    for point in sorted(points(report), key=lambda each: (each["share"], -each["tokens_per_round"])):
+        runs = {run["prompt"]: run for run in point["runs"]}
+        alone = [
+            "never" if run["alone_diverges_at"] is None else str(run["alone_diverges_at"]) for run in runs.values()
+        ]
+        table.add_row(
+            f"{point['share']:.0%}",
+            point["method"],
+            point["runs"][0]["compressor"].partition("calibration=")[0].rstrip(" ,("),
+            f"{point['bytes']:.0%}",
+            *(f"{runs[name]['tokens_per_round']:.1f}" if name in runs else "" for name in names),
+            f"{point['tokens_per_round']:.1f}",
+            f"{mean(run['compress_seconds'] for run in runs.values()):.2f} s",
+            f"{mean(run['draft_step_ms'] for run in runs.values()):.1f} ms",
+            " ".join(alone),
+            "yes" if all(run["identical"] for run in runs.values()) else "NO",
+        )
+    console.print(table)
+
+
+def points(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """A method at a share of the bytes: its runs, and their means."""
+    groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for run in report["runs"]:
+        groups.setdefault((run["method"], run["share"]), []).append(run)
+    return [
+        {
+            "method": method,
+            "share": share,
+            "runs": runs,
+            "bytes": mean(run["bytes_per_token"] / run["full_bytes_per_token"] for run in runs),
+            "tokens_per_round": mean(run["tokens_per_round"] for run in runs),
+        }
+        for (method, share), runs in groups.items()
+    ]
+
+
+def mean(numbers: Any) -> float:
+    """Of at least one number."""
+    held = list(numbers)
+    return float(sum(held) / len(held))
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    """Tokens per round against bytes per token; what no other method beats at fewer bytes is joined by a line."""
+    from matplotlib.figure import Figure
+
+    axes = (figure := Figure(figsize=(9, 6), layout="constrained")).subplots()
+    found = sorted(points(report), key=lambda each: (each["bytes"], -each["tokens_per_round"]))
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for each in found:
+        lines.setdefault(each["method"], []).append(each)
+    for i, (method, line) in enumerate(lines.items()):
+        places = [each["bytes"] for each in line], [each["tokens_per_round"] for each in line]
+        axes.plot(*places, ".:", marker="os^vD*Px"[i % 8], color=f"C{i % 10}", label=method, linewidth=0.7)
+    best = [
+        each for i, each in enumerate(found) if all(e["tokens_per_round"] < each["tokens_per_round"] for e in found[:i])
+    ]
+    frontier = [each["bytes"] for each in best], [each["tokens_per_round"] for each in best]
+    axes.step(*frontier, where="post", color="black", linewidth=1.2, label="frontier")
+    axes.set(xlabel="draft cache, fraction of the full cache's bytes", ylabel="tokens per round", xscale="log")
+    axes.legend(fontsize="small", ncols=2)
+    figure.savefig(path)
+
+
+def main() -> None:
+    """Run the benchmark."""
+    known = [name for name in method_names() if name != "none"]
+    known += [f"{name}+calibrated" for name in known if issubclass(find_method(name), Learner)]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="*", default=known, metavar="M", help=f"of {', '.join(known)}")
+    parser.add_argument("--prompts", nargs="*", default=["code", "question", "summary"])
+    parser.add_argument("--bytes", nargs="*", type=float, default=[0.1, 0.2, 0.4], help="shares of the full cache's")
+    parser.add_argument("--new", type=int, default=64, help="tokens to decode (default %(default)s)")
+    parser.add_argument("--draft-dtype", default="same", help="type that drafts read weights in (default %(default)s)")
+    parser.add_argument("--json", type=Path, help="where results go, and come from when the run is taken up again")
+    parser.add_argument("--plot", type=Path, help="where the picture goes")
+    arguments = parser.parse_args()
+    console = Console(width=WIDTH)
+    settings = {"machine": machine(), "new_tokens": arguments.new, "draft_dtype": arguments.draft_dtype}
+    report: dict[str, Any] = {**settings, "runs": []}
+    if arguments.json is not None and arguments.json.exists():
+        held = json.loads(arguments.json.read_text())
+        if {key: held.get(key) for key in settings} != settings:
+            parser.error(f"{arguments.json} was measured otherwise, or on another machine: name another file")
+        report = held
+    with tempfile.TemporaryDirectory() as folder:
+        measure_all(arguments, report, Path(folder), Console(stderr=True))
+    show(report, arguments.prompts, console)
+    if arguments.plot is not None:
+        plot(report, arguments.plot)
+
+
+if __name__ == "__main__":
+    main()

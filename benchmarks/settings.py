@@ -1,0 +1,59 @@
+"""Which parameters give a compression method a budget of bytes: those that take the most bytes within it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from vericache_compile.compressors.fitted import Learner
+from vericache_compile.compressors.spec import parse
+from vericache_compile.compressors.table import all_parameters, find_method
+from vericache_compile.errors import OptionError
+from vericache_compile.estimate import compressed_bytes
+from vericache_compile.plan import Site
+
+FRACTIONS = ("keep", "rank", "channels", "share")
+"""Parameters that take any fraction."""
+STEPS = [i / 50 for i in range(1, 50)] + [1.0]
+FIXED: Mapping[str, Mapping[str, Any]] = {"cskv": {"bits": 4}, "qpruningkv": {"bits": 4}}
+"""Where a method has two such parameters, one is held."""
+UNESTIMATED = ("packkv", "refreekv")
+"""Methods whose bytes depend on the data."""
+
+
+def spell(name: str, parameters: Mapping[str, Any]) -> str:
+    """The method as `compressor` takes it."""
+    inside = ", ".join(f"{key}={value!r}" for key, value in parameters.items())
+    return f"{name}({inside})" if inside else name
+
+
+def settings(name: str, calibration: str | None) -> Iterator[str]:
+    """Every setting of a method that may be tried."""
+    method = find_method(name)
+    fixed = dict(FIXED.get(name, {}))
+    if calibration is not None and issubclass(method, Learner):
+        fixed["calibration"] = calibration
+    known = all_parameters(method)
+    fraction = next((each for each in FRACTIONS if each in known), None)
+    if fraction is not None:
+        yield from (spell(name, {**fixed, fraction: step}) for step in STEPS)
+    elif "bits" in known:
+        yield from (spell(name, {**fixed, "bits": bits}) for bits in range(2, 9))
+    else:
+        yield spell(name, fixed)
+
+
+def choose(name: str, share: float, sites: tuple[Site, ...], calibration: str | None = None) -> str:
+    """The setting that takes the most bytes of at most `share` of the full cache's; else the one that takes fewest."""
+    if name in UNESTIMATED:
+        return name
+    full = sum(site.bytes_per_token for site in sites)
+    sizes: dict[str, float] = {}
+    for each in settings(name, calibration):
+        try:
+            method = parse(each, {})
+        except OptionError:  # bits that it does not have
+            continue
+        sizes[each] = compressed_bytes(method, sites) / full
+    within = {each: size for each, size in sizes.items() if size <= share + 1e-6}
+    return max(within, key=lambda each: within[each]) if within else min(sizes, key=lambda each: sizes[each])

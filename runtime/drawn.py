@@ -1,0 +1,79 @@
+"""How much attention each cached token has drawn from all queries so far: what H2O (arXiv 2306.14048) accumulates.
+
+Attention kernels do not give their weights away, so they are computed again, in blocks of queries, where a compressor
+asks for them: from prefill's queries and from those of each accepted window.
+
+Shapes: B batch, H query heads, K KV heads, C columns, T new tokens, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vericache_compile.plan import Site
+
+AT_ONCE = 256
+"""Queries whose weights are held at once."""
+
+
+class Drawn:
+    """Per site the sums [B, K, C], float32, over all queries and over the query heads of a KV head."""
+
+    def __init__(self, sites: Sequence[Site], sums: Sequence[Tensor]) -> None:
+        self.sites, self.sums = sites, list(sums)
+
+    @classmethod
+    def empty(cls, sites: Sequence[Site], batch: int, device: torch.device) -> Drawn:
+        """Sums of no columns yet."""
+        return cls(sites, [torch.zeros(batch, site.kv_heads, 0, device=device) for site in sites])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(held.nbytes for held in self.sums)
+
+    def add(self, layer: int, b: int, q: Tensor, keys: Tensor, pad: int) -> None:
+        """Row b's queries [H, T, D] of the last T columns of keys [K, C, D], of which the first `pad` are padding."""
+        columns = keys.shape[1]
+        held = self._with_room(layer, columns)[b]
+        held[:, columns - q.shape[1] : columns] = 0  # of other tokens, if any were here
+        held[:, pad:columns] += attention_drawn(q, keys[:, pad:], self.sites[layer].scale)
+
+    def of(self, layer: int, b: int, begin: int, end: int) -> Tensor | None:
+        """Row b's sums [K, end - begin]; None where they lie beyond all that was seen."""
+        held = self.sums[layer][b]
+        return held[:, begin:end] if end <= held.shape[1] else None
+
+    def select(self, rows: Sequence[int]) -> Drawn:
+        """A copy of the given rows."""
+        with torch.inference_mode(False):
+            return Drawn(self.sites, [torch.stack([held[b] for b in rows]) for held in self.sums])
+
+    def _with_room(self, layer: int, columns: int) -> Tensor:
+        held = self.sums[layer]
+        if columns > held.shape[2]:
+            room = 1 << (columns - 1).bit_length()
+            with torch.inference_mode(False):  # to be added to in any mode
+                grown = torch.zeros((*held.shape[:2], room), device=held.device)
+            grown[:, :, : held.shape[2]] = held
+            self.sums[layer] = grown
+        return self.sums[layer]
+
+
+def attention_drawn(q: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """Sums [K, C], float32, of the causal attention that q [H, T, D], of the last T tokens, pays to keys [K, C, D]."""
+    kv_heads, columns, size = keys.shape
+    tokens = q.shape[1]
+    grouped = q.reshape(kv_heads, -1, tokens, size)
+    sums = torch.zeros(kv_heads, columns, device=keys.device)
+    for begin in range(0, tokens, AT_ONCE):
+        own = torch.arange(begin, min(begin + AT_ONCE, tokens), device=keys.device) + columns - tokens
+        future = torch.arange(columns, device=keys.device) > own[:, None]
+        for head in range(kv_heads):  # one at a time: the weights are [G, T, C]
+            logits = grouped[head, :, begin : begin + AT_ONCE].float() * scale @ keys[head].float().T
+            weights = logits.masked_fill_(future, float("-inf")).softmax(dim=-1)
+            sums[head] += weights.nan_to_num_(0).sum(dim=(0, 1))  # a query of padding sees nothing
+    return sums

@@ -1,0 +1,129 @@
+"""Lets the model repeat its context over the full cache, and notes which keys it needs for that (KVzip).
+
+Kim et al., arXiv 2505.23416, section 3: the context, chunk by chunk, is fed once more behind itself; a key's score is
+the most attention that it draws from these queries, each of which sees the sinks, its chunk, and what was repeated so
+far. The paper precedes each chunk by an instruction and the last 8 tokens of the chunk before. There is no tokenizer
+here, so the instruction is left out: the 8 tokens are what starts the repetition.
+
+It runs on verify passes. What they write lies past every row's length, as a rejected draft does, and is overwritten.
+
+Shapes: B batch, H query heads, K KV heads, C columns, W window, S tokens of a chunk, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vericache_compile.plan import DecodePlan
+from vericache_compile.runtime.sequences import Repeated, Sequence
+from vericache_compile.runtime.slots import Ring, incoming
+from vericache_compile.runtime.verify import verify_tokens
+
+CHUNK = 2048
+"""Tokens repeated in one go."""
+LEAD = 8
+"""Tokens of the chunk before, from which a repetition starts."""
+SINKS = 4
+"""First tokens: every query sees them, and they always stay."""
+
+
+@dataclass(frozen=True)
+class Passage:
+    """What one row repeats in one go."""
+
+    begin: int
+    end: int
+    """Its columns [begin, end)."""
+    ids: list[int]
+    """Tokens to feed, the lead included."""
+
+
+def knows_context(sequence: Sequence) -> bool:
+    """Whether every row's tokens were seen."""
+    return all(len(row.ids) == row.length for row in sequence.rows)
+
+
+def repeat_context(
+    sequence: Sequence, plan: DecodePlan, bound: list[Tensor | None], ring: Ring, device: torch.device
+) -> Repeated:
+    """Scores of every row's columns at every site; needs the tokens of all of them (`knows_context`)."""
+    rows = sequence.rows
+    longest = max(row.length - row.pad for row in rows)
+    sequence.full.reserve(max(row.length for row in rows) + LEAD + min(CHUNK, longest) + plan.window, device)
+    width = max(row.length for row in rows)
+    scores = [torch.zeros(len(rows), site.kv_heads, width, device=device) for site in plan.captured.sites]
+    for begin in range(0, longest, CHUNK):
+        passages = [_passage(row.ids, row.pad, row.length, begin) for row in rows]
+        for step in range(0, max(len(passage.ids) for passage in passages), plan.window):
+            _repeat(sequence, plan, bound, ring, passages, step, scores, device)
+    for held in scores:
+        for b, row in enumerate(rows):
+            held[b, :, row.pad : row.pad + SINKS] = float("inf")
+    return Repeated(scores, [row.length for row in rows])
+
+
+def _passage(ids: list[int], pad: int, length: int, begin: int) -> Passage:
+    first, last = min(pad + begin, length), min(pad + begin + CHUNK, length)
+    return Passage(first, last, ids[max(first - LEAD, pad) : last] if last > first else [])
+
+
+def _repeat(
+    sequence: Sequence,
+    plan: DecodePlan,
+    bound: list[Tensor | None],
+    ring: Ring,
+    passages: Rows[Passage],
+    step: int,
+    scores: list[Tensor],
+    device: torch.device,
+) -> None:
+    """Feed each row's next W tokens, and raise the scores of its chunk's keys."""
+    fed = [passage.ids[step : step + plan.window] for passage in passages]
+    padded = [[*ids, *[0] * (plan.window - len(ids))] for ids in fed]
+    columns = [row.length + step for row in sequence.rows]
+    first = [[column + row.offset] for column, row in zip(columns, sequence.rows, strict=True)]
+
+    def note(layer: int, q: Tensor, k: Tensor, v: Tensor, full: Tensor) -> None:
+        for b, (row, passage) in enumerate(zip(sequence.rows, passages, strict=True)):
+            if not fed[b]:
+                continue
+            keys = full[b]
+            sinks = keys[:, row.pad : min(row.pad + SINKS, passage.begin)]
+            repeated = keys[:, row.length : columns[b] + len(fed[b])]
+            drawn = most_attention(
+                q[b, :, : len(fed[b])],
+                sinks,
+                keys[:, passage.begin : passage.end],
+                repeated,
+                plan.captured.sites[layer].scale,
+            )
+            held = scores[layer][b, :, passage.begin : passage.end]
+            torch.maximum(held, drawn, out=held)
+
+    tokens = torch.tensor(padded, device=device).t().unsqueeze(-1).contiguous()
+    pads = [row.pad for row in sequence.rows]
+    coming = incoming(sequence.full, None, ring, plan.staging_bytes, columns, pads)
+    try:
+        verify_tokens(coming, pads, plan, bound, tokens, torch.tensor(first, device=device), note)
+    finally:
+        coming.close()
+
+
+def most_attention(q: Tensor, sinks: Tensor, chunk: Tensor, repeated: Tensor, scale: float) -> Tensor:
+    """The most [K, S], float32, that one of q [H, n, D] pays to a key of the chunk [K, S, D].
+
+    Each attends to sinks [K, s, D], the chunk, and causally to `repeated` [K, r, D], whose last n are their own.
+    """
+    kv_heads, tokens = chunk.shape[:2]
+    keys = torch.cat([sinks, chunk, repeated], dim=1).float()
+    rows = q.shape[1]
+    logits = q.reshape(kv_heads, -1, q.shape[2]).float() * scale @ keys.transpose(1, 2)
+    logits = logits.view(kv_heads, -1, rows, keys.shape[1])
+    future = torch.ones(rows, rows, dtype=torch.bool, device=q.device).triu(1)
+    logits[..., keys.shape[1] - rows :].masked_fill_(future, float("-inf"))
+    weights = logits.softmax(dim=-1)
+    return weights[..., sinks.shape[1] : sinks.shape[1] + tokens].amax(dim=(1, 2))

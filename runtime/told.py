@@ -1,0 +1,53 @@
+"""What a compressor is told of each row at each site (`compressors/facts.py`), gathered from all who know it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from vericache_compile.compressors.facts import Facts, Read
+from vericache_compile.plan import DecodePlan
+from vericache_compile.runtime.caches import FullKV
+from vericache_compile.runtime.rotations import Rotations
+from vericache_compile.runtime.sequences import Sequence
+
+
+@dataclass(frozen=True)
+class Telling:
+    """The facts of one compression of one sequence."""
+
+    sequence: Sequence
+    plan: DecodePlan
+    inputs: Rows[Tensor]
+    rotations: Rotations
+    wants: frozenset[str]
+    shared: dict[int, dict[object, Tensor]] = field(default_factory=dict)
+    """Per row."""
+
+    def of(self, layer: int, b: int, begin: int, end: int) -> Facts:
+        """The facts of row b's columns [begin, end) at a site."""
+        row, full = self.sequence.rows[b], self.sequence.full
+        drawn, repeated = self.sequence.drawn, self.sequence.repeated
+        return Facts(
+            layer=layer,
+            token=begin - row.pad,
+            position=begin + row.offset,
+            end=row.length + row.offset,
+            rotation=self.rotations.of(self.plan, self.inputs, layer) if "pre_rope" in self.wants else None,
+            attention=drawn.of(layer, b, begin, end) if drawn is not None and "attention" in self.wants else None,
+            repeated=repeated.of(layer, b, begin, end) if repeated is not None and "repeated" in self.wants else None,
+            read=reader(full, layer, b, row.pad) if "read" in self.wants else None,
+            shared=self.shared.setdefault(b, {}) if "shared" in self.wants else None,
+        )
+
+
+def reader(full: FullKV, layer: int, b: int, pad: int) -> Read:
+    """Reads tokens of a row from the full cache, wherever that lies."""
+
+    def read(tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys [K, n, D] and values [K, n, Dv] of tokens [K, n], counted from the row's first real one."""
+        return full.gather(layer, b, tokens + pad)
+
+    return read

@@ -1,0 +1,106 @@
+"""KVSharer: which layers borrow, what they read, and that they hold nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from models import Switch, make_prompt, make_tiny
+from transformers import PreTrainedModel
+
+from vericache_compile import stats
+from vericache_compile.compressors.borrowed import Borrower
+from vericache_compile.compressors.kvsharer import KVSharer, by_distance
+from vericache_compile.compressors.none import NoCompression
+from vericache_compile.errors import OptionError
+from vericache_compile.plan import Site
+from vericache_compile.runtime import caches
+
+
+def test_without_a_file_layers_are_paired_from_the_last_one_down() -> None:
+    assert KVSharer(share=0.25).donors(8) == {7: 6, 5: 4}
+    assert KVSharer(share=0.9).donors(5) == {4: 3, 2: 1}
+    assert KVSharer(share=0).donors(8) == {}
+    assert KVSharer(share=0.5).for_layer(3, 4) == Borrower(2)
+    assert KVSharer(share=0.5).for_layer(2, 4) == NoCompression()
+
+
+def test_the_least_alike_come_first() -> None:
+    means = {layer: (torch.full((2, 3), float(x)), torch.zeros(2, 3)) for layer, x in enumerate((0, 1, 5))}
+    assert by_distance(means) == [(2, 0), (2, 1), (1, 0)]
+    means[2] = (torch.zeros(4, 3), torch.zeros(4, 3))
+    assert by_distance(means) == [(1, 0)]
+
+
+def _full(layers: int, tokens: int) -> caches.FullKV:
+    site = Site(0, 2, 2, 16, 16, 0.25, torch.float32, None)
+    full = caches.FullKV([site] * layers, 1)
+    full.reserve(tokens, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    for layer in range(layers):
+        full.append(layer, *torch.randn(2, 1, 2, tokens, 16, generator=generator), [0])
+    return full
+
+
+def _compress(method: KVSharer, full: caches.FullKV, columns: int, room: int = 8) -> caches.DraftKV:
+    return caches.compress(method, full, [0], [columns], [[None]] * len(full.sites), room)
+
+
+def _extend(before: caches.DraftKV, full: caches.FullKV, begin: int, end: int) -> caches.DraftKV:
+    """With columns [begin, end) written to the tails first."""
+    for held, keys, values in zip(before.layers, full.keys, full.values, strict=True):
+        held.write(keys[:, :, begin:end], values[:, :, begin:end], [begin])
+    return caches.extend(before, full, [0], [end], [[None]] * len(full.sites), 8)
+
+
+def test_a_borrower_reads_the_lenders_region_and_its_own_tail() -> None:
+    full = _full(4, 160)
+    first = _compress(KVSharer(share=0.25), full, 60, room=100)
+    later = _extend(first, full, 60, 150)
+    for draft, columns, covered in ((first, 60, 60), (later, 150, 118)):
+        (mine, _, seen), (theirs, _, _) = (draft.layers[layer].read([columns]) for layer in (3, 2))
+        assert seen.rights == (columns,)
+        assert torch.equal(mine[:, :, :covered], theirs[:, :, :covered])
+        assert torch.equal(mine[:, :, covered:columns], full.keys[3][:, :, covered:columns])
+    assert later.layers[3].starts == later.layers[2].starts
+
+
+def test_a_borrower_takes_the_bytes_of_its_tail_only() -> None:
+    full = _full(4, 512)
+    shared, alone = _compress(KVSharer(share=0.25), full, 512), _compress(KVSharer(share=0), full, 512)
+    assert shared.layers[3].nbytes == 2 * 2 * 8 * 16 * 4
+    assert shared.nbytes == alone.nbytes - 2 * 2 * 512 * 16 * 4
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> None:
+    """Not here: the model is captured once."""
+
+
+@pytest.fixture(scope="module")
+def switched() -> Iterator[tuple[PreTrainedModel, Switch]]:
+    torch._dynamo.reset()
+    model, switch = make_tiny("llama"), Switch()
+    model.compile(backend=switch)
+    yield model, switch
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("compressor", ["kvsharer(share=0.67)", "0: none, rest: kvsharer(share=0.34)"])
+def test_tokens_are_plain_whatever_is_shared(
+    switched: tuple[PreTrainedModel, Switch], compressor: str, plain_tokens: Any
+) -> None:
+    model, switch = switched
+    switch.options = {"compressor": compressor, "window": 4, "inductor": False}
+    ours = model.generate(**make_prompt(300, 3), max_new_tokens=30, do_sample=False)
+    assert torch.equal(ours, plain_tokens("llama", 300, 3, 30))
+    assert stats(model)["rounds"] > 0
+    assert stats(model)["bytes"]["draft"] < stats(model)["bytes"]["full"]
+
+
+@pytest.mark.parametrize("wrong", [{"share": 1}, {"share": -0.1}, {"calibration": "missing.safetensors"}])
+def test_values_out_of_range_are_option_errors(wrong: dict[str, Any]) -> None:
+    with pytest.raises(OptionError, match=r"share=|missing\.safetensors"):
+        KVSharer(**wrong)

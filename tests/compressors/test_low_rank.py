@@ -1,0 +1,133 @@
+"""ReCalKV and CSKV: nothing is nearer in as many coordinates, similar heads share a basis, whole bases lose nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from vericache_compile.compressors.cskv import CSKV
+from vericache_compile.compressors.low_rank import Bases, LowRank, rank_of
+from vericache_compile.compressors.recalkv import ReCalKV, allot, cka, group_similar
+from vericache_compile.errors import OptionError
+
+Row = Callable[..., tuple[Tensor, Tensor, Tensor]]
+BOTH = pytest.mark.parametrize("method", [ReCalKV, CSKV])
+
+
+def best(x: Tensor, rank: int) -> Tensor:
+    """The nearest tokens [S, n] of that rank, by a singular value decomposition (Eckart and Young)."""
+    u, s, v = torch.linalg.svd(x.double(), full_matrices=False)
+    return ((u[:, :rank] * s[:rank]) @ v[:rank]).float()
+
+
+def joined(x: Tensor) -> Tensor:
+    return x.transpose(0, 1).flatten(1)
+
+
+@BOTH
+def test_numbers_are_the_nearest_of_their_rank(random_row: Row, method: type[LowRank]) -> None:
+    keys, values, _ = random_row(104)
+    read_keys, read_values = method(rank=0.5, residual=0).compress(keys, values, None).materialize()
+    torch.testing.assert_close(joined(read_keys)[4:], best(joined(keys)[4:], 16), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(joined(read_values)[4:], best(joined(values)[4:], 16), atol=1e-4, rtol=1e-4)
+    assert torch.equal(read_keys[:, :4], keys[:, :4])
+
+
+@BOTH
+def test_a_whole_basis_loses_nothing(random_row: Row, method: type[LowRank]) -> None:
+    keys, values, _ = random_row(90)
+    read_keys, read_values = method(rank=1).compress(keys, values, None).materialize()
+    torch.testing.assert_close(read_keys, keys[:, :58], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(read_values, values[:, :58], atol=1e-4, rtol=1e-4)
+
+
+@BOTH
+def test_bytes_are_the_coordinates_and_the_bases(random_row: Row, method: type[LowRank]) -> None:
+    keys, values, _ = random_row(136, size=64, value_size=64, dtype=torch.bfloat16)
+    region = method(rank=0.25).compress(keys, values, None)
+    assert region.covered == 104
+    assert region.nbytes == 2 * (2 * 100 * 32 + 2 * 128 * 32 + 2 * 4 * 128) + 2 * 8
+
+
+@BOTH
+def test_later_tokens_are_read_by_the_same_bases(random_row: Row, method: type[LowRank]) -> None:
+    keys, values, _ = random_row(160)
+    keys = keys @ torch.diag(torch.tensor([9.0] * 4 + [0.01] * 12))
+    region = method(sinks=0).compress(keys[:, :96], values[:, :96], None)
+    longer = region.extend(keys[:, 64:160], values[:, 64:160], None)
+    assert longer.covered == 160
+    assert all(map(torch.equal, longer.fit, region.fit))
+    assert float((longer.materialize()[0] - keys).norm()) < 0.02 * float(keys.norm())
+
+
+def test_ranks_are_multiples_of_eight_up_to_all() -> None:
+    basis = torch.empty(1, 100, 100)
+    assert [rank_of(share, basis) for share in (0.01, 0.08, 0.081, 0.5, 0.96, 1)] == [8, 8, 16, 56, 96, 100]
+
+
+def test_heads_that_are_alike_form_a_group() -> None:
+    """Heads 0, 2 and 1, 3 hold the same tokens up to a rotation, which linear CKA does not see."""
+    generator = torch.Generator().manual_seed(0)
+    first, second = torch.randn(2, 200, 8, generator=generator)
+    turn = torch.linalg.qr(torch.randn(8, 8, generator=generator)).Q
+    keys = torch.stack([first, second, first @ turn, second @ turn])
+    moment = joined(keys).T @ joined(keys)
+    naive = torch.empty(4, 4)
+    for i in range(4):
+        for j in range(4):
+            cross, own, other = (a.T @ b for a, b in ((keys[i], keys[j]), (keys[i], keys[i]), (keys[j], keys[j])))
+            naive[i, j] = cross.norm() ** 2 / (own.norm() * other.norm())
+    torch.testing.assert_close(cka(moment, 4), naive)
+    assert group_similar(naive, 2).tolist() == [0, 2, 1, 3]
+    values = keys.flip(0)
+    region = ReCalKV(rank=0.5, heads=2, residual=0, sinks=0).compress(keys, values, None)
+    assert Bases(*region.fit).keys.shape == (2, 16, 8)
+    torch.testing.assert_close(region.materialize()[0], keys, atol=1e-4, rtol=1e-4)
+
+
+def test_ranks_follow_fisher_information_and_keep_their_mean() -> None:
+    shares = allot(torch.tensor([[1.0, 2.0], [3.0, 100.0]]), 0.5)
+    assert float(shares.mean()) == pytest.approx(0.5, abs=1e-6)
+    assert shares[1, 1] == 1
+    assert shares.min() == 0.25
+    torch.testing.assert_close(allot(torch.ones(3, 2), 0.3), torch.full((3, 2), 0.3, dtype=torch.float64))
+    assert allot(torch.tensor([[0.0, 1.0]]), 0.4).isfinite().all()
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_cskv_quantises_its_coordinates(random_row: Row, bits: int) -> None:
+    keys, values, _ = random_row(160, size=64, value_size=64)
+    plain, coded = (CSKV(bits=b, residual=0, sinks=0).compress(keys, values, None) for b in (16, bits))
+    fit = sum(part.nbytes for part in coded.fit)
+    assert coded.covered == 160
+    assert coded.nbytes - fit < (plain.nbytes - fit) * (bits + 4) / 32
+    for read, exact in zip(coded.materialize(), plain.materialize(), strict=True):
+        assert float((read - exact).norm()) < {2: 0.5, 4: 0.15}[bits] * float(exact.norm())
+
+
+@BOTH
+def test_numbers_that_are_not_finite_are_no_crash(random_row: Row, method: type[LowRank]) -> None:
+    keys, values, _ = random_row(90)
+    keys[1, 5, 2], values[0, 7, 1] = float("nan"), float("inf")
+    read_keys, read_values = method().compress(keys, values, None).materialize()
+    assert not read_keys[:, 5].isfinite().all()
+    assert not read_values[:, 7].isfinite().all()
+    assert read_keys[:, 20].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("method", "wrong"),
+    [
+        (ReCalKV, {"rank": 0}),
+        (ReCalKV, {"heads": 0}),
+        (CSKV, {"rank": 1.5}),
+        (CSKV, {"bits": 8}),
+        (CSKV, {"sinks": -1}),
+    ],
+)
+def test_values_out_of_range_are_option_errors(method: type[LowRank], wrong: dict[str, float]) -> None:
+    with pytest.raises(OptionError, match=next(iter(wrong))):
+        method(**wrong)  # type: ignore[arg-type]

@@ -1,0 +1,229 @@
+"""What a compressor is told of a row: each fact against the plain model's own attention, keys and positions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from models import Switch, make_prompt, make_tiny
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from vericache_compile import stats
+from vericache_compile.backend import state_of
+from vericache_compile.compressors import table
+from vericache_compile.compressors.base import CompressedKV
+from vericache_compile.compressors.facts import KINDS, Facts
+from vericache_compile.compressors.none import NoCompression
+from vericache_compile.runtime import repeat, rounds
+from vericache_compile.runtime.drawn import attention_drawn
+from vericache_compile.runtime.sequences import Sequence
+
+TOKENS, NEW, BATCH = 45, 100, 3
+SEEN: list[tuple[Facts, Tensor, Tensor | None]] = []
+
+
+def note(facts: Facts, keys: Tensor, queries: Tensor | None) -> None:
+    if facts.shared is not None:  # else it is an estimate of bytes that asks
+        drawn = None if facts.attention is None else facts.attention.clone()
+        SEEN.append((replace(facts, attention=drawn), keys.clone(), queries))
+
+
+class ListenedKV(CompressedKV):
+    """Everything, and what it is told."""
+
+    def __init__(self, held: CompressedKV, method: Listener) -> None:
+        self.held, self.method, self.covered = held, method, held.covered
+
+    @property
+    def slots(self) -> int:
+        return self.held.slots
+
+    @property
+    def nbytes(self) -> int:
+        return self.held.nbytes
+
+    def materialize(self) -> tuple[Tensor, Tensor]:
+        return self.held.materialize()
+
+    def extend(self, keys: Tensor, values: Tensor, queries: Tensor | None) -> ListenedKV:
+        note(self.method.facts, keys, queries)
+        return ListenedKV(self.held.extend(keys, values, queries), self.method)
+
+
+@dataclass(frozen=True)
+class Listener(NoCompression):
+    """Keeps everything and writes down what it is told."""
+
+    name: ClassVar[str] = "listener"
+    needs: ClassVar[tuple[str, ...]] = ("queries", *sorted(KINDS))
+
+    @property
+    def queries(self) -> int:
+        return 8
+
+    def compress(self, keys: Tensor, values: Tensor, queries: Tensor | None) -> Any:
+        note(self.facts, keys, queries)
+        return ListenedKV(super().compress(keys, values, queries), self)
+
+
+@dataclass(frozen=True)
+class Told:
+    """One run: the model, its sequence, the tokens, and what plain attention was over them."""
+
+    model: PreTrainedModel
+    sequence: Sequence
+    ids: Tensor
+    pads: list[int]
+    weights: list[Tensor]
+    """Per layer [B, H, T, T]."""
+    facts: list[tuple[Facts, Tensor, Tensor | None]]
+
+    def of(self, layer: int, b: int, time: int = 0) -> tuple[Facts, Tensor, Tensor | None]:
+        """What was told at a site of a row, the first or a later time."""
+        return self.facts[(time * len(self.weights) + layer) * BATCH + b]
+
+
+@pytest.fixture(scope="module")
+def told() -> Iterator[Told]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rounds, "CHUNK", 8)
+        patch.setattr(repeat, "CHUNK", 20)
+        patch.setitem(table._registered, "listener", Listener)
+        torch._dynamo.reset()
+        model, switch = make_tiny("llama"), Switch()
+        plain = make_tiny("llama")
+        plain.set_attn_implementation("eager")
+        prompt = make_prompt(TOKENS, BATCH)
+        model.compile(backend=switch)
+        switch.options = {"compressor": "listener", "window": 4, "inductor": False}
+        out = model.generate(**prompt, max_new_tokens=NEW, do_sample=False, return_dict_in_generate=True)
+        ids = out.sequences
+        assert stats(model)["seconds"]["repeat"] > 0
+        pads = (prompt["attention_mask"] == 0).sum(1).tolist()
+        mask = torch.cat([prompt["attention_mask"], torch.ones(BATCH, NEW, dtype=torch.int64)], dim=1)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        with torch.no_grad():
+            weights = plain(ids, attention_mask=mask, position_ids=positions, output_attentions=True).attentions
+        state = state_of(list(model.parameters()))
+        assert state is not None
+        assert state.latest is not None
+        sequence = state.latest.session.newest
+        assert sequence is not None
+        yield Told(model, sequence, ids, pads, list(weights), list(SEEN))
+        torch._dynamo.reset()
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> None:
+    """Not here: one run serves all tests."""
+
+
+def test_attention_is_the_sum_that_plain_attention_gives(told: Told) -> None:
+    for layer, weights in enumerate(told.weights):
+        for b, pad in enumerate(told.pads):
+            facts, keys, _ = told.of(layer, b)
+            assert (facts.layer, facts.token, facts.position) == (layer, 0, 0)
+            expected = weights[b, :, pad:TOKENS, pad:TOKENS].sum(1).view(2, 2, -1).sum(1)
+            assert keys.shape[1] == TOKENS - pad
+            torch.testing.assert_close(facts.attention, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_attention_of_accepted_windows_is_added(told: Told) -> None:
+    """Every query so far has given each of its heads' attention away once; what was drawn later is only more."""
+    assert told.sequence.drawn is not None
+    for layer, weights in enumerate(told.weights):
+        for b, (row, pad) in enumerate(zip(told.sequence.rows, told.pads, strict=True)):
+            held = told.sequence.drawn.of(layer, b, pad, row.length)
+            assert held is not None
+            assert held.sum().item() == pytest.approx(4 * (row.length - pad), rel=1e-3)
+            seen = min(row.length, told.ids.shape[1])
+            expected = weights[b, :, pad:seen, pad:seen].sum(1).view(2, 2, -1).sum(1)
+            assert (held[:, : seen - pad] >= expected - 1e-3).all()
+            assert row.length > TOKENS + NEW - 10
+
+
+def test_the_rotation_turns_keys_back_to_where_they_stood_at_position_zero(told: Told) -> None:
+    """Keys of the first layer depend on the token alone, before they are turned."""
+    embedding, first = told.model.model.embed_tokens, told.model.model.layers[0]
+    for b, pad in enumerate(told.pads):
+        facts, keys, queries = told.of(0, b)
+        assert facts.rotation is not None
+        with torch.no_grad():
+            x = first.input_layernorm(embedding(told.ids[b, pad:TOKENS]))
+            expected = first.self_attn.k_proj(x).view(-1, 2, 16).transpose(0, 1)
+            asked = first.self_attn.q_proj(x).view(-1, 4, 16).transpose(0, 1)
+        torch.testing.assert_close(facts.rotation.unrotate(keys, facts.position), expected, atol=1e-4, rtol=1e-4)
+        assert queries is not None
+        count = queries.shape[1]
+        back = facts.rotation.unrotate(queries, facts.end - count)
+        torch.testing.assert_close(back, asked[:, -count:], atol=1e-4, rtol=1e-4)
+
+
+def test_facts_of_later_tokens_begin_where_the_earlier_ended(told: Told) -> None:
+    embedding, first = told.model.model.embed_tokens, told.model.model.layers[0]
+    later = [told.of(0, 0, time) for time in range(1, len(told.facts) // (3 * BATCH))]
+    assert later
+    token = TOKENS
+    for facts, keys, _ in later:
+        assert (facts.token, facts.position) == (token, token)
+        with torch.no_grad():
+            ids = told.ids[0, token : token + keys.shape[1]]
+            expected = first.self_attn.k_proj(first.input_layernorm(embedding(ids))).view(-1, 2, 16).transpose(0, 1)
+        assert facts.rotation is not None
+        torch.testing.assert_close(facts.rotation.unrotate(keys, token), expected, atol=1e-4, rtol=1e-4)
+        token += keys.shape[1]
+
+
+def test_read_reads_the_full_cache(told: Told) -> None:
+    for b, pad in enumerate(told.pads):
+        facts, keys, _ = told.of(1, b)
+        assert facts.read is not None
+        tokens = torch.tensor([[0, 3, 7], [2, 5, 9]])
+        read, _ = facts.read(tokens)
+        assert torch.equal(read, keys.take_along_dim(tokens.unsqueeze(-1), dim=1))
+        assert keys.shape[1] == TOKENS - pad
+
+
+def test_repeated_is_the_most_that_a_repetition_attends_to_a_key(told: Told) -> None:
+    """Against the plain model fed the context and then each chunk of it, less attention to what no query may see."""
+    plain = make_tiny("llama")
+    plain.set_attn_implementation("eager")
+    for b, pad in enumerate(told.pads):
+        context = told.ids[b, pad:TOKENS]
+        count = len(context)
+        for begin in range(0, count, 20):
+            end = min(begin + 20, count)
+            fed = context[max(begin - repeat.LEAD, 0) : end]
+            with torch.no_grad():
+                weights = plain(torch.cat([context, fed])[None], output_attentions=True).attentions
+            for layer, own in enumerate(weights):
+                rows = own[0, :, count:].clone()
+                rows[..., min(repeat.SINKS, begin) : begin] = 0
+                rows[..., end:count] = 0
+                shares = rows / rows.sum(-1, keepdim=True)
+                expected = shares[..., begin:end].amax(1).view(2, 2, -1).amax(1)
+                facts, _, _ = told.of(layer, b)
+                assert facts.repeated is not None
+                scores = facts.repeated[:, begin:end].clone()
+                if begin == 0:
+                    assert scores[:, : repeat.SINKS].isinf().all()
+                    scores[:, : repeat.SINKS] = expected[:, : repeat.SINKS]
+                torch.testing.assert_close(scores, expected, atol=1e-4, rtol=1e-3)
+
+
+def test_sites_of_a_row_share_and_rows_do_not(told: Told) -> None:
+    shared = [[told.of(layer, b)[0].shared for layer in range(3)] for b in range(BATCH)]
+    assert all(row[0] is not None and all(x is row[0] for x in row) for row in shared)
+    assert len({id(row[0]) for row in shared}) == BATCH
+
+
+def test_padding_draws_and_pays_nothing() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, keys = torch.randn(4, 600, 16, generator=generator), torch.randn(2, 600, 16, generator=generator)
+    sums = attention_drawn(q, keys[:, 10:], 0.25)
+    assert sums.sum().item() == pytest.approx(4 * 590, rel=1e-4)
+    assert sums.shape == (2, 590)

@@ -1,0 +1,307 @@
+"""Calibration: what is learned is what the model caches; a file of something else is refused before any output."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import Switch, make_prompt, make_tiny
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from vericache_compile import calibrate, stats
+from vericache_compile.calibration import read
+from vericache_compile.cli import main
+from vericache_compile.compressors.kvquant import KVQuant
+from vericache_compile.compressors.kvsharer import KVSharer
+from vericache_compile.compressors.low_rank import Bases
+from vericache_compile.compressors.observed import observe, sample
+from vericache_compile.compressors.recalkv import ReCalKV
+from vericache_compile.errors import OptionError, VericacheError
+from vericache_compile.learning import rows_of
+
+METHODS = ("recalkv", "cskv", "cskv(bits=4)", "kvquant", "kvsharer(share=0.4)")
+FIX = "vericache calibrate --compressor"
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> None:
+    """Not here: the model is captured once for all methods."""
+
+
+@pytest.fixture(scope="module")
+def text() -> torch.Tensor:
+    return make_prompt(64, 3)["input_ids"][:2]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory, text: torch.Tensor) -> dict[str, Path]:
+    """One file per method, of the tiny llama."""
+    folder, model = tmp_path_factory.mktemp("calibrated"), make_tiny("llama")
+    made = {method: folder / f"{i}.safetensors" for i, method in enumerate(METHODS)}
+    for method, path in made.items():
+        calibrate(model, text, method, path)
+    return made
+
+
+@pytest.fixture(scope="module")
+def switched() -> Iterator[tuple[PreTrainedModel, Switch]]:
+    torch._dynamo.reset()
+    model, switch = make_tiny("llama"), Switch()
+    model.compile(backend=switch)
+    yield model, switch
+    torch._dynamo.reset()
+
+
+def _spelled(method: str, path: Path) -> str:
+    name, _, rest = method.partition("(")
+    return f"{name}(calibration='{path}'{', ' + rest if rest else ')'}"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_tokens_are_plain_with_a_calibrated_method(
+    switched: tuple[PreTrainedModel, Switch], files: dict[str, Path], method: str, plain_tokens: Any
+) -> None:
+    model, switch = switched
+    compressor = _spelled(method, files[method])
+    switch.options = {"compressor": compressor, "window": 4, "inductor": False}
+    ours = model.generate(**make_prompt(300, 3), max_new_tokens=30, do_sample=False)
+    assert torch.equal(ours, plain_tokens("llama", 300, 3, 30))
+    assert stats(model)["rounds"] > 0
+    assert str(files[method]) in stats(model)["compressor"]
+
+
+@pytest.mark.parametrize("method", ["recalkv", "kvquant"])
+def test_a_file_full_of_nan_costs_no_token(
+    switched: tuple[PreTrainedModel, Switch], files: dict[str, Path], tmp_path: Path, method: str, plain_tokens: Any
+) -> None:
+    model, switch = switched
+    path = tmp_path / "nan.safetensors"
+    with safe_open(files[method], "pt") as file:
+        metadata = file.metadata()
+    spoilt = {
+        name: torch.full_like(held, float("nan")) if held.is_floating_point() and name != "fisher" else held
+        for name, held in load_file(files[method]).items()
+    }
+    save_file(spoilt, path, metadata=metadata)
+    switch.options = {"compressor": _spelled(method, path), "window": 4, "inductor": False}
+    ours = model.generate(**make_prompt(300, 3), max_new_tokens=30, do_sample=False)
+    assert torch.equal(ours, plain_tokens("llama", 300, 3, 30))
+
+
+def test_what_is_observed_is_what_the_model_caches(text: torch.Tensor) -> None:
+    model = make_tiny("llama")
+    cache = model(text[:1], use_cache=True).past_key_values
+    seen = dict(observe(model, text[:1]))
+    assert sorted(seen) == [0, 1, 2]
+    for layer, mine in seen.items():
+        torch.testing.assert_close(mine.keys, cache.layers[layer].keys[0])
+        torch.testing.assert_close(mine.values, cache.layers[layer].values[0])
+
+
+def test_gradients_are_those_of_the_loss(text: torch.Tensor) -> None:
+    """By a difference: a little more of one cached number, and the loss changes by its gradient times that."""
+    from transformers import DynamicCache
+
+    model = make_tiny("llama").double()
+    seen = dict(observe(model, text[:1], gradients=True))[1]
+
+    def loss(push: float) -> float:
+        cache = DynamicCache()
+        update = cache.update
+
+        def pushed(keys: torch.Tensor, values: torch.Tensor, layer: int, *rest: Any, **more: Any) -> Any:
+            keys, values = update(keys, values, layer, *rest, **more)
+            if layer == 1:
+                keys = keys.clone()
+                keys[0, 1, 5, 3] += push
+            return keys, values
+
+        cache.update = pushed
+        with torch.no_grad():
+            logits = model(text[:1], past_key_values=cache, use_cache=True).logits  # its own loss is in float32
+            return float(torch.nn.functional.cross_entropy(logits[0, :-1], text[0, 1:]))
+
+    slope = (loss(1e-2) - loss(-1e-2)) / 2e-2
+    assert slope != 0
+    assert float(seen.key_gradients[1, 5, 3]) == pytest.approx(slope, rel=0.01)  # norms are in float32
+    assert all(each.requires_grad and each.grad is None for each in model.parameters())
+
+
+def test_bases_in_the_file_are_those_of_the_text(files: dict[str, Path], text: torch.Tensor) -> None:
+    """Keys of the text lose no more in the file's basis than in the best one of all rows together."""
+    held = read(str(files["recalkv"]), "recalkv")
+    whole = [seen.keys for layer, seen in observe(make_tiny("llama"), text) if layer == 1]
+    keys = torch.cat([each.transpose(0, 1).flatten(1) for each in whole])
+    fit = Bases(*(held.part(f"1.{part}") for part in Bases._fields))
+    basis = fit.keys[0, :, :8]
+    assert fit.order.tolist() == [0, 1]
+    best = torch.linalg.svdvals(keys)[8:].square().sum()
+    torch.testing.assert_close((keys - keys @ basis @ basis.T).square().sum(), best, rtol=1e-3, atol=1e-3)
+    assert held.part("fisher").shape == (3, 2)
+    assert (held.part("fisher") > 0).all()
+
+
+def test_a_calibrated_region_lends_its_bases(files: dict[str, Path]) -> None:
+    method = ReCalKV(rank=0.5, calibration=str(files["recalkv"]))
+    keys, values = torch.randn(2, 2, 100, 16, generator=torch.Generator().manual_seed(0))
+    region = method.for_layer(1, 3).compress(keys, values, None)
+    held = read(str(files["recalkv"]), "recalkv")
+    given = held.part("1.keys").untyped_storage().data_ptr()
+    longer = region.extend(keys, values, None)
+    for each in (region, longer):
+        assert any(part.untyped_storage().data_ptr() == given for part in each.fit)  # type: ignore[attr-defined]
+        shares = method.shares(held, 1)
+        ranks = sum(-(-int(share * 32) // 8) * 8 for share in shares)
+        assert each.nbytes <= 4 * (each.covered * (ranks + 8) + 2 * 2 * 4 * 16)
+
+
+def test_kvquant_weighs_by_fisher_information(files: dict[str, Path], text: torch.Tensor) -> None:
+    held = read(str(files["kvquant"]), "kvquant")
+    seen = sample(make_tiny("llama"), text)[2]
+    plain = KVQuant().fit(seen.keys, seen.values, None)
+    torch.testing.assert_close(held.part("2.low"), plain[2])
+    assert not torch.allclose(held.part("2.key_levels"), plain[0])
+
+
+def test_kvsharer_keeps_pairs_within_its_cosine(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = read(str(files["kvsharer(share=0.4)"]), "kvsharer").part("pairs").tolist()
+    assert len(pairs) <= 1
+    assert all(0 <= lender < borrower < 3 for borrower, lender in pairs)
+    monkeypatch.setattr("vericache_compile.compressors.kvsharer.COSINE", 1.1)
+    assert KVSharer(share=0.4).learn(make_tiny("llama"), make_prompt(64)["input_ids"])["pairs"].shape == (0, 2)
+    monkeypatch.setattr("vericache_compile.compressors.kvsharer.COSINE", -1.1)
+    accepted = KVSharer(share=0.67).learn(make_tiny("llama"), make_prompt(64)["input_ids"])["pairs"].tolist()
+    assert accepted in ([[2, 0], [1, 0]], [[1, 0], [2, 0]])
+
+
+def test_a_file_says_what_it_is_of(files: dict[str, Path]) -> None:
+    held = read(str(files["cskv(bits=4)"]), "cskv")
+    assert held.method == "cskv"
+    assert "bits=4" in held.parameters
+    assert held.model["sites"] == [[2, 16, 16]] * 3
+    assert len(held.model["config"]) == 64
+
+
+def _wrong(path: Path, folder: Path, how: str) -> Path:
+    made = folder / "wrong.safetensors"
+    data = path.read_bytes()
+    if how == "truncated":
+        made.write_bytes(data[: len(data) // 2])
+    elif how == "text":
+        made.write_text("not safetensors")
+    elif how == "no metadata":
+        save_file(load_file(path), made)
+    else:
+        return folder / "missing.safetensors"
+    return made
+
+
+@pytest.mark.parametrize(
+    ("how", "found"),
+    [
+        ("truncated", "not a whole safetensors file"),
+        ("text", "not a whole safetensors file"),
+        ("no metadata", "its format is None"),
+        ("missing", "cannot be read: No such file"),
+    ],
+)
+def test_a_broken_file_says_what_where_and_how_to_fix_it(
+    files: dict[str, Path], tmp_path: Path, how: str, found: str
+) -> None:
+    path = _wrong(files["recalkv"], tmp_path, how)
+    with pytest.raises(OptionError) as caught:
+        ReCalKV(calibration=str(path))
+    assert found in caught.value.found
+    assert str(path) in caught.value.where
+    assert FIX in caught.value.fix
+
+
+def test_another_methods_file_is_refused(files: dict[str, Path]) -> None:
+    with pytest.raises(OptionError, match="it is of method 'cskv', not 'recalkv'"):
+        ReCalKV(calibration=str(files["cskv"]))
+    with pytest.raises(OptionError, match="16 levels for bits=2"):
+        KVQuant(bits=2, calibration=str(files["kvquant"])).for_layer(0, 3)
+    with pytest.raises(OptionError, match="calibration=3"):
+        ReCalKV(calibration=3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("compressor", ["recalkv", "kvsharer"])
+def test_another_models_file_is_refused_before_any_output(
+    tmp_path: Path, text: torch.Tensor, compressor: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "other.safetensors"
+    calibrate(make_tiny("gpt2"), text, compressor, path)
+    _refused(_spelled(compressor, path), "it is of a model with 3 layers of [4, 16, 16]")
+
+
+def test_a_model_of_the_same_sites_and_another_width_is_refused(files: dict[str, Path], tmp_path: Path) -> None:
+    path = tmp_path / "other.safetensors"
+    model = make_tiny("llama")
+    model.resize_token_embeddings(128)
+    calibrate(model, make_prompt(64)["input_ids"], "recalkv", path)
+    _refused(_spelled("recalkv", path), "it is of another model")
+
+
+def _refused(compressor: str, found: str) -> None:
+    torch._dynamo.reset()
+    model = make_tiny("llama")
+    model.compile(backend="vericache", options={"compressor": compressor, "inductor": False})
+    with pytest.raises(Exception, match="calibration file") as caught:
+        model.generate(**make_prompt(30), max_new_tokens=4, do_sample=False)
+    error: BaseException | None = caught.value
+    while error is not None and not isinstance(error, OptionError):
+        error = error.__cause__ or error.__context__
+    assert error is not None
+    assert error.found.startswith(found)
+    assert FIX in error.fix
+
+
+def test_a_changed_file_is_read_again(tmp_path: Path, text: torch.Tensor) -> None:
+    path, model = tmp_path / "f.safetensors", make_tiny("llama")
+    calibrate(model, text, "cskv", path)
+    before = read(str(path), "cskv")
+    assert read(str(path), "cskv") is before
+    calibrate(model, text.flip(1), "cskv", path)
+    assert not torch.equal(read(str(path), "cskv").part("0.keys"), before.part("0.keys"))
+
+
+def test_what_learns_nothing_or_cannot_be_written_is_refused(text: torch.Tensor, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=r"'snapkv' learns nothing[\s\S]*kvquant, recalkv, cskv, kvsharer"):
+        calibrate(make_tiny("llama"), text, "snapkv", tmp_path / "f")
+    with pytest.raises(OptionError, match="it cannot be written"):
+        calibrate(make_tiny("llama"), text, "cskv", tmp_path / "no" / "folder")
+    assert not list(tmp_path.iterdir())
+
+
+def test_rows_are_spread_over_the_text() -> None:
+    assert rows_of(torch.arange(100), 3, 10).tolist() == [list(range(b, b + 10)) for b in (0, 33, 66)]
+    assert rows_of(torch.arange(25), 3, 10).shape == (2, 10)
+    with pytest.raises(VericacheError, match="a text of 5 tokens"):
+        rows_of(torch.arange(5), 3, 10)
+
+
+def test_the_command_writes_a_file_that_serves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    folder, text, out = tmp_path / "model", tmp_path / "text.txt", tmp_path / "out.safetensors"
+    make_tiny("llama").save_pretrained(folder)
+    words = {f"w{i}": i for i in range(90)}
+    backend = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="w0").save_pretrained(folder)
+    text.write_text(" ".join(f"w{7 * i % 90}" for i in range(200)))
+    arguments = ["calibrate", "--model", str(folder), "--compressor", "cskv", "--text", str(text), "--out", str(out)]
+    assert main([*arguments, "--rows", "2", "--tokens", "50", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["method"] == "cskv"
+    assert said["pieces"] == 2
+    assert read(str(out), "cskv").part("2.values").shape == (1, 32, 32)
+    assert main(arguments) == 2
+    assert "a text of 200 tokens" in capsys.readouterr().err

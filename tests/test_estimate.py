@@ -1,0 +1,28 @@
+"""Bytes per token of a method, whatever number of tokens it begins to cover at."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vericache_compile.compressors.spec import parse
+from vericache_compile.estimate import compressed_bytes
+from vericache_compile.plan import Site
+
+SITE = Site(0, 4, 2, 16, 16, 0.25, torch.float32, (0, 1))
+
+
+@pytest.mark.parametrize(
+    ("text", "share"),
+    [
+        ("none", 1.0),
+        ("streaming(keep=0.25)", 0.25),
+        ("lagkv(keep=0.25, lag=1000)", 0.25),
+        ("snapkv(window=100000)", 1.0),
+        ("int8", 0.3125),
+        ("quest(whole=0)", 1 / 16),
+    ],
+)
+def test_bytes_are_a_share_of_the_full_cache(text: str, share: float) -> None:
+    """A method that covers nothing of any length leaves all in the exact tail."""
+    assert compressed_bytes(parse(text, {}), [SITE]) == pytest.approx(share * SITE.bytes_per_token, rel=0.02)

@@ -1,0 +1,176 @@
+"""Families of models: taken, with plain tokens and bits that drafts do not change; and the command that tells."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from models import Switch
+from test_canonical import CHOICES, logits_of, random_guess, use_drafter, wrong_guess
+
+from vericache_compile import stats, sweep
+from vericache_compile.cli import main
+from vericache_compile.sweep import WINDOW, Finding, try_model
+from vericache_compile.sweep_models import LAYERS, MODELS, VOCABULARY, attentions_of, make_model
+
+NOT_TAKEN = {
+    "deepseek_v3": "attention over keys or values that are not returned",
+    "gpt_neo": "an attention mask that is not causal with left padding",
+}
+"""Latent caches, and windows over a cache that is not cut."""
+QUICK = {("gpt_oss", "eager"), ("bloom", "eager"), ("gemma2", "eager")}
+"""Sinks and experts, ALiBi, soft caps: what no other test generates with."""
+EAGERLY = {"inductor": False, "draft_dtype": "same"}
+FAMILIES = [
+    pytest.param(name, attention, marks=() if (name, attention) in QUICK else pytest.mark.slow)
+    for name in MODELS
+    for attention in ("sdpa", "eager")
+]
+
+
+@pytest.mark.parametrize(("name", "attention"), FAMILIES)
+def test_a_family_gives_plain_tokens(name: str, attention: str) -> None:
+    if attention not in attentions_of(name):
+        pytest.skip(f"{name} has no attention implementation {attention}")
+    found = try_model(name, attention)
+    assert found.identical
+    if name in NOT_TAKEN:
+        assert (found.taken, found.not_taken) == (False, [NOT_TAKEN[name]])
+        return
+    assert (found.taken, found.not_taken, found.sites) == (True, [], LAYERS)
+    assert found.tokens_per_round == WINDOW
+    assert found.tokens_per_round_snapkv >= 1
+
+
+@pytest.mark.parametrize(
+    ("name", "attention"),
+    [
+        ("gpt_oss", "eager"),
+        pytest.param("bloom", "eager", marks=pytest.mark.slow),
+        pytest.param("falcon-alibi", "sdpa", marks=pytest.mark.slow),
+        pytest.param("mpt", "eager", marks=pytest.mark.slow),
+        pytest.param("gemma2", "eager", marks=pytest.mark.slow),
+        pytest.param("mixtral", "sdpa", marks=pytest.mark.slow),
+        pytest.param("granitemoe", "eager", marks=pytest.mark.slow),
+    ],
+)
+def test_rows_are_bit_equal_whatever_drafts_do(name: str, attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, switch = make_model(name, attention), Switch()
+    model.compile(backend=switch)
+    inputs = {"input_ids": torch.randint(3, VOCABULARY, (3, 250), generator=torch.Generator().manual_seed(0))}
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    inputs["attention_mask"][1, :40] = 0
+    settings = {"window": 8, "inductor": False}
+    first = logits_of(model, switch, inputs, 18, **CHOICES[0], **settings)
+    assert torch.equal(first, logits_of(model, switch, inputs, 18, **CHOICES[2], **settings)), "snapkv"
+    use_drafter(monkeypatch, random_guess(VOCABULARY))
+    assert torch.equal(first, logits_of(model, switch, inputs, 18, **CHOICES[1], **settings)), "random guesses"
+    use_drafter(monkeypatch, wrong_guess(VOCABULARY, first))
+    assert torch.equal(first, logits_of(model, switch, inputs, 18, **CHOICES[4], **settings)), "wrong guesses"
+    assert stats(model)["accepted"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "attention"), [("gpt_oss", "eager"), ("bloom", "eager"), ("mixtral", "sdpa")])
+def test_a_family_gives_plain_tokens_in_compiled_segments(name: str, attention: str) -> None:
+    found = try_model(name, attention, inductor=True)
+    assert (found.identical, found.taken, found.tokens_per_round) == (True, True, WINDOW)
+
+
+def test_batched_experts_give_plain_tokens() -> None:
+    torch._dynamo.reset()
+    model = make_model("mixtral", "sdpa")
+    model.set_experts_implementation("batched_mm")
+    prompt = sweep.make_prompt(1)
+    plain = model.generate(**prompt, max_new_tokens=17, do_sample=False)
+    model.compile(backend="vericache", options={"compressor": "none", "window": 8, **EAGERLY})
+    assert torch.equal(model.generate(**prompt, max_new_tokens=17, do_sample=False), plain)
+    assert (stats(model)["rounds"], stats(model)["not_taken"]) == (2, [])
+
+
+def test_drafts_of_a_model_with_alibi_keep_every_token_and_say_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    torch._dynamo.reset()
+    model, prompt = make_model("bloom", "eager"), sweep.make_prompt(1)
+    model.compile(backend="vericache", options={"compressor": "snapkv(keep=0.2, window=8)", "window": 8, **EAGERLY})
+    with caplog.at_level(logging.WARNING, "vericache_compile"):
+        for _ in range(2):
+            model.generate(**prompt, max_new_tokens=33, do_sample=False)
+    [record] = [each for each in caplog.records if "ALiBi" in each.getMessage()]
+    assert all(part in record.getMessage() for part in ("where: compressor SnapKV", "fix:"))
+    assert stats(model)["tokens_per_round"] == 8, "a draft over every token is not wrong"
+
+
+def test_a_quantised_draft_of_a_model_with_alibi_needs_no_word(caplog: pytest.LogCaptureFixture) -> None:
+    torch._dynamo.reset()
+    model, prompt = make_model("bloom", "eager"), sweep.make_prompt(1)
+    plain = model.generate(**prompt, max_new_tokens=33, do_sample=False)
+    model.compile(backend="vericache", options={"compressor": "int8", "window": 8, **EAGERLY})
+    with caplog.at_level(logging.WARNING, "vericache_compile"):
+        assert torch.equal(model.generate(**prompt, max_new_tokens=33, do_sample=False), plain)
+    assert not caplog.records
+    assert stats(model)["tokens_per_round"] > 4
+
+
+def test_a_length_that_the_model_cannot_reach_fails_as_plain_generate_does() -> None:
+    torch._dynamo.reset()
+    model = make_model("mpt", "eager", max_seq_len=64)
+    prompt = sweep.make_prompt(1)
+    plain = model.generate(**prompt, max_new_tokens=17, do_sample=False)
+    model.compile(backend="vericache", options={"compressor": "none", "window": 8, **EAGERLY})
+    assert torch.equal(model.generate(**prompt, max_new_tokens=17, do_sample=False), plain)
+    assert stats(model)["rounds"] > 0
+    model._compiled_call_impl = None
+    with pytest.raises(RuntimeError):
+        model.generate(**prompt, max_new_tokens=18, do_sample=False)
+    model.compile(backend="vericache", options={"compressor": "none", "window": 8, **EAGERLY})
+    with pytest.raises(RuntimeError):
+        model.generate(**prompt, max_new_tokens=18, do_sample=False)
+
+
+FOUND = {
+    "opt": Finding("opt", "sdpa", 2, 2, True, True, 8.0, 1.5),
+    "mpt": Finding("mpt", "eager", taken=False, not_taken=["a | b", "c"]),
+}
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command without its models."""
+    monkeypatch.setattr(sweep, "attentions_of", lambda name: ("eager",))
+    monkeypatch.setattr(sweep, "try_model", lambda name, attention, inductor: FOUND[name])
+    monkeypatch.setenv("COLUMNS", "140")
+
+
+@pytest.mark.usefixtures("told")
+def test_the_command_prints_json_and_progress(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sweep", "--json", "opt", "mpt"]) == 0
+    out, err = capsys.readouterr()
+    opt, mpt = json.loads(out)["models"]
+    assert (opt["name"], opt["attention"], opt["layers"], opt["sites"], opt["reason"]) == ("opt", "sdpa", 2, 2, None)
+    assert (opt["taken"], opt["identical"], opt["tokens_per_round"]) == (True, True, 8.0)
+    assert (mpt["taken"], mpt["reason"]) == (False, "a | b; c")
+    assert "trying small models: mpt, eager (2 of 2)" in err
+
+
+@pytest.mark.usefixtures("told")
+def test_the_command_writes_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "models.md"
+    assert main(["sweep", "--markdown", str(page), "opt", "mpt"]) == 0
+    assert "| opt | sdpa | 2 / 2 | yes | yes | 8.0 | 1.5 |  |" in page.read_text()
+    assert "| mpt | eager | 0 / 2 | no | yes |  |  | a \\| b; c |" in page.read_text()
+    assert "2 / 2" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("told")
+def test_a_difference_is_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FOUND, "opt", Finding("opt", "sdpa", identical=False))
+    assert main(["sweep", "opt"]) == 1
+
+
+def test_an_unknown_name_is_said_with_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sweep", "lama"]) == 2
+    said = capsys.readouterr().err
+    assert all(part in said for part in ("no small model named 'lama'", "where:", "fix:", "llama"))

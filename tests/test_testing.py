@@ -1,0 +1,123 @@
+"""The suite for a method of one's own: the example passes it, and every check can say no."""
+
+from __future__ import annotations
+
+import runpy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Self
+
+import pytest
+import torch
+from torch import Tensor
+
+from vericache_compile import testing
+from vericache_compile.compressors import table
+from vericache_compile.compressors.none import NoCompression, UncompressedKV
+from vericache_compile.compressors.streaming import Streaming
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "custom_compressor.py"
+TestEveryOther = runpy.run_path(str(EXAMPLE))["TestEveryOther"]
+EveryOther = table._registered.pop("every_other")  # other test files share this process
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The example's method is known in this file."""
+    monkeypatch.setitem(table._registered, "every_other", EveryOther)
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> None:
+    """Not here: the model is captured once."""
+
+
+@pytest.mark.slow
+def test_the_example_runs() -> None:
+    table._registered.pop("every_other")
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(EXAMPLE), run_name="__main__")
+    assert ended.value.code == 0
+
+
+class Sharing(UncompressedKV):
+    """Hands its own keys on, and says half of its bytes."""
+
+    wrong: ClassVar[str]
+
+    @property
+    def nbytes(self) -> int:
+        return super().nbytes // (2 if self.wrong == "bytes" else 1)
+
+    @property
+    def slots(self) -> int:
+        return super().slots + (self.wrong == "slots")
+
+    def extend(self, keys: Tensor, values: Tensor, queries: Tensor | None) -> Self:
+        if self.wrong == "extend":
+            self.keys.add_(1)
+        if self.wrong == "covered":
+            self.covered += 1
+        longer = super().extend(keys, values, queries)
+        if self.wrong == "shared" and self.keys.shape[1]:
+            longer.values = self.values
+        return longer
+
+    def materialize(self) -> tuple[Tensor, Tensor]:
+        return (self.keys.double(), self.values) if self.wrong == "dtype" else (self.keys, self.values)
+
+
+@dataclass(frozen=True)
+class Wrong(NoCompression):
+    """A method that is wrong in one way."""
+
+    wrong: str = ""
+
+    def compress(self, keys: Tensor, values: Tensor, queries: Tensor | None) -> UncompressedKV:
+        made = type("Region", (Sharing,), {"wrong": self.wrong})
+        contiguous = torch.contiguous_format
+        return made(keys.clone(memory_format=contiguous), values.clone(memory_format=contiguous), keys.shape[1])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("bytes", "nbytes is"),
+        ("slots", "slots for"),
+        ("extend", "changed the old region's bytes"),
+        ("covered", "tokens are covered|changed the old region"),
+        ("shared", "shares memory|materialize gives"),
+        ("dtype", "materialize gives torch.float64"),
+    ],
+)
+def test_a_wrong_region_is_found_out(wrong: str, message: str) -> None:
+    testing.check_region(Wrong(), *testing.random_row(60), 40)
+    with pytest.raises(AssertionError, match=message):
+        testing.check_region(Wrong(wrong=wrong), *testing.random_row(60), 40)
+
+
+def test_a_method_that_drops_at_keep_1_is_found_out() -> None:
+    with pytest.raises(AssertionError, match=r"keep=1\.0 keeps"):
+        testing.check_whole(Streaming(keep=0.5), *testing.random_row(60), 40)
+
+
+def test_a_method_that_takes_anything_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Lenient(NoCompression):
+        name: ClassVar[str] = "lenient"
+        parameters: ClassVar[tuple[str, ...]] = ("keep",)
+
+        def __init__(self, keep: object = 1) -> None:
+            pass
+
+    monkeypatch.setitem(table._registered, "lenient", Lenient)
+    with pytest.raises(AssertionError, match="takes"):
+        testing.check_refusals("lenient")
+
+
+def test_a_changed_token_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = testing._plain_tokens(2, 9, 3, 5).clone()
+    monkeypatch.setattr(testing, "_plain_tokens", lambda *_: plain)
+    testing.check_tokens("none", 2, tokens=9, batch=3, count=5)
+    plain[2, -1] += 1
+    with pytest.raises(AssertionError, match="changes tokens"):
+        testing.check_tokens("none", 2, tokens=9, batch=3, count=5)

@@ -1,0 +1,55 @@
+"""What the runtime can tell a method beside keys, values and the last queries; each fact only where a method needs it.
+
+Shapes: K KV heads, S tokens handed over, n columns, D head size, Dv value head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from torch import Tensor
+
+from vericache_compile.compressors.rotation import Rotation
+
+Read = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Tokens of the row [K, n], counted from its first real one -> their keys [K, n, D] and values [K, n, Dv]."""
+
+
+def reader_of(keys: Tensor, values: Tensor) -> Read:
+    """Reads tokens of keys [K, S, D] and values [K, S, Dv]."""
+
+    def read(tokens: Tensor) -> tuple[Tensor, Tensor]:
+        columns = tokens.unsqueeze(-1)
+        return keys.take_along_dim(columns, dim=1), values.take_along_dim(columns, dim=1)
+
+    return read
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Of one row of one site. A fact that nobody asked for, or that nobody knows, is None."""
+
+    layer: int = 0
+    token: int = 0
+    """Which token of the row is the first that is handed over, counted from its first real one."""
+    position: int = 0
+    """That token's position."""
+    end: int = 0
+    """The position after the newest token: the last queries' positions end before it."""
+    rotation: Rotation | None = None
+    """`pre_rope`: how positions turned the keys; None where nothing turned them."""
+    attention: Tensor | None = None
+    """`attention`: [K, S], float32, the attention that each token has drawn so far, summed over queries and heads."""
+    repeated: Tensor | None = None
+    """`repeated`: [K, S], float32, the most attention that each token drew while the model repeated its context."""
+    read: Read | None = None
+    """`read`: reads the full KV, during draft too."""
+    shared: dict[object, Tensor] | None = None
+    """`shared`: what sites of one row leave for later ones, in one compression."""
+
+
+NOTHING: Final = Facts()
+KINDS: Final = frozenset({"pre_rope", "attention", "repeated", "read", "shared"})
+"""What a method's `needs` can name of these."""

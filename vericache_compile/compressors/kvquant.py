@@ -1,0 +1,200 @@
+"""KVQuant: a codebook that fits the numbers; keys per channel, values per token, outliers apart.
+
+Hooper et al., arXiv 2401.18079, section 3. A key channel's range, without its outliers, is fixed beforehand; a value
+token's is its own. Numbers scaled to [-1, 1] are rounded to the nearest of 2^bits levels, found by k-means in one
+dimension (section 3.3), one codebook for a layer's keys and one for its values. About 1 % of each vector, what lies
+farthest out, is stored apart (section 3.4), and the first tokens stay as they are (section 3.5).
+
+Ranges and levels come from a calibration file, where k-means weighs numbers by their Fisher information as the paper
+does, or else from the row's own first tokens, unweighted: started at quantiles, so nothing is random.
+
+Keys are quantised as cached, after RoPE; the paper does it before. Outliers of a key channel are sought in blocks of
+128 tokens, those of a value in all heads of a token together.
+
+Shapes: K KV heads, S tokens, D head size, n outliers of a vector, b = 128 tokens in a block, L = 2^bits levels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vericache_compile.calibration import Calibration
+from vericache_compile.compressors.dense import check_count
+from vericache_compile.compressors.fitted import Fit, Learned
+from vericache_compile.compressors.observed import sample
+from vericache_compile.compressors.outliers import Outliers, outlier_count, put_outliers, take_outliers
+from vericache_compile.compressors.planes import check_bits, pack_planes, unpack_planes
+from vericache_compile.compressors.quantizer import Codes
+from vericache_compile.errors import OptionError
+
+BLOCK: Final = 128
+SAMPLES: Final = 16384
+"""Numbers, evenly spread over the tokens, that k-means looks at."""
+TURNS: Final = 20
+"""Of k-means."""
+
+
+class Keys(NamedTuple):
+    """Codes and outliers of keys."""
+
+    packed: Tensor
+    """uint8 [K, S / 32, 4 * bits, D]."""
+    numbers: Tensor
+    """[K, S / b, n, D]."""
+    places: Tensor
+
+
+class Values(NamedTuple):
+    """Codes, outliers and ranges of values; the heads of a token are one vector of K * Dv."""
+
+    packed: Tensor
+    """uint8 [1, S / 32, 4 * bits, K * Dv]."""
+    numbers: Tensor
+    """[1, S, n]."""
+    places: Tensor
+    low: Tensor
+    """[1, S, 1], in the dtype of the cache."""
+    high: Tensor
+
+
+class Ranges(NamedTuple):
+    """The fit."""
+
+    key_levels: Tensor
+    """float32 [L], ascending, within [-1, 1]."""
+    value_levels: Tensor
+    low: Tensor
+    """Of each key channel, [K, 1, D], in the dtype of the cache."""
+    high: Tensor
+
+
+@dataclass(frozen=True)
+class KVQuant(Learned):
+    """Quantise whole blocks of 128 tokens; at least the last `residual` stay exact in the tail."""
+
+    name: ClassVar[str] = "kvquant"
+    parameters: ClassVar[tuple[str, ...]] = ("bits",)
+    paper: ClassVar[str] = "arXiv 2401.18079"
+
+    bits: int = 4
+    outliers: float = 0.01
+    """Fraction of each vector that is stored apart; at least one number."""
+    sinks: int = 1
+    residual: int = 32
+    calibration: str | None = None
+    """A file that `vericache calibrate` wrote, with as many bits."""
+
+    def __post_init__(self) -> None:
+        check_bits(self.bits, self.name)
+        check_count("sinks", self.sinks, 0, self.name)
+        check_count("residual", self.residual, 0, self.name)
+        if not isinstance(self.outliers, int | float) or not 0 < self.outliers < 1:
+            fix = "give a fraction between 0 and 1"
+            raise OptionError(f"outliers={self.outliers!r}", f"compressor {self.name!r}", fix)
+        self.check_file()
+
+    @property
+    def multiple(self) -> int:
+        """128 tokens: a block."""
+        return BLOCK
+
+    def fit(self, keys: Tensor, values: Tensor, queries: Tensor | None) -> Fit:
+        """Ranges and levels of keys [K, S, D] and values [K, S, Dv]; queries are not read."""
+        return fit_ranges(keys, values, None, self.bits, self.outliers)
+
+    def given(self, held: Calibration, layer: int, layers: int) -> Fit:
+        """The ranges and levels that a file has for a site; raises OptionError where they are of other bits."""
+        made = Ranges(*(held.part(f"{layer}.{part}") for part in Ranges._fields))
+        if len(made.key_levels) != 2**self.bits:
+            fix = f"calibrate again with kvquant(bits={self.bits})"
+            raise OptionError(f"{len(made.key_levels)} levels for bits={self.bits}", held.where, fix)
+        return made
+
+    def learn(self, model: Any, ids: Tensor) -> dict[str, Tensor]:
+        """Ranges and levels of every layer, by up to 2,048 of the tokens ids [N, T]."""
+        made: dict[str, Tensor] = {}
+        for layer, seen in sample(model, ids).items():
+            squares = (seen.key_gradients.float().square(), seen.value_gradients.float().square())
+            ranges = fit_ranges(seen.keys, seen.values, squares, self.bits, self.outliers)
+            made |= {f"{layer}.{part}": tensor for part, tensor in ranges._asdict().items()}
+        return made
+
+    def encode(self, keys: Tensor, values: Tensor, fit: Fit) -> tuple[Codes, Codes]:
+        """Codes of keys [K, S, D] and values [K, S, Dv]; S is a multiple of 128."""
+        ranges = Ranges(*fit)
+        scaled = scale_down(keys, ranges.low, ranges.high)
+        blocks = torch.unflatten(scaled, 1, (keys.shape[1] // BLOCK, BLOCK))
+        places = blocks.abs().topk(outlier_count(self.outliers, BLOCK), dim=2).indices
+        apart = take_outliers(torch.unflatten(keys, 1, blocks.shape[1:3]), places, 2)
+        made = Keys(pack_planes(nearest(scaled, ranges.key_levels), self.bits), *apart)
+        outer, low, high, scaled = split_values(values, self.outliers)
+        return made, Values(pack_planes(nearest(scaled, ranges.value_levels), self.bits), *outer, low, high)
+
+    def decode(self, keys: Codes, values: Codes, fit: Fit) -> tuple[Tensor, Tensor]:
+        """Keys [K, S, D] and values [K, S, Dv] from their codes."""
+        ranges, k, v = Ranges(*fit), Keys(*keys), Values(*values)
+        kept = scale_up(ranges.key_levels[unpack_planes(k.packed, self.bits).int()], ranges.low, ranges.high)
+        blocks = torch.unflatten(kept, 1, (kept.shape[1] // BLOCK, BLOCK))
+        put_outliers(blocks, Outliers(k.numbers, k.places), 2)
+        flat = scale_up(ranges.value_levels[unpack_planes(v.packed, self.bits).int()], v.low, v.high)
+        put_outliers(flat, Outliers(v.numbers, v.places), 2)
+        return kept, torch.unflatten(flat, 2, (kept.shape[0], -1)).squeeze(0).transpose(0, 1)
+
+
+def fit_ranges(
+    keys: Tensor, values: Tensor, weights: tuple[Tensor, Tensor] | None, bits: int, outliers: float
+) -> Ranges:
+    """Ranges and levels of keys [K, S, D] and values [K, S, Dv], by weights shaped as they are, or none."""
+    ordered, skipped = keys.sort(dim=1).values, int(outliers / 2 * keys.shape[1])
+    low, high = (ordered[:, i, None].clone() for i in (skipped, keys.shape[1] - 1 - skipped))
+    scaled = (scale_down(keys, low, high), split_values(values, outliers)[3])
+    mass = (None, None) if weights is None else (weights[0], weights[1].transpose(0, 1).flatten(1).unsqueeze(0))
+    levels = [k_means(x, own, 2**bits) for x, own in zip(scaled, mass, strict=True)]
+    return Ranges(levels[0], levels[1], low, high)
+
+
+def split_values(values: Tensor, fraction: float) -> tuple[Outliers, Tensor, Tensor, Tensor]:
+    """Outliers, low and high [1, S, 1], and all scaled [1, S, K * Dv], of values [K, S, Dv]: token by token."""
+    flat = values.transpose(0, 1).flatten(1).unsqueeze(0)
+    mean = flat.mean(dim=2, keepdim=True, dtype=torch.float32).to(flat.dtype)
+    places = (flat - mean).abs().topk(outlier_count(fraction, flat.shape[2]), dim=2).indices
+    low, high = flat.scatter(2, places, mean.expand_as(places)).aminmax(dim=2, keepdim=True)
+    return take_outliers(flat, places, 2), low, high, scale_down(flat, low, high)
+
+
+def scale_down(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """x in float32, so that [low, high] becomes [-1, 1]; 0 where that is one point or not a number."""
+    middle, half = (high.float() + low.float()) / 2, (high.float() - low.float()) / 2
+    return ((x.float() - middle) / half).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def scale_up(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """The inverse, in the dtype of the range."""
+    middle, half = (high.float() + low.float()) / 2, (high.float() - low.float()) / 2
+    return torch.addcmul(middle, x, half).to(low.dtype)
+
+
+def nearest(x: Tensor, levels: Tensor) -> Tensor:
+    """uint8 index of the level nearest to each number of x."""
+    return torch.bucketize(x, (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
+
+
+def k_means(x: Tensor, weights: Tensor | None, count: int) -> Tensor:
+    """`count` levels, float32 ascending, with the least weighted squared distance to the numbers of x within [-1, 1].
+
+    Lloyd's iteration, from quantiles; a level that no number is nearest to stays.
+    """
+    step = max(x.numel() // SAMPLES, 1)
+    numbers = x.reshape(-1)[::step].clamp(-1, 1)
+    mass = torch.ones_like(numbers) if weights is None else weights.reshape(-1)[::step].float()
+    at = [(2 * i + 1) * len(numbers) // (2 * count) for i in range(count)]
+    levels = numbers.sort().values[torch.tensor(at, device=x.device)]
+    for _ in range(TURNS):
+        cell = nearest(numbers, levels).long()
+        total, moment = (x.new_zeros(count).index_add_(0, cell, part) for part in (mass, mass * numbers))
+        levels = torch.where(total > 0, moment / total, levels)
+    return levels

@@ -1,0 +1,44 @@
+"""KVzip: keep what the model needs to repeat its context, whatever is asked of it later.
+
+Kim et al., arXiv 2505.23416: before the first draft the model is fed its context once more, chunk by chunk, over the
+full cache; a key's score is the most attention that it draws while it does (`runtime/repeat.py`, where the choices
+made are said). The heads of a layer share one budget, by score. Tokens that come later were never repeated: all stay,
+as in the paper; with `refresh` the model repeats them too. The repetition costs about as much as verifying the context
+once (`stats(model)["seconds"]["repeat"]`), and its tokens need room for a while: a chunk of full KV.
+
+Where the context's tokens are not known (a cache that an uncompiled model built) the last queries vote, as in AdaKV.
+
+Shapes: H query heads, K KV heads, S tokens, C tokens scored, n of them repeated, D head size, w queries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from vericache_compile.compressors.adakv import AdaKV, share_out
+from vericache_compile.compressors.dense import budget
+
+
+@dataclass(frozen=True)
+class KVzip(AdaKV):
+    """Keep the fraction `keep` of a layer's repeated tokens before the last `window`, shared out among its heads."""
+
+    name: ClassVar[str] = "kvzip"
+    paper: ClassVar[str] = "arXiv 2505.23416"
+    needs: ClassVar[tuple[str, ...]] = ("queries", "count", "repeated")
+
+    kernel: int = field(default=1, init=False, repr=False)
+    floor: float = field(default=0.0, init=False, repr=False)
+
+    def share(self, keys: Tensor, queries: Tensor, covered: int) -> Tensor:
+        """Places, ascending, in the flattened [K, C], of those that stay of the first C = `covered` tokens."""
+        repeated = self.facts.repeated
+        if repeated is None:
+            return super().share(keys, queries, covered)
+        known = min(repeated.shape[1], covered)
+        scores = F.pad(repeated[:, :known], (0, covered - known), value=float("inf"))
+        return share_out(scores, budget(self.keep, known) + covered - known, self.floor)

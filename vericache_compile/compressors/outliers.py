@@ -1,0 +1,37 @@
+"""Outliers apart: a few numbers of every vector are stored as they are, with their places; the rest is quantised.
+
+A vector runs along dimension `dim` of a tensor; n numbers are taken of each. Places take a byte where vectors have at
+most 256 numbers.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Outliers(NamedTuple):
+    """n numbers of each vector, in place of the vector's own extent."""
+
+    numbers: Tensor
+    """In the dtype of the cache."""
+    places: Tensor
+    """Where they stand in their vector: uint8, or int16 in vectors of more than 256."""
+
+
+def outlier_count(fraction: float, length: int) -> int:
+    """Numbers to take of a vector: `fraction` of them, rounded, but at least one where there are two or more."""
+    return min(max(round(fraction * length), 1), length // 2)
+
+
+def take_outliers(x: Tensor, places: Tensor, dim: int) -> Outliers:
+    """The numbers of x at `places` (int64) of each vector along `dim`."""
+    small = torch.uint8 if x.shape[dim] <= 256 else torch.int16
+    return Outliers(x.take_along_dim(places, dim), places.to(small))
+
+
+def put_outliers(x: Tensor, outliers: Outliers, dim: int) -> Tensor:
+    """x with the outliers back in their places, in place."""
+    return x.scatter_(dim, outliers.places.long(), outliers.numbers)

@@ -1,0 +1,53 @@
+"""Calibrate a compression method on a model and some text: what it learns goes to a file that its parameter names."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from torch import Tensor
+
+from vericache_compile.calibration import write
+from vericache_compile.compressors.fitted import Learner
+from vericache_compile.compressors.observed import observe
+from vericache_compile.compressors.spec import parse
+from vericache_compile.compressors.table import find_method, method_names
+from vericache_compile.errors import OptionError, VericacheError
+
+
+def calibrate(model: Any, ids: Tensor, compressor: str, out: str | os.PathLike[str]) -> dict[str, Any]:
+    """Write what `compressor`, a method with its parameters, learns of `model` by the tokens ids [N, T].
+
+    `model` is a transformers model, compiled or not; it runs uncompiled, and for some methods backwards. Returns what
+    the file says of itself. Raises OptionError for a method that is not calibrated, and where the file cannot be
+    written.
+    """
+    method = learner(compressor)
+    original = getattr(model, "_orig_mod", model)
+    learned = method.learn(original, ids)
+    sites = {
+        layer: [seen.keys.shape[0], seen.keys.shape[2], seen.values.shape[2]]
+        for layer, seen in observe(original, ids[:1, :2])
+    }
+    return write(out, method.name, repr(method), original, [sites[layer] for layer in sorted(sites)], learned)
+
+
+def learner(compressor: str) -> Learner:
+    """The method, with its parameters, that is to be calibrated; raises OptionError where it learns nothing."""
+    method = parse(compressor, {})
+    if not isinstance(method, Learner):
+        known = ", ".join(name for name in method_names() if issubclass(find_method(name), Learner))
+        raise OptionError(f"{compressor!r} learns nothing", "the compressor to calibrate", f"choose from: {known}")
+    return method
+
+
+def rows_of(ids: Tensor, rows: int, tokens: int) -> Tensor:
+    """Up to `rows` rows of `tokens` tokens, spread over the text ids [T]; raises VericacheError for a short text."""
+    if rows < 1 or tokens < 2:
+        raise VericacheError(f"{rows} pieces of {tokens} tokens", "--rows, --tokens", "give from 1 row and 2 tokens up")
+    count = min(rows, len(ids) // tokens)
+    if count == 0:
+        fix = f"name a longer text, or fewer --tokens than {tokens}"
+        raise VericacheError(f"a text of {len(ids)} tokens", "the text to calibrate on", fix)
+    step = len(ids) // count
+    return ids[: step * count].view(count, step)[:, :tokens]

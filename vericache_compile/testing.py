@@ -1,0 +1,247 @@
+"""What every compression method has to promise, as tests that its author can run on it.
+
+    from vericache_compile.testing import compressor_suite
+    TestMine = compressor_suite("mine", "mine(keep=0.5)")        # in any test file; pytest finds it
+
+The regions of a method are looked at on random rows; then two tiny random models, one with grouped queries and one
+without, generate with it, and have to give the tokens of plain `generate`. It takes some seconds per method; pytest and
+transformers are needed. The same checks run on our own methods.
+
+Shapes: H query heads, K KV heads, S tokens, D head size, Dv value head size, w queries, B batch, T prompt tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from vericache_compile.backend import vericache
+from vericache_compile.compressors.base import CompressedKV, Compressor
+from vericache_compile.compressors.spec import parse
+from vericache_compile.errors import OptionError
+
+if TYPE_CHECKING:
+    import pytest
+
+VOCABULARY = 97
+KV_HEADS = {"grouped queries": 2, "one query head per KV head": 4}
+"""Of the 4 heads of the tiny models."""
+GATHER = 8
+"""Tokens that gather in a tail before they are compressed in, so that few new tokens do it several times."""
+ROWS = ((0, 0), (1, 3), (5, 0), (40, 90), (300, 1), (300, 300))
+"""Tokens compressed, and tokens that join."""
+
+
+def compressor_suite(*texts: str) -> type:
+    """A class of tests for the methods that `texts` name, each written as the option `compressor` is."""
+    import pytest
+
+    dtypes = [torch.float32, torch.bfloat16]
+
+    @pytest.mark.parametrize("text", texts)
+    class CompressorSuite:
+        """One method; bind it to a name that begins with Test."""
+
+        @pytest.mark.parametrize("dtype", dtypes, ids=str)
+        def test_regions_are_what_they_say(self, text: str, dtype: torch.dtype) -> None:
+            for tokens, more in ROWS:
+                check_region(parse(text, {}), *random_row(tokens + more, dtype=dtype), tokens)
+
+        def test_keeping_all_is_the_full_cache(self, text: str) -> None:
+            if "keep" not in parse(text, {}).parameters or "keep" in text:
+                pytest.skip("it has no fraction to keep, or says its own")
+            for tokens, more in ROWS:
+                check_whole(parse(text, {"keep": 1.0}), *random_row(tokens + more), tokens)
+
+        def test_wrong_parameters_are_refused(self, text: str) -> None:
+            check_refusals(text)
+
+        @pytest.mark.parametrize("heads", KV_HEADS)
+        def test_a_padded_batch_gives_plain_tokens(self, text: str, heads: str, gathering: None) -> None:
+            check_tokens(text, KV_HEADS[heads], tokens=300, batch=3, count=30)
+
+        def test_a_prompt_within_the_budget_gives_plain_tokens(self, text: str, gathering: None) -> None:
+            check_tokens(text, 2, tokens=9, batch=3, count=5)
+
+        def test_a_long_output_gives_plain_tokens(self, text: str, gathering: None) -> None:
+            check_tokens(text, 2, tokens=60, batch=1, count=90)
+
+        @pytest.fixture
+        def gathering(self, monkeypatch: pytest.MonkeyPatch) -> None:
+            from vericache_compile.runtime import rounds
+
+            monkeypatch.setattr(rounds, "CHUNK", GATHER)
+
+    return CompressorSuite
+
+
+def random_row(
+    tokens: int,
+    *,
+    kv_heads: int = 2,
+    heads: int = 4,
+    queries: int = 8,
+    size: int = 16,
+    value_size: int = 12,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys [K, S, D], values [K, S, Dv], queries [H, w, D]; the first two are views of a longer cache."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    keys, values = normal(kv_heads, tokens + 3, size), normal(kv_heads, tokens + 3, value_size)
+    return keys[:, :tokens], values[:, :tokens], normal(heads, queries, size)
+
+
+def check_region(method: Compressor, keys: Tensor, values: Tensor, queries: Tensor, tokens: int) -> None:
+    """Compress the first `tokens` of keys [K, S, D] and values [K, S, Dv], then let the others join.
+
+    Sizes, types and coverage are as the interface says, bytes are those allocated, nothing is shared with the cache or
+    between regions, and the first region stays as it was to the bit.
+    """
+    region = method.compress(keys[:, :tokens], values[:, :tokens], queries)
+    held, covered = raw_bytes(region), region.covered
+    assert 0 <= covered <= tokens, f"{covered} tokens are covered of {tokens}"
+    longer = region.extend(keys[:, covered:], values[:, covered:], queries)
+    assert covered <= longer.covered <= keys.shape[1], f"{longer.covered} tokens are covered of {keys.shape[1]}"
+    given = {x.untyped_storage().data_ptr() for x in (keys, values, queries)}
+    for each in (region, longer):
+        _check_sizes(each, keys, values)
+        own = storages(each)
+        assert each.nbytes == sum(own.values()), f"nbytes is {each.nbytes}, allocated are {sum(own.values())}"
+        assert not (own.keys() & given) - {0}, "a region keeps what it was given alive: own a copy"
+    assert not (storages(region).keys() & storages(longer).keys()) - {0}, "extend shares memory with the old region"
+    assert region.covered == covered, "extend changed the old region"
+    assert all(map(torch.equal, raw_bytes(region), held)), "extend changed the old region's bytes"
+
+
+def _check_sizes(region: CompressedKV, keys: Tensor, values: Tensor) -> None:
+    assert region.slots <= region.covered, f"{region.slots} slots for {region.covered} tokens"
+    for read, x in zip(region.materialize(), (keys, values), strict=True):
+        assert read.shape == (x.shape[0], region.slots, x.shape[2]), f"materialize gives {tuple(read.shape)}"
+        assert read.dtype == x.dtype, f"materialize gives {read.dtype} for a cache of {x.dtype}"
+
+
+def check_whole(method: Compressor, keys: Tensor, values: Tensor, queries: Tensor, tokens: int) -> None:
+    """A method that keeps everything reproduces the full cache, to the bit."""
+    region = method.compress(keys[:, :tokens], values[:, :tokens], queries)
+    longer = region.extend(keys[:, region.covered :], values[:, region.covered :], queries)
+    for each in (region, longer):
+        assert each.slots == each.covered, f"keep=1.0 keeps {each.slots} of {each.covered} tokens"
+        for read, x in zip(each.materialize(), (keys, values), strict=True):
+            assert torch.equal(read, x[:, : each.covered]), "keep=1.0 is not the full cache"
+
+
+def check_refusals(text: str) -> None:
+    """Options that a method does not take, and values that make no sense, raise OptionError."""
+    taken = parse(text, {}).parameters
+    wrong: list[dict[str, object]] = [{"no_such_option": 1}]
+    wrong += [{"keep": value} for value in (0, -0.5, 1.5, True, "half")]
+    wrong += [{"bits": value} for value in (0, -4, True, "four")]
+    for option in wrong:
+        if next(iter(option)) in taken and next(iter(option)) in text:
+            continue  # it says its own
+        try:
+            parse(text, option)
+        except OptionError:
+            continue
+        raise AssertionError(f"{text!r} takes {option}")
+
+
+def check_tokens(text: str, kv_heads: int, *, tokens: int, batch: int, count: int) -> None:
+    """A tiny model's `count` new tokens over this method are those of plain greedy `generate`."""
+    model, switch = tiny_model(kv_heads)
+    prompt, switch.options = make_prompt(tokens, batch), {"compressor": text, "window": 4, "inductor": False}
+    ours = model.generate(**prompt, max_new_tokens=count, do_sample=False)
+    assert torch.equal(ours, _plain_tokens(kv_heads, tokens, batch, count)), f"{text!r} changes tokens"
+
+
+class Switch:
+    """The backend under options that may change between calls, so that Dynamo captures a model once for all of them."""
+
+    def __init__(self) -> None:
+        self.options: dict[str, Any] = {}
+
+    def __call__(self, module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        """Compile for the options of now; calls compile for others as they come up."""
+        made = {str(self.options): vericache(module, example_inputs, options=self.options)}
+
+        def call(*inputs: Any) -> Any:
+            key = str(self.options)
+            if key not in made:
+                made[key] = vericache(module, example_inputs, options=self.options)
+            return made[key](*inputs)
+
+        return call
+
+
+@cache
+def tiny_model(kv_heads: int) -> tuple[Any, Switch]:
+    """A random model of three layers and four heads, and the backend that it is compiled with."""
+    made, switch = _make_tiny(kv_heads), Switch()
+    made.compile(backend=switch)
+    return made, switch
+
+
+def _make_tiny(kv_heads: int) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=kv_heads,
+        initializer_range=0.2,  # wide, so that logits are far from ties
+    )
+    model = LlamaForCausalLM(config).eval()
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    return model
+
+
+@cache
+def _plain_tokens(kv_heads: int, tokens: int, batch: int, count: int) -> Tensor:
+    made: Tensor = _make_tiny(kv_heads).generate(**make_prompt(tokens, batch), max_new_tokens=count, do_sample=False)
+    return made
+
+
+def make_prompt(tokens: int, batch: int = 1, vocabulary: int = VOCABULARY, seed: int = 0) -> dict[str, Tensor]:
+    """Random input_ids [B, T] and attention_mask; rows after the first are shorter, padded on the left."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, vocabulary, (batch, tokens), generator=generator)
+    mask = torch.ones_like(ids)
+    for b in range(1, batch):
+        pad = tokens * b // (batch + 1)
+        ids[b, :pad], mask[b, :pad] = 0, 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def find_tensors(value: object) -> Iterator[Tensor]:
+    """Every tensor that a region holds, in tuples and regions within it too."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from find_tensors(item)
+    elif isinstance(value, CompressedKV):
+        yield from find_tensors(tuple(vars(value).values()))
+
+
+def storages(region: CompressedKV) -> dict[int, int]:
+    """Address and bytes of each storage that a region holds (address 0: of an empty one)."""
+    return {x.data_ptr(): x.nbytes() for x in (tensor.untyped_storage() for tensor in find_tensors(region))}
+
+
+def raw_bytes(region: CompressedKV) -> list[Tensor]:
+    """A copy of every byte of a region."""
+    return [tensor.contiguous().view(torch.uint8).clone() for tensor in find_tensors(region) if tensor.numel()]
