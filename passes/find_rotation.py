@@ -63,6 +63,8 @@ def _before_rotation(key: Node, fed: set[Node], placed: set[Node]) -> Node | Non
 def _cut_out(program: Program, key: Node, before: Node, fed: set[Node]) -> Rope | None:
     """The graph from `before` and positions to `key`; None where it needs anything else."""
     given, env = example(before), bind_symbols(program, 1)
+    if not isinstance(given, Tensor):  # the parts of a split
+        return None
     sizes = [sorted(concrete(size, env) for size in value.shape) for value in (given, example(key))]
     if sizes[0] != sizes[1] or given.shape[-1] != example(key).shape[-1]:
         return None

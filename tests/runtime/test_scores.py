@@ -72,10 +72,26 @@ def test_windows_equal_the_operator(name: str, dtype: torch.dtype) -> None:
     for window, start, pad in ((2, 0, 0), (4, 254, 0), (8, 250, 17), (4, 300, 256), (16, 513, 511)):
         q = draw(1, HEADS, window, 16, seed=start, dtype=dtype) * 3
         scores = scores_of(site, sinks_of(site), start + window, q.device)
-        made = attend_full(q, keys, values, [start], [pad], site.scale, scores)
+        made = attend_full(q, keys, values, [start], [pad], site.scale, scores=scores)
         assert made.dtype == dtype
         expected = call_operator(site, q, keys, values, start, pad)
         assert (made.float() - expected).abs().max() < TOLERANCE[dtype], (window, start, pad)
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("name", SITES)
+def test_triton_kernels_take_the_same_scores(name: str, path: str) -> None:
+    if path == "reference":
+        pytest.skip("neither of them runs here")
+    site = SITES[name]
+    keys, values = (draw(1, KV_HEADS, COLUMNS, 16, seed=seed) for seed in (1, 2))
+    window, start, pad = 4, 300, 200
+    q = draw(1, HEADS, window, 16, seed=start) * 3
+    made = attend_full(
+        q, keys, values, [start], [pad], site.scale, scores=scores_of(site, sinks_of(site), start + window, q.device)
+    )
+    expected = call_operator(site, q, keys, values, start, pad)
+    assert (made - expected).abs().max() < TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize("size", [16, 24])
@@ -106,7 +122,7 @@ def test_a_tokens_bits_do_not_depend_on_its_place_nor_on_the_batch(name: str) ->
         own = q[:, :, start : start + window]
         for batch in (1, 2):
             given = [x.expand(batch, -1, -1, -1) for x in (own, keys, values)]
-            made = attend_full(*given, [start] * batch, [3] * batch, site.scale, scores)
+            made = attend_full(*given, [start] * batch, [3] * batch, site.scale, scores=scores)
             rows += [made[b, :, column - start] for b in range(batch)]
     assert all(torch.equal(rows[0], row) for row in rows[1:])
 
