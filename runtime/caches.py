@@ -263,8 +263,12 @@ def compress_site(
     regions = []
     for b, span in enumerate(spans):
         keys, values = exact.row(b, *span)
-        told = compressor if tell is None else compressor.knowing(tell(site.layer, b, *span))
-        regions.append(told.compress(keys, values, _asked(compressor, keys, site, queries[b])))
+        asked = _asked(compressor, keys, site, queries[b])
+        if tell is None:
+            regions.append(compressor.compress(keys, values, asked))
+        else:
+            facts = tell(site.layer, b, *span)
+            regions.append(compressor.knowing(facts).compress(keys, values, asked).knowing(facts.lasting))
     return regions
 
 
@@ -325,8 +329,12 @@ def extend(
             if donor is not None:
                 region = BorrowedKV(layers[donor].regions[b])
             elif end > start:
-                told = region if tell is None else region.knowing(tell(layer, b, start, end))
-                region = told.extend(k, v, _asked(before.compressor, k, site, queries[layer][b]))
+                asked = _asked(before.compressor, k, site, queries[layer][b])
+                if tell is None:
+                    region = region.extend(k, v, asked)
+                else:
+                    facts = tell(layer, b, start, end)
+                    region = region.knowing(facts).extend(k, v, asked).knowing(facts.lasting)
             regions.append(region)
         if layer in placed and not _keeps_all(regions):
             exact, whole = Columns(*full.read(layer, 0, max(columns)), [0] * full.batch), True

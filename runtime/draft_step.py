@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from vericache_compile.compressors.base import CompressedKV
 from vericache_compile.kernels import launch
 from vericache_compile.kernels.block_attention import Scores
 from vericache_compile.kernels.draft_attention import Region, draft_attention, region_lefts
@@ -30,7 +31,8 @@ Bound = list[Tensor | None]
 def serves(device: torch.device, plan: DecodePlan, draft: DraftKV) -> bool:
     """Whether draft steps run with their lengths on the device: where kernels read lengths there, no bias has to be
     made for a length, and no region chooses by the query what is read."""
-    if any(region.selects for layer in draft.layers for region in layer.regions):
+    regions = (region for layer in draft.layers for region in layer.regions)
+    if any(type(region).select is not CompressedKV.select for region in regions):
         return False
     return all(launch.takes(device, site.dtype) and site.alibi is None for site in plan.captured.sites)
 
