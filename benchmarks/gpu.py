@@ -65,7 +65,7 @@ class Scale:
 
 
 FULL = Scale(LARGE, torch.bfloat16, ((1, 32768), (1, 131072), (2, 131072)), 20 << 30, 128, 48, 7000)
-SMALL = Scale(TINY, torch.float32, ((1, 200), (2, 300)), 256 << 10, 40, 24, 0)
+SMALL = Scale(TINY, torch.float32, ((1, 200), (4, 800)), 1 << 20, 40, 24, 0)
 
 
 class SettledClock(Clock):
@@ -98,7 +98,7 @@ def bytes_per_token(config: Any, dtype: torch.dtype) -> int:
 
 
 def hindrance(side: str, needed: int, scale: Scale, device: str) -> str | None:
-    """Why a side cannot run a case, if it cannot; vericache keeps full KV elsewhere where it does not fit."""
+    """Why a side cannot run a case, if it cannot; vericache keeps full KV in host memory then."""
     if side == OFFLOADED:
         return None if device == "cuda" else "transformers offloads from an accelerator only"
     if needed <= scale.kv_budget or side == OURS:

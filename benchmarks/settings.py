@@ -14,7 +14,7 @@ from vericache_compile.plan import Site
 
 FRACTIONS = ("keep", "rank", "channels", "share")
 """Parameters that take any fraction."""
-STEPS = [i / 50 for i in range(1, 50)] + [1.0]
+STEPS = [i / 50 for i in range(1, 51)]
 FIXED: Mapping[str, Mapping[str, Any]] = {"cskv": {"bits": 4}, "qpruningkv": {"bits": 4}}
 """Where a method has two such parameters, one is held."""
 UNESTIMATED = ("packkv", "refreekv")
@@ -34,7 +34,7 @@ def settings(name: str, calibration: str | None) -> Iterator[str]:
     if calibration is not None and issubclass(method, Learner):
         fixed["calibration"] = calibration
     known = all_parameters(method)
-    fraction = next((each for each in FRACTIONS if each in known), None)
+    fraction = next((each for each in FRACTIONS if isinstance(known.get(each), float)), None)
     if fraction is not None:
         yield from (spell(name, {**fixed, fraction: step}) for step in STEPS)
     elif "bits" in known:
@@ -44,16 +44,16 @@ def settings(name: str, calibration: str | None) -> Iterator[str]:
 
 
 def choose(name: str, share: float, sites: tuple[Site, ...], calibration: str | None = None) -> str:
-    """The setting that takes the most bytes of at most `share` of the full cache's; else the one that takes fewest."""
+    """The setting that takes the most bytes up to `share` of the full cache's (give or take a hundredth of it); where
+    all take more, the one that takes fewest."""
     if name in UNESTIMATED:
         return name
     full = sum(site.bytes_per_token for site in sites)
     sizes: dict[str, float] = {}
     for each in settings(name, calibration):
         try:
-            method = parse(each, {})
-        except OptionError:  # bits that it does not have
+            sizes[each] = compressed_bytes(parse(each, {}), sites) / full
+        except OptionError:  # bits that it, or its calibration, does not have; or all layers shared
             continue
-        sizes[each] = compressed_bytes(method, sites) / full
-    within = {each: size for each, size in sizes.items() if size <= share + 1e-6}
+    within = {each: size for each, size in sizes.items() if size <= 1.01 * share}
     return max(within, key=lambda each: within[each]) if within else min(sizes, key=lambda each: sizes[each])

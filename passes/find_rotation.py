@@ -11,6 +11,7 @@ output, so a rotation that cannot be cut out is one that is not known, and never
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from vericache_compile.errors import UnsupportedGraph
@@ -48,7 +49,7 @@ def _before_rotation(key: Node, fed: set[Node], placed: set[Node]) -> Node | Non
     order = {node: i for i, node in enumerate(key.graph.nodes)}
     front, mixed = {key}, False
     while front:
-        if len(front) == 1 and mixed:
+        if len(front) == 1 and mixed and all(isinstance(example(node), Tensor) for node in front):
             return front.pop()
         last = max(front, key=order.__getitem__)
         front.remove(last)
@@ -62,6 +63,8 @@ def _before_rotation(key: Node, fed: set[Node], placed: set[Node]) -> Node | Non
 def _cut_out(program: Program, key: Node, before: Node, fed: set[Node]) -> Rope | None:
     """The graph from `before` and positions to `key`; None where it needs anything else."""
     given, env = example(before), bind_symbols(program, 1)
+    if not isinstance(given, Tensor):  # the parts of a split
+        return None
     sizes = [sorted(concrete(size, env) for size in value.shape) for value in (given, example(key))]
     if sizes[0] != sizes[1] or given.shape[-1] != example(key).shape[-1]:
         return None

@@ -3,9 +3,9 @@
 Verify's bits must not depend on where a round starts: keys are taken in blocks of 256 columns anchored at column 0,
 each block is attended on its own, and blocks are merged in order. A block that a row cannot see adds exactly zero.
 In float32 on the CPU that is a kernel of ours, and so it is on a GPU, in Triton, whatever the type. For other types on
-the CPU it is torch's flash kernel. In 16-bit types flash
-chooses how to multiply by the number of blocks it is given, so it gets them one by one; heads whose keys and values
-differ in size are filled up with zeros, which change no sum (plain batched products are not invariant).
+the CPU it is torch's flash kernel. In 16-bit types flash chooses how to multiply by the number of blocks it is given,
+so it gets them one by one; heads whose keys and values differ in size are filled up with zeros, which change no sum
+(plain batched products are not invariant).
 
 Shapes: B batch, H query heads, K KV heads, G = H / K, W window, D head size, E value head size, N blocks.
 """
@@ -47,12 +47,14 @@ def attend_full(
     BLOCK, written up to starts[b] + W). Row b sees columns from pads[b] up to its own, and of these the last `reach`
     (a sliding window; None: all). `bounds` [2, B] is starts and pads on the device, where they are there already;
     `scores` says what is done to scores beside scaling them. Returns [B, H, W, E]."""
+    if launch.serves(q):
+        begin, left = torch.tensor([starts, pads], device=q.device) if bounds is None else bounds
+        how = {} if scores is None else scores._asdict()
+        heads_left = left[:, None].expand(-1, keys.shape[1])
+        return verify_attention(q, keys, values, begin, heads_left, scale, reach=reach, **how)
     lefts = [[pad] * keys.shape[1] for pad in pads]
     if scores is not None:
         return attend_scores(q, keys, values, starts, lefts, scale, scores, reach)
-    if launch.serves(q) and reach is None:
-        begin, left = torch.tensor([starts, pads], device=q.device) if bounds is None else bounds
-        return verify_attention(q, keys, values, begin, left[:, None].expand(-1, keys.shape[1]), scale)
     if block_attention.serves(q):
         return block_attention.attend(q, keys, values, starts, lefts, scale, reach=reach)
     out = q.new_empty((q.shape[0], q.shape[1], q.shape[2], values.shape[3]))

@@ -165,10 +165,14 @@ class DraftLayer:
         """Keys and values [B, K, S, *], and which slots rows `columns` long read of them, for queries [B, H, 1, D]."""
         tails = [column - start for column, start in zip(columns, self.starts, strict=True)]
         keys, values = self._materialize(max(tails), q) if self.packed else (self.keys, self.values)
+        return keys, values, self.visible(tails)
+
+    def visible(self, tails: Sequence[int]) -> Visible:
+        """Which slots rows read whose tails hold so many tokens."""
         lefts = self.lefts
         if self.reach is not None:
-            lefts = tuple((max(tail - self.reach, 0),) * keys.shape[1] for tail in tails)
-        return keys, values, Visible(lefts, tuple(self.slots + tail for tail in tails))
+            lefts = tuple((max(tail - self.reach, 0),) * self.keys.shape[1] for tail in tails)
+        return Visible(lefts, tuple(self.slots + tail for tail in tails))
 
     def valid(self, columns: Sequence[int]) -> bool:
         """Whether rows may be `columns` long: no region covers a token beyond, and no tail starts inside a window."""
@@ -286,8 +290,12 @@ def compress_site(
     regions = []
     for b, span in enumerate(spans):
         keys, values = exact.row(b, *span)
-        told = compressor if tell is None else compressor.knowing(tell(site.layer, b, *span))
-        regions.append(told.compress(keys, values, _asked(compressor, keys, site, queries[b])))
+        asked = _asked(compressor, keys, site, queries[b])
+        if tell is None:
+            regions.append(compressor.compress(keys, values, asked))
+        else:
+            facts = tell(site.layer, b, *span)
+            regions.append(compressor.knowing(facts).compress(keys, values, asked).knowing(facts.lasting))
     return regions
 
 
@@ -365,8 +373,12 @@ def extend(
             if donor is not None:
                 region = BorrowedKV(layers[donor].regions[b])
             elif end > start:
-                told = region if tell is None else region.knowing(tell(layer, b, start, end))
-                region = told.extend(k, v, _asked(before.compressor, k, site, queries[layer][b]))
+                asked = _asked(before.compressor, k, site, queries[layer][b])
+                if tell is None:
+                    region = region.extend(k, v, asked)
+                else:
+                    facts = tell(layer, b, start, end)
+                    region = region.knowing(facts).extend(k, v, asked).knowing(facts.lasting)
             regions.append(region)
         if layer in placed and not _keeps_all(regions):
             exact, whole = Columns(*full.read(layer, 0, max(columns)), [0] * full.batch), True

@@ -19,11 +19,11 @@ class Captured:
     """A launch: on a GPU eager the first time, recorded the second, replayed from then on; elsewhere always eager.
 
     The first run compiles, tunes and allocates what a recording must not. Each call does the launch's work once. Where
-    recording fails the launch stays eager, which is said once.
+    recording fails the launch stays eager, which is said once. The launch is given with each call, always the same one,
+    and not kept: what owns both is then freed with its buffers as soon as nobody holds it.
     """
 
-    def __init__(self, launch: Launch, device: torch.device) -> None:
-        self._launch = launch
+    def __init__(self, device: torch.device) -> None:
         self._eager = device.type != "cuda"
         self._warm = False
         self._graph: Any = None
@@ -33,18 +33,18 @@ class Captured:
         """Whether calls replay a recording."""
         return self._graph is not None
 
-    def __call__(self) -> None:
+    def __call__(self, launch: Launch) -> None:
         if self._warm and not self._eager and self._graph is None:
-            self._record()
+            self._record(launch)
         if self._graph is not None:
             self._graph.replay()
         else:
-            self._launch()
+            launch()
             self._warm = True
 
-    def _record(self) -> None:
+    def _record(self, launch: Launch) -> None:
         try:
-            self._graph = record(self._launch)
+            self._graph = record(launch)
         except RuntimeError as error:  # out of memory too, and whatever a recording does not allow
             self._eager = True
             _tell(f"{type(error).__name__}: {error}".splitlines()[0])

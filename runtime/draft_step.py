@@ -13,25 +13,28 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from vericache_compile.compressors.base import CompressedKV
 from vericache_compile.kernels import launch
+from vericache_compile.kernels.block_attention import Scores
 from vericache_compile.kernels.draft_attention import Region, draft_attention, region_lefts
 from vericache_compile.plan import Act, DecodePlan
-from vericache_compile.runtime.attention import Visible, attend_compressed
+from vericache_compile.runtime.attention import attend_compressed
 from vericache_compile.runtime.caches import DraftKV, DraftLayer
 from vericache_compile.runtime.capture import Captured
 from vericache_compile.runtime.executor import Incoming, execute
+from vericache_compile.runtime.scores import scores_of
 
 Bound = list[Tensor | None]
 """Slots of the draft program with its weights in place."""
 
 
 def serves(device: torch.device, plan: DecodePlan, draft: DraftKV) -> bool:
-    """Whether draft steps run with their lengths on the device: where kernels read lengths there, which do
-    nothing to scores but scale them and know no window, and no region chooses by the query what is read."""
-    if any(region.selects for layer in draft.layers for region in layer.regions):
+    """Whether draft steps run with their lengths on the device: where kernels read lengths there, no bias has to be
+    made for a length, and no region chooses by the query what is read."""
+    regions = (region for layer in draft.layers for region in layer.regions)
+    if any(type(region).select is not CompressedKV.select for region in regions):
         return False
-    sites = plan.captured.sites
-    return all(launch.takes(device, site.dtype) and site.is_plain and site.window is None for site in sites)
+    return all(launch.takes(device, site.dtype) and site.alibi is None for site in plan.captured.sites)
 
 
 def step_of(draft: DraftKV, plan: DecodePlan, bound: Bound, batch: int, horizon: int) -> DraftStep:
@@ -47,7 +50,7 @@ class DraftStep:
 
     def __init__(self, layers: Sequence[DraftLayer], plan: DecodePlan, bound: Bound, batch: int, capacity: int) -> None:
         device = layers[0].keys.device
-        self.layers, self.plan, self.bound = layers, plan, bound
+        self.plan, self.bound, self._places = plan, bound, _places(bound)
         with torch.inference_mode(False):
             self.tokens, self.first, self.positions = torch.zeros((3, batch, 1), dtype=torch.int64, device=device)
             self.columns = torch.zeros(batch, dtype=torch.int64, device=device)
@@ -56,11 +59,11 @@ class DraftStep:
             self.place = torch.zeros(1, dtype=torch.int64, device=device)
             starts = torch.tensor([layer.starts for layer in layers], device=device)
             self.sites = [_Site(layer, own) for layer, own in zip(layers, starts, strict=True)]
-        self._step = Captured(self._launch, device)
+        self._step = Captured(device)
 
     def fits(self, plan: DecodePlan, bound: Bound, horizon: int) -> bool:
         """Whether this is a step of that plan, with those weights, and has room for so many tokens."""
-        return self.plan is plan and horizon < self.drafted.shape[0] and _places(bound) == _places(self.bound)
+        return self.plan is plan and horizon < self.drafted.shape[0] and _places(bound) == self._places
 
     def draft(
         self,
@@ -89,7 +92,7 @@ class DraftStep:
             if horizon and coming is not None:
                 coming.prefetch(asked.layer)
         for _ in range(horizon):
-            self._step()
+            self._step(self._launch)
         return self.drafted[: horizon + 1].t().contiguous()
 
     def _launch(self) -> None:
@@ -102,11 +105,11 @@ class DraftStep:
         self.positions += 1
         self.columns += 1
 
-    def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, _: Tensor | None) -> Tensor:
-        site = self.sites[layer]
-        tails = self.columns - site.starts
-        site.layer.write_at(k, v, tails)
-        return site.attend(q, tails, self.plan.captured.sites[layer].scale)
+    def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
+        site, held = self.plan.captured.sites[layer], self.sites[layer]
+        tails = self.columns - held.starts
+        held.layer.write_at(k, v, tails)
+        return held.attend(q, tails, site.scale, scores_of(site, sinks, 0, q.device))
 
 
 class _Site:
@@ -123,15 +126,16 @@ class _Site:
         lefts = region_lefts(self.regions, heads) if self.regions else layer.lefts
         self.lefts = torch.tensor(lefts, device=starts.device)
 
-    def attend(self, q: Tensor, tails: Tensor, scale: float) -> Tensor:
+    def attend(self, q: Tensor, tails: Tensor, scale: float, scores: Scores | None) -> Tensor:
         """q [B, H, 1, D] over region and tail, whose newest token is at place tails[b]. Returns [B, H, 1, E]."""
         layer = self.layer
         if launch.serves(q):
+            how = {} if scores is None else scores._asdict()
             if self.regions:
-                return draft_attention(q, layer.keys, layer.values, tails, self.lefts, scale, self.regions)
-            return draft_attention(q, *layer.read_whole(), tails + layer.slots, self.lefts, scale)
-        rights = tuple((tails + (layer.slots + 1)).tolist())
-        return attend_compressed(q, *layer.read_whole(), Visible(layer.lefts, rights), scale, {})
+                return draft_attention(q, layer.keys, layer.values, tails, self.lefts, scale, self.regions, **how)
+            newest = tails + layer.slots
+            return draft_attention(q, *layer.read_whole(), newest, self.lefts, scale, reach=layer.reach, **how)
+        return attend_compressed(q, *layer.read_whole(), layer.visible((tails + 1).tolist()), scale, {}, scores)
 
 
 def _places(bound: Bound) -> list[int | None]:

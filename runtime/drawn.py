@@ -1,4 +1,5 @@
-"""How much attention each cached token has drawn from all queries so far: what H2O (arXiv 2306.14048) accumulates.
+"""How much attention each cached token has drawn: from all queries so far (what H2O, arXiv 2306.14048, accumulates), or
+from those of a repetition of the context (KVzip, see `repeat.py`).
 
 Attention kernels do not give their weights away, so they are computed again, in blocks of queries, where a compressor
 asks for them: from prefill's queries and from those of each accepted window.
@@ -9,6 +10,7 @@ Shapes: B batch, H query heads, K KV heads, C columns, T new tokens, D head size
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -61,6 +63,28 @@ class Drawn:
             grown[:, :, : held.shape[2]] = held
             self.sums[layer] = grown
         return self.sums[layer]
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """What a context's keys drew while the model repeated it: per site [B, K, C], float32."""
+
+    scores: list[Tensor]
+    lengths: list[int]
+    """Columns that each row had."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(held.nbytes for held in self.scores)
+
+    def of(self, layer: int, b: int, begin: int, end: int) -> Tensor:
+        """Row b's scores [K, n] of columns [begin, end), as far as they were there."""
+        return self.scores[layer][b, :, begin : min(end, self.lengths[b])]
+
+    def select(self, rows: Sequence[int]) -> Repeated:
+        """A copy of the given rows."""
+        return Repeated([held[list(rows)] for held in self.scores], [self.lengths[r] for r in rows])
 
 
 def attention_drawn(q: Tensor, keys: Tensor, scale: float) -> Tensor:

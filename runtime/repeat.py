@@ -12,6 +12,7 @@ Shapes: B batch, H query heads, K KV heads, C columns, W window, S tokens of a c
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 
@@ -19,7 +20,9 @@ import torch
 from torch import Tensor
 
 from vericache_compile.plan import DecodePlan
-from vericache_compile.runtime.sequences import Repeated, Sequence
+from vericache_compile.runtime.counts import Counts
+from vericache_compile.runtime.drawn import Repeated
+from vericache_compile.runtime.sequences import Sequence
 from vericache_compile.runtime.slots import Ring, incoming
 from vericache_compile.runtime.verify import verify_tokens
 
@@ -40,6 +43,24 @@ class Passage:
     """Its columns [begin, end)."""
     ids: list[int]
     """Tokens to feed, the lead included."""
+
+
+def repeat_once(
+    sequence: Sequence,
+    plan: DecodePlan,
+    bound: list[Tensor | None],
+    ring: Ring,
+    counts: Counts,
+    device: torch.device,
+) -> None:
+    """Let the model repeat its context before a draft cache is made, where the tokens of the context are known."""
+    lengths = [row.length for row in sequence.rows]
+    known = sequence.repeated is not None and sequence.repeated.lengths == lengths
+    if sequence.draft is None and not known:
+        began = time.perf_counter()
+        repeats = knows_context(sequence)
+        sequence.repeated = repeat_context(sequence, plan, bound, ring, device) if repeats else None
+        counts.repeat_seconds += time.perf_counter() - began
 
 
 def knows_context(sequence: Sequence) -> bool:
@@ -124,11 +145,11 @@ def most_attention(q: Tensor, sinks: Tensor, chunk: Tensor, repeated: Tensor, sc
     Each attends to sinks [K, s, D], the chunk, and causally to `repeated` [K, r, D], whose last n are their own.
     """
     kv_heads, tokens = chunk.shape[:2]
-    keys = torch.cat([sinks, chunk, repeated], dim=1).float()
     rows = q.shape[1]
-    logits = q.reshape(kv_heads, -1, q.shape[2]).float() * scale @ keys.transpose(1, 2)
-    logits = logits.view(kv_heads, -1, rows, keys.shape[1])
+    folded = q.reshape(kv_heads, -1, q.shape[2]).float() * scale
+    logits = torch.cat([folded @ keys.float().transpose(1, 2) for keys in (sinks, chunk, repeated)], dim=2)
+    logits = logits.view(kv_heads, -1, rows, logits.shape[2])
     future = torch.ones(rows, rows, dtype=torch.bool, device=q.device).triu(1)
-    logits[..., keys.shape[1] - rows :].masked_fill_(future, float("-inf"))
+    logits[..., -rows:].masked_fill_(future, float("-inf"))
     weights = logits.softmax(dim=-1)
     return weights[..., sinks.shape[1] : sinks.shape[1] + tokens].amax(dim=(1, 2))

@@ -22,7 +22,7 @@ from vericache_compile.runtime.caches import CHUNK, DraftKV, compress, extend
 from vericache_compile.runtime.counts import Counts, Round
 from vericache_compile.runtime.executor import Attend, WeightCasts, bind_weights, execute
 from vericache_compile.runtime.pace import Seen
-from vericache_compile.runtime.repeat import knows_context, repeat_context
+from vericache_compile.runtime.repeat import repeat_once
 from vericache_compile.runtime.rotations import Rotations
 from vericache_compile.runtime.scores import scores_of
 from vericache_compile.runtime.sequences import Held, Queries, Sequence
@@ -83,7 +83,7 @@ def run_round(
     verify = bind_weights(plan.verify, inputs, casts)
     sequence.draft = usable_draft(sequence.draft, start, compressor, plan, counts)
     if "repeated" in compressor.wants:
-        _repeat_once(sequence, plan, verify, ring, counts, device)
+        repeat_once(sequence, plan, verify, ring, counts, device)
     telling = Telling(sequence, plan, inputs, rotations, compressor.wants)
     draft = prepare_draft(sequence, start, compressor, plan.window, counts, telling)
     horizon = _horizon(sequence, plan.window)
@@ -159,24 +159,6 @@ def prepare_draft(
         sequence.draft = draft
         counts.compress_seconds += time.perf_counter() - began
     return draft
-
-
-def _repeat_once(
-    sequence: Sequence,
-    plan: DecodePlan,
-    bound: list[Tensor | None],
-    ring: Ring,
-    counts: Counts,
-    device: torch.device,
-) -> None:
-    """Let the model repeat its context before a draft cache is made, where the tokens of the context are known."""
-    lengths = [row.length for row in sequence.rows]
-    known = sequence.repeated is not None and sequence.repeated.lengths == lengths
-    if sequence.draft is None and not known:
-        began = time.perf_counter()
-        repeats = knows_context(sequence)
-        sequence.repeated = repeat_context(sequence, plan, bound, ring, device) if repeats else None
-        counts.repeat_seconds += time.perf_counter() - began
 
 
 def _horizon(sequence: Sequence, window: int) -> int:

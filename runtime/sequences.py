@@ -17,7 +17,7 @@ from vericache_compile.errors import GhostError
 from vericache_compile.plan import DecodePlan, Site
 from vericache_compile.runtime import ghosts
 from vericache_compile.runtime.caches import CHUNK, DraftKV, FullKV, Regions
-from vericache_compile.runtime.drawn import Drawn
+from vericache_compile.runtime.drawn import Drawn, Repeated
 from vericache_compile.runtime.pace import Pace
 from vericache_compile.runtime.tiers import Home
 
@@ -115,28 +115,6 @@ class Early:
     compressor: Compressor
     pads: list[int]
     regions: Regions
-
-
-@dataclass(frozen=True)
-class Repeated:
-    """What a context's keys drew while the model repeated it: per site [B, K, C], float32."""
-
-    scores: list[Tensor]
-    lengths: list[int]
-    """Columns that each row had."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return sum(held.nbytes for held in self.scores)
-
-    def of(self, layer: int, b: int, begin: int, end: int) -> Tensor:
-        """Row b's scores [K, n] of columns [begin, end), as far as they were there."""
-        return self.scores[layer][b, :, begin : min(end, self.lengths[b])]
-
-    def select(self, rows: Rows[int]) -> Repeated:
-        """A copy of the given rows."""
-        return Repeated([held[list(rows)] for held in self.scores], [self.lengths[r] for r in rows])
 
 
 class Sequence:

@@ -123,8 +123,10 @@ class Session:
         if draft is not None and (not draft.valid(starts) or draft.room(starts) < count):
             sequence.draft = None
         pads = self._padding(sequence, roles, inputs)
-        if "attention" in self.compressor.wants and (sequence.drawn is None or columns == 0):
-            sequence.drawn = None if columns else Drawn.empty(plan.sites, batch, device)
+        if "attention" not in self.compressor.wants:
+            sequence.drawn = None
+        elif columns == 0:
+            sequence.drawn = Drawn.empty(plan.sites, batch, device)
         early = not columns and not sequence.full.resident and not self.compressor.wants & KINDS
         compresses = early and all(site.alibi is None for site in plan.sites)
         sequence.early = Early(self.compressor, pads, []) if compresses else None

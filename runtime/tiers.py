@@ -99,8 +99,8 @@ class PagedKV(FullKV):
                 for index, own, there in _cut(column, column + k.shape[2], self.page):
                     page = self._writable(layer, b, index)
                     source = slice(own.start - column, own.stop - column)
-                    page.keys[:, there].copy_(k[b, :, source], non_blocking=True)
-                    page.values[:, there].copy_(v[b, :, source], non_blocking=True)
+                    self.link.store(page.keys[:, there], k[b, :, source])
+                    self.link.store(page.values[:, there], v[b, :, source])
 
     def settle(self, layer: int, lengths: Sequence[int]) -> None:
         """Rows are verified up to `lengths`: on the disk tier whole pages below go to a file."""

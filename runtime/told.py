@@ -29,15 +29,20 @@ class Telling:
     def of(self, layer: int, b: int, begin: int, end: int) -> Facts:
         """The facts of row b's columns [begin, end) at a site."""
         row, full = self.sequence.rows[b], self.sequence.full
-        drawn, repeated = self.sequence.drawn, self.sequence.repeated
+        drawn = self.sequence.drawn if "attention" in self.wants else None
+        repeated = self.sequence.repeated if "repeated" in self.wants else None
+        scores = (
+            tuple(repeated.of(site, b, begin, end) for site in range(len(full.sites))) if repeated is not None else ()
+        )
         return Facts(
             layer=layer,
             token=begin - row.pad,
             position=begin + row.offset,
             end=row.length + row.offset,
             rotation=self.rotations.of(self.plan, self.inputs, layer) if "pre_rope" in self.wants else None,
-            attention=drawn.of(layer, b, begin, end) if drawn is not None and "attention" in self.wants else None,
-            repeated=repeated.of(layer, b, begin, end) if repeated is not None and "repeated" in self.wants else None,
+            attention=drawn.of(layer, b, begin, end) if drawn is not None else None,
+            repeated=scores[layer] if scores else None,
+            everywhere=scores,
             read=reader(full, layer, b, row.pad) if "read" in self.wants else None,
             shared=self.shared.setdefault(b, {}) if "shared" in self.wants else None,
         )

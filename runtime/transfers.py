@@ -19,8 +19,6 @@ from torch import Tensor
 
 from vericache_compile.errors import TransferError
 
-PIECE = 1 << 20
-"""Bytes that one copy moves at most."""
 PULSE = 0.5
 """Seconds after which a waiter looks whether the thread is still alive."""
 
@@ -100,6 +98,14 @@ class Link:
         for to, own in zip(target, source, strict=True):  # a head's columns lie side by side: one copy each
             to.copy_(own, non_blocking=True)
             yield own.nbytes
+
+    def store(self, target: Tensor, source: Tensor) -> None:
+        """Copy source [K, T, D] from the device to target of the same shape in a page, within `outgoing`."""
+        if self._stream is None:
+            target.copy_(source)
+            return
+        for to, own in zip(target, source, strict=True):
+            to.copy_(own, non_blocking=True)
 
     def submit(self, job: Iterator[int], *, reads_files: bool = False) -> Transfer:
         """Begin a transfer, after those before it."""

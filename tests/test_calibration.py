@@ -22,8 +22,9 @@ from vericache_compile.compressors.kvsharer import KVSharer
 from vericache_compile.compressors.low_rank import Bases
 from vericache_compile.compressors.observed import observe, sample
 from vericache_compile.compressors.recalkv import ReCalKV
+from vericache_compile.compressors.rotation import Rotation
 from vericache_compile.errors import OptionError, VericacheError
-from vericache_compile.learning import rows_of
+from vericache_compile.learning import rows_of, turns_of
 
 METHODS = ("recalkv", "cskv", "cskv(bits=4)", "kvquant", "kvsharer(share=0.4)")
 FIX = "vericache calibrate --compressor"
@@ -37,6 +38,12 @@ def fresh_dynamo() -> None:
 @pytest.fixture(scope="module")
 def text() -> torch.Tensor:
     return make_prompt(64, 3)["input_ids"][:2]
+
+
+@pytest.fixture(scope="module")
+def turned(text: torch.Tensor) -> list[Rotation | None]:
+    """How the tiny llama turns keys."""
+    return turns_of(make_tiny("llama"), text)
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +111,21 @@ def test_what_is_observed_is_what_the_model_caches(text: torch.Tensor) -> None:
         torch.testing.assert_close(mine.values, cache.layers[layer].values[0])
 
 
+def test_keys_are_observed_as_before_rope(text: torch.Tensor, turned: list[Rotation | None]) -> None:
+    """They are what the projection of the keys gives."""
+    model, kept = make_tiny("llama"), []
+    model.model.layers[1].self_attn.k_proj.register_forward_hook(lambda module, args, out: kept.append(out))
+    seen = dict(observe(model, text[:1], turned))[1]
+    torch.testing.assert_close(seen.keys, kept[0][0].unflatten(1, (2, 16)).transpose(0, 1), atol=1e-5, rtol=1e-4)
+
+
+def test_asking_how_keys_are_turned_leaves_no_statistics_behind(text: torch.Tensor) -> None:
+    model = make_tiny("llama")
+    assert turns_of(model, text)[0] is not None
+    with pytest.raises(VericacheError, match="has not run under vericache"):
+        stats(model)
+
+
 def test_gradients_are_those_of_the_loss(text: torch.Tensor) -> None:
     """By a difference: a little more of one cached number, and the loss changes by its gradient times that."""
     from transformers import DynamicCache
@@ -133,10 +155,12 @@ def test_gradients_are_those_of_the_loss(text: torch.Tensor) -> None:
     assert all(each.requires_grad and each.grad is None for each in model.parameters())
 
 
-def test_bases_in_the_file_are_those_of_the_text(files: dict[str, Path], text: torch.Tensor) -> None:
-    """Keys of the text lose no more in the file's basis than in the best one of all rows together."""
+def test_bases_in_the_file_are_those_of_the_text(
+    files: dict[str, Path], text: torch.Tensor, turned: list[Rotation | None]
+) -> None:
+    """Keys of the text, as before RoPE, lose no more in the file's basis than in the best one of all rows together."""
     held = read(str(files["recalkv"]), "recalkv")
-    whole = [seen.keys for layer, seen in observe(make_tiny("llama"), text) if layer == 1]
+    whole = [seen.keys for layer, seen in observe(make_tiny("llama"), text, turned) if layer == 1]
     keys = torch.cat([each.transpose(0, 1).flatten(1) for each in whole])
     fit = Bases(*(held.part(f"1.{part}") for part in Bases._fields))
     basis = fit.keys[0, :, :8]
@@ -161,9 +185,11 @@ def test_a_calibrated_region_lends_its_bases(files: dict[str, Path]) -> None:
         assert each.nbytes <= 4 * (each.covered * (ranks + 8) + 2 * 2 * 4 * 16)
 
 
-def test_kvquant_weighs_by_fisher_information(files: dict[str, Path], text: torch.Tensor) -> None:
+def test_kvquant_weighs_by_fisher_information(
+    files: dict[str, Path], text: torch.Tensor, turned: list[Rotation | None]
+) -> None:
     held = read(str(files["kvquant"]), "kvquant")
-    seen = sample(make_tiny("llama"), text)[2]
+    seen = sample(make_tiny("llama"), text, turned)[2]
     plain = KVQuant().fit(seen.keys, seen.values, None)
     torch.testing.assert_close(held.part("2.low"), plain[2])
     assert not torch.allclose(held.part("2.key_levels"), plain[0])
@@ -174,9 +200,9 @@ def test_kvsharer_keeps_pairs_within_its_cosine(files: dict[str, Path], monkeypa
     assert len(pairs) <= 1
     assert all(0 <= lender < borrower < 3 for borrower, lender in pairs)
     monkeypatch.setattr("vericache_compile.compressors.kvsharer.COSINE", 1.1)
-    assert KVSharer(share=0.4).learn(make_tiny("llama"), make_prompt(64)["input_ids"])["pairs"].shape == (0, 2)
+    assert KVSharer(share=0.4).learn(make_tiny("llama"), make_prompt(64)["input_ids"], ())["pairs"].shape == (0, 2)
     monkeypatch.setattr("vericache_compile.compressors.kvsharer.COSINE", -1.1)
-    accepted = KVSharer(share=0.67).learn(make_tiny("llama"), make_prompt(64)["input_ids"])["pairs"].tolist()
+    accepted = KVSharer(share=0.67).learn(make_tiny("llama"), make_prompt(64)["input_ids"], ())["pairs"].tolist()
     assert accepted in ([[2, 0], [1, 0]], [[1, 0], [2, 0]])
 
 

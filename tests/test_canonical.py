@@ -66,6 +66,15 @@ def wrong_guess(vocabulary: int, logits: Tensor) -> Callable[[Tensor, int], Tens
     return lambda start, steps: torch.full((start.shape[0], steps), never)
 
 
+@pytest.mark.parametrize("compressor", ["kvzip(keep=0.1)", "h2o(keep=0.1, refresh=8)", "quest(keep=0.1, whole=0)"])
+def test_rows_do_not_depend_on_what_a_compressor_asks_for(compressor: str) -> None:
+    """A context repeated behind the frontier, draft caches made anew, tokens recalled from the full cache."""
+    model, inputs = make_tiny("llama"), make_prompt(300, 3)
+    switch = compiled(model)
+    expected = logits_of(model, switch, inputs, 30, compressor="none", window=8, inductor=False)
+    assert torch.equal(expected, logits_of(model, switch, inputs, 30, compressor=compressor, window=8, inductor=False))
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize(("name", "window"), [("llama", 2), ("llama", 8), ("llama", 16), ("qwen3", 16), ("gpt2", 16)])
 def test_rows_are_bit_equal_on_tiny_models(name: str, batch: int, window: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,11 +18,15 @@ from transformers import DynamicCache, PreTrainedModel
 from vericache_compile import stats
 from vericache_compile.runtime import caches, rounds
 
-CONFIGURATIONS: list[tuple[int, dict[str, Any]]] = [
+CONFIGURATIONS: list[Any] = [
     (1, {"compressor": "streaming", "keep": 0.2, "window": 4}),
     (1, {"compressor": "kivi", "bits": 2, "window": 8}),
     (3, {"compressor": "streaming", "keep": 0.2, "window": 8}),
     (3, {"compressor": "kivi", "bits": 2, "window": 4}),
+    pytest.param(
+        (3, {"compressor": "0: h2o(refresh=6), 1: kvzip, rest: quest(whole=0, page=4)", "window": 4}),
+        marks=pytest.mark.slow,
+    ),
 ]
 PROMPTS = (70, 41)
 """Tokens of the two prompts that a series starts with."""

@@ -161,23 +161,29 @@ def _take(
             "gradients are wanted", "the captured graph", "call under torch.no_grad() or torch.inference_mode()"
         )
     check_parameters(parameters)
-    scalars = scalar_inputs(gm)
-    plans: dict[tuple[float, ...], CapturedPlan | DecodePlan] = {}
+    scalars, buffered = scalar_inputs(gm), tuple(buffers_of(gm, example_inputs))
+    plans: dict[tuple[float, ...], CapturedPlan | DecodePlan | UnsupportedGraph] = {}
     first = list(observers)
 
     def plan_for(inputs: Sequence[Any], batch: int) -> CapturedPlan | DecodePlan:
-        key = (batch, *(float(inputs[i]) for i in scalars))
+        floats = [float(inputs[i]) for i in scalars]
+        key = (batch, *floats, *(part for i in buffered for part in identity_of(inputs[i])))
         if key not in plans:
             made = compilation_of(inputs, parameters, config)
-            values = dict(zip(scalars, key[1:], strict=True))
+            values = dict(zip(scalars, floats, strict=True))
             low = config.draft_dtype_on(inputs[parameters[0]].device)
             watching = first or make_observers(config, made.dumps_failed)
             window, inductor = config.window, config.inductor
-            staging, buffers = staging_of(config, inputs, parameters), buffers_of(gm, inputs)
-            plans[key] = plan_capture(
-                gm, batch, window, inductor, made.compiled, values, low, staging, watching, buffers
-            )
-        return plans[key]
+            staging, buffers = staging_of(config, inputs, parameters), {i: inputs[i] for i in buffered}
+            how = (values, low, staging, watching, buffers)
+            try:
+                plans[key] = plan_capture(gm, batch, window, inductor, made.compiled, *how)
+            except UnsupportedGraph as reason:
+                plans[key] = reason
+        planned = plans[key]
+        if isinstance(planned, UnsupportedGraph):
+            raise planned.with_traceback(None)
+        return planned
 
     plan = plan_for(example_inputs, batch_of(example_inputs))
     captured = plan.captured if isinstance(plan, DecodePlan) else plan
@@ -191,8 +197,14 @@ def _take(
     first.clear()
 
     def run(*inputs: Any) -> Any:
-        chosen = plan_for(inputs, inputs[tokens].shape[0])
         session = compilation_of(inputs, parameters, config).session
+        try:
+            chosen = plan_for(inputs, inputs[tokens].shape[0])
+        except UnsupportedGraph as reason:  # taken for one model or batch, and not for another that runs it
+            if config.strict:
+                raise
+            _tell_left(compilation_of(inputs, parameters, config), reason, "as captured")
+            return gm.forward(*session.with_data(inputs))
         return session.run(chosen, inputs)
 
     return run
@@ -214,6 +226,11 @@ def staging_of(config: Config, inputs: Sequence[Any], parameters: Sequence[int])
     reads = sum(weight.numel() * (weight.dtype if low is None else low).itemsize for weight in weights)
     machine = Machine(0, found.memory_gbps, config.link_gbps or found.link_gbps)
     return Staging(int(ring_bytes(reads, config.window, machine)), columns)
+
+
+def identity_of(tensor: Tensor) -> tuple[int, int]:
+    """What changes when a tensor is another one, or changed in place: masks are proved for what it holds."""
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
 
 def buffers_of(gm: GraphModule, inputs: Sequence[Any]) -> dict[int, Tensor]:
@@ -248,9 +265,7 @@ def _leave(
     """The graph under plain Inductor, with real data for ghosts, and one warning per reason."""
     made = compilation_of(example_inputs, parameters, config)
     made.graphs["not taken"] += 1
-    if reason.found not in made.reasons:
-        made.reasons.append(reason.found)
-        log.warning("vericache: graph not taken, it runs under plain Inductor: %s", reason)
+    _tell_left(made, reason, "under plain Inductor")
     if config.inductor:
         from torch._inductor.compile_fx import compile_fx
 
@@ -263,6 +278,12 @@ def _leave(
         return compiled(*session.with_data(inputs))
 
     return run
+
+
+def _tell_left(made: Compilation, reason: UnsupportedGraph, how: str) -> None:
+    if reason.found not in made.reasons:
+        made.reasons.append(reason.found)
+        log.warning("vericache: graph not taken, it runs %s: %s", how, reason)
 
 
 def _with_room_for_data(gm: GraphModule, example_inputs: Sequence[Any], session: Session) -> list[Any]:

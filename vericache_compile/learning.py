@@ -5,14 +5,19 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from vericache_compile.backend import state_of
 from vericache_compile.calibration import write
 from vericache_compile.compressors.fitted import Learner
 from vericache_compile.compressors.observed import observe
+from vericache_compile.compressors.rotation import Rotation
 from vericache_compile.compressors.spec import parse
 from vericache_compile.compressors.table import find_method, method_names
 from vericache_compile.errors import OptionError, VericacheError
+from vericache_compile.optimized_module import calls_compiled
+from vericache_compile.runtime.rotations import Rotations
 
 
 def calibrate(model: Any, ids: Tensor, compressor: str, out: str | os.PathLike[str]) -> dict[str, Any]:
@@ -24,12 +29,36 @@ def calibrate(model: Any, ids: Tensor, compressor: str, out: str | os.PathLike[s
     """
     method = learner(compressor)
     original = getattr(model, "_orig_mod", model)
-    learned = method.learn(original, ids)
+    learned = method.learn(original, ids, turns_of(original, ids) if "pre_rope" in method.wants else ())
     sites = {
         layer: [seen.keys.shape[0], seen.keys.shape[2], seen.values.shape[2]]
         for layer, seen in observe(original, ids[:1, :2])
     }
     return write(out, method.name, repr(method), original, [sites[layer] for layer in sorted(sites)], learned)
+
+
+def turns_of(model: Any, ids: Tensor) -> list[Rotation | None]:
+    """How each layer's keys are turned by position, read off the graph of a decode step; raises VericacheError.
+
+    The model is captured for two new tokens after the first of ids [N, T]; nothing is compiled.
+    """
+    options: dict[str, Any] = {"compressor": "none", "inductor": False, "draft_dtype": "same"}
+    before = state_of(list(model.parameters()))
+    latest = None if before is None else before.latest
+    compiled: Any = torch.compile(model, backend="vericache", options=options)
+    few = {"input_ids": ids[:1, :8], "attention_mask": torch.ones_like(ids[:1, :8])}
+    with torch.no_grad(), calls_compiled(compiled):
+        model.generate(**few, min_new_tokens=3, max_new_tokens=3, do_sample=False)
+    state = state_of(list(model.parameters()))
+    last = None if state is None or state.latest is None else state.latest.session.last
+    if state is not None:
+        state.latest = latest  # `stats` speaks of what the user ran
+    if last is None:
+        fix = "`vericache explain` says why; a method that it does not run has no use for a calibration"
+        raise VericacheError("no decode step of it is taken", f"the model {type(model).__name__}", fix)
+    plan, inputs = last
+    rotations = Rotations()
+    return [rotations.of(plan, inputs, site.layer) for site in plan.captured.sites]
 
 
 def learner(compressor: str) -> Learner:

@@ -86,7 +86,7 @@ def test_tokens_that_join_are_given_no_sinks(random_row: Row) -> None:
     torch.testing.assert_close(longer.materialize()[0], kept, atol=0.05, rtol=0)
 
 
-def test_what_a_chain_is_told_its_methods_know(random_row: Row) -> None:
+def test_what_a_chain_is_told_its_first_method_knows(random_row: Row) -> None:
     keys, values, queries = random_row(50)
     chain = Chain(H2O(keep=0.2, refresh=64), Int8())
     assert (chain.wants, chain.refresh) == ({"queries", "attention"}, 64)

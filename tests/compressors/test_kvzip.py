@@ -1,15 +1,17 @@
-"""KVzip: a layer's budget goes to the keys that its context's repetition drew on; what came later stays."""
+"""KVzip: the budget goes to the keys that the context's repetition drew on; what came later stays."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor
 
 from vericache_compile.compressors.adakv import AdaKV
 from vericache_compile.compressors.facts import Facts
 from vericache_compile.compressors.kvzip import KVzip
+from vericache_compile.errors import OptionError
 
 Row = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
@@ -33,6 +35,23 @@ def test_the_best_of_all_heads_stay(random_row: Row) -> None:
     assert len(expected[0]) > len(expected[1])
 
 
+def test_sites_share_one_budget(random_row: Row) -> None:
+    generator = torch.Generator().manual_seed(0)
+    everywhere = tuple(torch.rand(2, 60, generator=generator) * scale for scale in (1, 2, 4))
+    scored = sorted((float(x[head, j]) for x in everywhere for head in range(2) for j in range(40)), reverse=True)
+    least, shared = scored[3 * 2 * 10 - 1], dict[object, Tensor]()
+    for layer, own in enumerate(everywhere):
+        keys, values, queries = random_row(60, seed=layer)
+        facts = Facts(layer=layer, repeated=own, everywhere=everywhere, shared=shared)
+        region = KVzip(keep=0.25, window=20).knowing(facts).compress(keys, values, queries)
+        expected = [[j for j in range(40) if float(own[head, j]) >= least] for head in range(2)]
+        assert list(region.head_slots) == [len(kept) for kept in expected]
+        assert kept_of(region, keys) == [kept or kept_of(region, keys)[head] for head, kept in enumerate(expected)]
+    assert len(shared) == 1
+    alone = KVzip(keep=0.25, window=20, per_layer=True).knowing(facts).compress(keys, values, queries)
+    assert sum(alone.head_slots or ()) == 20 < sum(region.head_slots or ())
+
+
 def test_tokens_that_were_never_repeated_stay(random_row: Row) -> None:
     keys, values, queries = random_row(100)
     repeated = torch.rand(2, 30, generator=torch.Generator().manual_seed(0))
@@ -50,3 +69,10 @@ def test_without_a_repetition_the_last_queries_vote(random_row: Row) -> None:
     region = KVzip(keep=0.25, window=20).compress(keys, values, queries)
     expected = AdaKV(keep=0.25, window=20, kernel=1, floor=0.0).compress(keys, values, queries)
     assert torch.equal(region.materialize()[0], expected.materialize()[0])
+
+
+def test_values_out_of_range_are_option_errors() -> None:
+    with pytest.raises(OptionError, match="per_layer=1"):
+        KVzip(per_layer=1)  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="window=0"):
+        KVzip(window=0)

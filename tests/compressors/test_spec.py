@@ -47,6 +47,14 @@ def test_a_choice_per_layer() -> None:
     assert made.queries == 32
 
 
+def test_a_composition_wants_what_its_methods_want() -> None:
+    made = parse("0: h2o(refresh=64) | kivi, 1: none, rest: snapkv(refresh=32)", {})
+    assert made.wants == {"queries", "attention", "layers"}
+    assert made.refresh == 32
+    assert parse("0: quest, rest: none", {}).refresh == 0
+    assert str(parse("tova(refresh=9)", {})) == "Tova(keep=0.2), anew every 9 tokens"
+
+
 def test_options_are_those_of_all_parts() -> None:
     assert options_of("0-1: none, rest: snapkv(window=4) | kivi") == {"keep", "bits"}
     assert options_of("knorm") == {"keep"}

@@ -24,8 +24,15 @@ KINDS: dict[str, dict[str, Any]] = {
     "phi": {"partial_rotary_factor": 0.5},
     "cohere": {},
     "glm": {"head_dim": 16, "pad_token_id": 0},
+    "gpt_oss": {
+        "head_dim": 16,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "layer_types": ["full_attention"] * 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
 }
-"""Halves turned together, part of the channels, neighbours, neighbours of a part."""
+"""Halves turned together, part of the channels, neighbours, neighbours of a part, halves that one call cuts apart."""
 
 
 @cache

@@ -58,19 +58,19 @@ def recorded(monkeypatch: pytest.MonkeyPatch, counter: Counter) -> None:
 
 @pytest.mark.usefixtures("recorded")
 def test_a_launch_is_eager_once_then_recorded_then_replayed(counter: Counter) -> None:
-    captured = Captured(counter, GPU)
+    captured = Captured(GPU)
     seen = []
     for _ in range(4):
-        captured()
+        captured(counter)
         seen.append((counter.python, counter.done, captured.replays))
     assert seen == [(1, 1, False), (2, 2, True), (2, 3, True), (2, 4, True)]
 
 
 @pytest.mark.usefixtures("recorded")
 def test_on_the_cpu_it_stays_eager(counter: Counter) -> None:
-    captured = Captured(counter, torch.device("cpu"))
+    captured = Captured(torch.device("cpu"))
     for _ in range(3):
-        captured()
+        captured(counter)
     assert (counter.python, counter.done, captured.replays) == (3, 3, False)
 
 
@@ -85,9 +85,9 @@ def test_a_recording_that_fails_is_said_once_and_launched_eagerly(
     monkeypatch.setattr(capture, "record", fail)
     with caplog.at_level(logging.WARNING, "vericache_compile"):
         for _ in range(2):
-            captured = Captured(counter, GPU)
+            captured = Captured(GPU)
             for _ in range(3):
-                captured()
+                captured(counter)
     assert (counter.python, counter.done, captured.replays) == (6, 6, False)
     [told] = caplog.records
     assert all(part in told.getMessage() for part in (str(error), "where:", "fix:"))
@@ -99,7 +99,7 @@ def test_a_launch_that_is_wrong_is_not_hidden(counter: Counter, monkeypatch: pyt
 
     monkeypatch.setattr(capture, "record", lambda launch: launch())
     with pytest.raises(RuntimeError, match="shapes differ"):
-        Captured(wrong, GPU)()
+        Captured(GPU)(wrong)
 
 
 @pytest.mark.gpu
@@ -107,10 +107,10 @@ def test_a_real_recording_reads_what_its_buffers_hold() -> None:
     if not torch.cuda.is_available():
         pytest.skip("no NVIDIA GPU here")
     x, out = torch.zeros(4, device=GPU), torch.zeros(4, device=GPU)
-    captured = Captured(lambda: out.copy_(x * 2), GPU)
+    captured = Captured(GPU)
     for value in range(5):
         x.fill_(value)
-        captured()
+        captured(lambda: out.copy_(x * 2))
         assert out.tolist() == [2.0 * value] * 4
     assert captured.replays
 

@@ -5,6 +5,8 @@ On the CPU the same code runs: with the reference's attention, and with the Trit
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from vericache_compile.kernels import draft_attention, verify_attention
 from vericache_compile.runtime import draft_step, rounds, slots
 from vericache_compile.runtime.caches import DraftKV
 from vericache_compile.runtime.draft_step import DraftStep
+from vericache_compile.sweep_models import make_model
 
 METHODS: dict[str, dict[str, Any]] = {
     "none": {"compressor": "none"},
@@ -35,9 +38,9 @@ def layers_of(draft: DraftKV) -> list[Tensor]:
     return [held for layer in draft.layers for held in (layer.keys, layer.values)]
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-def test_tokens_and_caches_are_those_of_lengths_in_python(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In every round both ways draft from the same state; rows of the batch advance on their own."""
+@pytest.fixture
+def compared(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """In every round both ways draft from the same state, and must agree; the compressors of the rounds so far."""
     original = rounds.draft_tokens
     compared: list[str] = []
 
@@ -56,12 +59,26 @@ def test_tokens_and_caches_are_those_of_lengths_in_python(batch: int, monkeypatc
         return made
 
     monkeypatch.setattr(rounds, "draft_tokens", draft_tokens)
+    return compared
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_tokens_and_caches_are_those_of_lengths_in_python(batch: int, compared: list[str]) -> None:
+    """Rows of the batch advance on their own."""
     model = make_tiny("llama")
     switch = compiled(model)
-    for method in METHODS.values():
+    methods = METHODS if batch > 1 else {name: METHODS[name] for name in ("none", "kivi")}
+    for method in methods.values():
         logits_of(model, switch, make_prompt(150, batch), 24, **method, window=4, **OPTIONS)
-    assert len(set(compared)) == len(METHODS)
-    assert len(compared) > 3 * len(METHODS)
+    assert len(set(compared)) == len(methods)
+    assert len(compared) > 3 * len(methods)
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", pytest.param("gemma2", marks=pytest.mark.slow)])
+def test_sinks_and_soft_caps_are_part_of_a_step(name: str, compared: list[str]) -> None:
+    model = make_model(name, "eager")
+    logits_of(model, compiled(model), make_prompt(60), 16, compressor="streaming", window=4, **OPTIONS)
+    assert len(compared) > 2
 
 
 def test_full_kv_from_elsewhere_is_asked_for_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,28 +108,39 @@ def test_full_kv_from_elsewhere_is_asked_for_before_the_first_step(monkeypatch: 
     assert all(layers in ([0, 1, 2], []) for layers in ahead), "none where drafting rests"
 
 
-def test_a_step_is_kept_until_what_it_reads_has_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_lives_as_long_as_its_draft_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is kept until what it reads has moved, and no cycle holds its buffers until a garbage collection."""
     monkeypatch.setattr(draft_step, "serves", lambda device, plan, draft: True)
-    made: list[tuple[DraftStep, DraftKV]] = []
+    monkeypatch.setattr(rounds, "CHUNK", 16)
+    steps: list[weakref.ref[DraftStep]] = []
+    drafts: list[weakref.ref[DraftKV]] = []
     original = draft_step.step_of
 
     def step_of(draft: DraftKV, *rest: Any) -> DraftStep:
-        made.append((original(draft, *rest), draft))
-        return made[-1][0]
+        step = original(draft, *rest)
+        assert draft.step is step
+        steps.append(weakref.ref(step))
+        drafts.append(weakref.ref(draft))
+        return step
 
     monkeypatch.setattr(draft_step, "step_of", step_of)
     model = make_tiny("llama")
-    monkeypatch.setattr(rounds, "CHUNK", 16)
     options = {"compressor": "streaming", "keep": 0.2, "window": 4}
-    logits_of(model, compiled(model), make_prompt(100), 80, **options, **OPTIONS)
-    steps, drafts = ({id(pair[i]) for pair in made} for i in range(2))
-    assert 1 < len(steps) == len(drafts) < len(made) / 2
-    step, draft = made[-1]
+    gc.disable()
+    try:
+        logits_of(model, compiled(model), make_prompt(100), 80, **options, **OPTIONS)
+        alive = [step() for step in steps]
+    finally:
+        gc.enable()
+    kept, caches = (len(set(map(id, seen))) for seen in (steps, drafts))  # an object has one weak reference
+    assert 1 < kept == caches < len(steps) / 2
+    assert alive[0] is None
+    step = alive[-1]
+    assert step is not None
     assert step.fits(step.plan, step.bound, 3)
     assert not step.fits(step.plan, step.bound, 4), "no room for the tokens"
     moved = [None if tensor is None else tensor.clone() for tensor in step.bound]
     assert not step.fits(step.plan, moved, 3), "other weights"
-    assert draft.step is step
 
 
 def test_a_caller_that_repeats_a_token_is_drafted_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,10 +199,10 @@ def test_a_model_on_triton_kernels_gives_plain_tokens(
 ) -> None:
     """Draft attention, verify attention and verify's products, all in Triton: the path of a GPU."""
     inputs, counts = make_prompt(70, batch), count_launches(monkeypatch)
-    plain = tiny.generate(**inputs, max_new_tokens=7, do_sample=False)
+    plain = tiny.generate(**inputs, max_new_tokens=5, do_sample=False)
     tiny.compile(backend="vericache", options={**METHODS[name], "window": 4, **OPTIONS})
-    assert torch.equal(tiny.generate(**inputs, max_new_tokens=7, do_sample=False), plain)
-    assert counts["merge_splits"] > 8, "attention ran elsewhere"
+    assert torch.equal(tiny.generate(**inputs, max_new_tokens=5, do_sample=False), plain)
+    assert counts["merge_splits"] > 4, "attention ran elsewhere"
     assert bool(counts.get("_attend_region")) == (name == "kivi")
 
 

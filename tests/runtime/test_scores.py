@@ -78,6 +78,22 @@ def test_windows_equal_the_operator(name: str, dtype: torch.dtype) -> None:
         assert (made.float() - expected).abs().max() < TOLERANCE[dtype], (window, start, pad)
 
 
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("name", SITES)
+def test_triton_kernels_take_the_same_scores(name: str, path: str) -> None:
+    if path == "reference":
+        pytest.skip("neither of them runs here")
+    site = SITES[name]
+    keys, values = (draw(1, KV_HEADS, COLUMNS, 16, seed=seed) for seed in (1, 2))
+    window, start, pad = 4, 300, 200
+    q = draw(1, HEADS, window, 16, seed=start) * 3
+    made = attend_full(
+        q, keys, values, [start], [pad], site.scale, scores=scores_of(site, sinks_of(site), start + window, q.device)
+    )
+    expected = call_operator(site, q, keys, values, start, pad)
+    assert (made - expected).abs().max() < TOLERANCE[torch.float32]
+
+
 @pytest.mark.parametrize("size", [16, 24])
 @pytest.mark.parametrize("name", SITES)
 def test_a_draft_step_equals_the_operator(name: str, size: int) -> None:

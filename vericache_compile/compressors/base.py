@@ -15,7 +15,7 @@ from typing import ClassVar, Self
 
 from torch import Tensor
 
-from vericache_compile.compressors.facts import NOTHING, Facts
+from vericache_compile.compressors.facts import KINDS, NOTHING, Facts
 from vericache_compile.compressors.packed import PackedSide
 from vericache_compile.plan import Site
 
@@ -61,18 +61,16 @@ class CompressedKV(ABC):
         """
 
     def select(self, query: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys [K, N, D] and values [K, N, Dv] that one draft step with this query [H, D] reads: by default all."""
+        """Keys [K, N, D] and values [K, N, Dv] that one draft step with this query [H, D] reads: by default all.
+
+        Where it depends on the query, `materialize` gives one choice of many.
+        """
         return self.materialize()
 
-    @property
-    def selects(self) -> bool:
-        """Whether what a draft step reads depends on its query; then `materialize` gives one choice of many."""
-        return False
-
     def knowing(self, facts: Facts) -> CompressedKV:
-        """The same region for `extend`, told what its method needs to know."""
+        """The same region for `extend`, its `method` (where it keeps one) told what it needs to know."""
         method = getattr(self, "method", None)
-        if not isinstance(method, Compressor) or not method.wants:
+        if not isinstance(method, Compressor) or not method.wants & KINDS:
             return self
         told = copy.copy(self)
         vars(told)["method"] = method.knowing(facts)
@@ -106,7 +104,9 @@ class Compressor(ABC):
         return frozenset(self.needs)
 
     def knowing(self, facts: Facts) -> Self:
-        """The method told of one row of one site; the runtime asks it where a method `wants` any of it."""
+        """The method told of one row of one site; itself, where it wants to know nothing."""
+        if not self.wants & KINDS:
+            return self
         told = copy.copy(self)
         vars(told)["facts"] = facts
         return told

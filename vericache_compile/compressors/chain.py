@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vericache_compile.compressors.base import CompressedKV, Compressor
-from vericache_compile.compressors.facts import Facts
+from vericache_compile.compressors.facts import KINDS, Facts
 from vericache_compile.compressors.quantizer import QuantizedKV, Quantizer
 from vericache_compile.compressors.scorer import Chooser
 from vericache_compile.errors import OptionError
@@ -72,8 +72,8 @@ class Chain(Compressor):
 
     @property
     def wants(self) -> frozenset[str]:
-        """What both want."""
-        return self.drop.wants | self.quantise.wants
+        """What `drop` wants; the quantiser is told nothing, since chosen tokens do not stand side by side."""
+        return self.drop.wants
 
     @property
     def refresh(self) -> int:  # type: ignore[override]
@@ -81,9 +81,11 @@ class Chain(Compressor):
         return self.drop.refresh
 
     def knowing(self, facts: Facts) -> Self:
-        """The chain of both, told of one row of one site."""
+        """The chain with `drop` told of one row of one site."""
+        if not self.wants & KINDS:
+            return self
         told = copy.copy(self)
-        vars(told).update(drop=self.drop.knowing(facts), quantise=self.quantise.knowing(facts))
+        vars(told)["drop"] = self.drop.knowing(facts)
         return told
 
     def for_layer(self, layer: int, layers: int) -> Compressor:

@@ -44,10 +44,18 @@ class Facts:
     """`attention`: [K, S], float32, the attention that each token has drawn so far, summed over queries and heads."""
     repeated: Tensor | None = None
     """`repeated`: [K, S], float32, the most attention that each token drew while the model repeated its context."""
+    everywhere: tuple[Tensor, ...] = ()
+    """`repeated` of every site of the row, this one's too."""
     read: Read | None = None
     """`read`: reads the full KV, during draft too."""
     shared: dict[object, Tensor] | None = None
     """`shared`: what sites of one row leave for later ones, in one compression."""
+
+    @property
+    def lasting(self) -> Facts:
+        """What a region may go on knowing: where its tokens stood and how their keys were turned, but no numbers of
+        theirs, which would live as long as it does."""
+        return Facts(self.layer, self.token, self.position, self.end, self.rotation)
 
 
 NOTHING: Final = Facts()

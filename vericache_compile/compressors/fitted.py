@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -18,7 +18,9 @@ from torch import Tensor
 
 from vericache_compile.calibration import Calibration, read
 from vericache_compile.compressors.base import CompressedKV, Compressor
+from vericache_compile.compressors.facts import Facts
 from vericache_compile.compressors.quantizer import Codes, join
+from vericache_compile.compressors.rotation import Rotation
 from vericache_compile.plan import Site
 
 Fit = tuple[Tensor, ...]
@@ -113,14 +115,19 @@ class Fitted(Compressor):
     def as_stored(self, keys: Tensor, first: int) -> Tensor:
         """Keys [K, S, D] of a row's tokens from `first` on, as the method learns, encodes and decodes them.
 
-        As cached, so after RoPE. A method that wants them as before RoPE turns them back here, and forth in
-        `as_cached`: nothing else knows.
+        As before RoPE, where the method needs that and the runtime knows how keys were turned; else as cached.
         """
-        return keys
+        rotation = self.facts.rotation
+        return keys if rotation is None else rotation.unrotate(keys, self._position(first)).to(keys.dtype)
 
     def as_cached(self, keys: Tensor, first: int) -> Tensor:
         """The inverse of `as_stored`."""
-        return keys
+        rotation = self.facts.rotation
+        return keys if rotation is None else rotation.rotate(keys, self._position(first)).to(keys.dtype)
+
+    def _position(self, token: int) -> int:
+        """Of a token of the row."""
+        return self.facts.position + token - self.facts.token
 
     def compress(self, keys: Tensor, values: Tensor, queries: Tensor | None) -> FittedKV:
         """Compress keys [K, S, D] and values [K, S, Dv] by a fit of their own, and where a method reads queries by the
@@ -151,8 +158,11 @@ class Learner(Compressor):
     """A file that `vericache calibrate` wrote for this method and model."""
 
     @abstractmethod
-    def learn(self, model: Any, ids: Tensor) -> dict[str, Tensor]:
-        """What to keep in the file: tensors by name, of a transformers model and tokens ids [N, T]."""
+    def learn(self, model: Any, ids: Tensor, turned: Sequence[Rotation | None]) -> dict[str, Tensor]:
+        """What to keep in the file: tensors by name, of a transformers model and tokens ids [N, T].
+
+        `turned` says how each layer's keys are turned by position.
+        """
 
     def check_file(self) -> None:
         """Raise OptionError unless the file, where one is named, can be read and is this method's."""
@@ -193,6 +203,15 @@ class Calibrated(Compressor):
     def queries(self) -> int:
         """Those that the method reads."""
         return self.method.queries
+
+    @property
+    def wants(self) -> frozenset[str]:
+        """What the method does."""
+        return self.method.wants
+
+    def knowing(self, facts: Facts) -> Self:
+        """With the method told."""
+        return replace(self, method=self.method.knowing(facts))
 
     def compress(self, keys: Tensor, values: Tensor, queries: Tensor | None) -> FittedKV:
         """As the method does, but by the fit that is given: lent where it lies on the device of the cache already."""

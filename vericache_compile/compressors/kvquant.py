@@ -2,20 +2,21 @@
 
 Hooper et al., arXiv 2401.18079, section 3. A key channel's range, without its outliers, is fixed beforehand; a value
 token's is its own. Numbers scaled to [-1, 1] are rounded to the nearest of 2^bits levels, found by k-means in one
-dimension (section 3.3), one codebook for a layer's keys and one for its values. About 1 % of each vector, what lies
+dimension (section 3.3), one codebook for a layer's keys and one for its values. A small part of each vector, what lies
 farthest out, is stored apart (section 3.4), and the first tokens stay as they are (section 3.5).
 
 Ranges and levels come from a calibration file, where k-means weighs numbers by their Fisher information as the paper
 does, or else from the row's own first tokens, unweighted: started at quantiles, so nothing is random.
 
-Keys are quantised as cached, after RoPE; the paper does it before. Outliers of a key channel are sought in blocks of
-128 tokens, those of a value in all heads of a token together.
+Keys are quantised as before RoPE (section 3.2), and turned again when they are read. Outliers of a key channel are
+sought in blocks of 128 tokens, those of a value in all heads of a token together.
 
 Shapes: K KV heads, S tokens, D head size, n outliers of a vector, b = 128 tokens in a block, L = 2^bits levels.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, NamedTuple
 
@@ -29,6 +30,7 @@ from vericache_compile.compressors.observed import sample
 from vericache_compile.compressors.outliers import Outliers, outlier_count, put_outliers, take_outliers
 from vericache_compile.compressors.planes import check_bits, pack_planes, unpack_planes
 from vericache_compile.compressors.quantizer import Codes
+from vericache_compile.compressors.rotation import Rotation
 from vericache_compile.errors import OptionError
 
 BLOCK: Final = 128
@@ -79,10 +81,11 @@ class KVQuant(Learned):
     name: ClassVar[str] = "kvquant"
     parameters: ClassVar[tuple[str, ...]] = ("bits",)
     paper: ClassVar[str] = "arXiv 2401.18079"
+    needs: ClassVar[tuple[str, ...]] = ("layers", "pre_rope")
 
     bits: int = 4
-    outliers: float = 0.01
-    """Fraction of each vector that is stored apart; at least one number."""
+    outliers: float = 0.02
+    """Fraction of each vector that is stored apart; at least one number. The paper has 0.01, of longer vectors."""
     sinks: int = 1
     residual: int = 32
     calibration: str | None = None
@@ -114,10 +117,10 @@ class KVQuant(Learned):
             raise OptionError(f"{len(made.key_levels)} levels for bits={self.bits}", held.where, fix)
         return made
 
-    def learn(self, model: Any, ids: Tensor) -> dict[str, Tensor]:
+    def learn(self, model: Any, ids: Tensor, turned: Sequence[Rotation | None]) -> dict[str, Tensor]:
         """Ranges and levels of every layer, by up to 2,048 of the tokens ids [N, T]."""
         made: dict[str, Tensor] = {}
-        for layer, seen in sample(model, ids).items():
+        for layer, seen in sample(model, ids, turned).items():
             squares = (seen.key_gradients.float().square(), seen.value_gradients.float().square())
             ranges = fit_ranges(seen.keys, seen.values, squares, self.bits, self.outliers)
             made |= {f"{layer}.{part}": tensor for part, tensor in ranges._asdict().items()}

@@ -15,6 +15,7 @@ D head size, Dv value head size.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar, NamedTuple, Self
 
 import torch
@@ -153,8 +154,14 @@ class KVReviver(Compressor):
 
     def hashes(self, count: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Bucket [r, E], int64, and sign [r, E], 1 or -1 in float32, of tokens 0 to E - 1."""
-        generator = torch.Generator().manual_seed(self.seed)
-        factor, added = torch.randint(1, PRIME, (2, 2, self.rows, 1), generator=generator)
+        return _hashes(self.seed, self.rows, count, width, device)
+
+
+@lru_cache(maxsize=64)  # all sites and draft steps ask for the same few
+def _hashes(seed: int, rows: int, count: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.inference_mode(False):
+        factor, added = torch.randint(1, PRIME, (2, 2, rows, 1), generator=generator)
         hashed = (factor * torch.arange(count) + added) % PRIME
         return (hashed[0] % width).to(device), (1 - 2.0 * (hashed[1] % 2)).to(device)
 

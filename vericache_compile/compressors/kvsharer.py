@@ -12,7 +12,7 @@ Layers that do not share keep every token as it is. A borrowed region takes no b
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -25,6 +25,7 @@ from vericache_compile.compressors.borrowed import Borrower
 from vericache_compile.compressors.fitted import Learner
 from vericache_compile.compressors.none import NoCompression
 from vericache_compile.compressors.observed import last_hidden, observe
+from vericache_compile.compressors.rotation import Rotation
 from vericache_compile.errors import OptionError
 
 COSINE = 0.5
@@ -66,7 +67,7 @@ class KVSharer(Learner):
         """Copy keys [K, S, D] and values [K, S, Dv]: a layer by itself has nobody to borrow from."""
         return NoCompression().compress(keys, values, queries)
 
-    def learn(self, model: Any, ids: Tensor) -> dict[str, Tensor]:
+    def learn(self, model: Any, ids: Tensor, turned: Sequence[Rotation | None]) -> dict[str, Tensor]:
         """Pairs [C, 2] of borrower and lender, in order of acceptance, by the tokens ids [N, T]."""
         own = last_hidden(model, ids, lambda layer, keys, values: (keys, values))
         means = _means(model, ids)

@@ -2,9 +2,10 @@
 
 Kim et al., arXiv 2505.23416: before the first draft the model is fed its context once more, chunk by chunk, over the
 full cache; a key's score is the most attention that it draws while it does (`runtime/repeat.py`, where the choices
-made are said). The heads of a layer share one budget, by score. Tokens that come later were never repeated: all stay,
-as in the paper; with `refresh` the model repeats them too. The repetition costs about as much as verifying the context
-once (`stats(model)["seconds"]["repeat"]`), and its tokens need room for a while: a chunk of full KV.
+made are said). All heads of all sites share one budget: the highest scores stay, wherever they are; or, `per_layer`,
+those of each site. Tokens that come later were never repeated: all stay, as in the paper; with `refresh` the model
+repeats them too. The repetition costs about as much as verifying the context once
+(`stats(model)["seconds"]["repeat"]`), and its tokens need room for a while: a chunk of full KV.
 
 Where the context's tokens are not known (a cache that an uncompiled model built) the last queries vote, as in AdaKV.
 
@@ -16,23 +17,32 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vericache_compile.compressors.adakv import AdaKV, share_out
 from vericache_compile.compressors.dense import budget
+from vericache_compile.errors import OptionError
 
 
 @dataclass(frozen=True)
 class KVzip(AdaKV):
-    """Keep the fraction `keep` of a layer's repeated tokens before the last `window`, shared out among its heads."""
+    """Keep the fraction `keep` of the repeated tokens before the last `window`, shared by all heads of all sites."""
 
     name: ClassVar[str] = "kvzip"
     paper: ClassVar[str] = "arXiv 2505.23416"
-    needs: ClassVar[tuple[str, ...]] = ("queries", "count", "repeated")
+    needs: ClassVar[tuple[str, ...]] = ("queries", "count", "repeated", "shared")
 
+    per_layer: bool = False
+    """Whether each site has a budget of its own, shared by its heads alone."""
     kernel: int = field(default=1, init=False, repr=False)
     floor: float = field(default=0.0, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.per_layer, bool):
+            raise OptionError(f"per_layer={self.per_layer!r}", f"compressor {self.name!r}", "give True or False")
 
     def share(self, keys: Tensor, queries: Tensor, covered: int) -> Tensor:
         """Places, ascending, in the flattened [K, C], of those that stay of the first C = `covered` tokens."""
@@ -41,4 +51,15 @@ class KVzip(AdaKV):
             return super().share(keys, queries, covered)
         known = min(repeated.shape[1], covered)
         scores = F.pad(repeated[:, :known], (0, covered - known), value=float("inf"))
-        return share_out(scores, budget(self.keep, known) + covered - known, self.floor)
+        if self.per_layer or not known or not self.facts.everywhere:
+            return share_out(scores, budget(self.keep, known) + covered - known, self.floor)
+        return (scores >= self._least(known)).flatten().nonzero().squeeze(1)
+
+    def _least(self, known: int) -> Tensor:
+        """The least score that stays of the first `known` tokens of all sites; found once for them all."""
+        shared = self.facts.shared if self.facts.shared is not None else {}
+        if (self, known) not in shared:
+            scores = torch.cat([site[:, :known].flatten() for site in self.facts.everywhere])
+            count = len(scores) // known * budget(self.keep, known)
+            shared[self, known] = scores.topk(count).values[-1]
+        return shared[self, known]

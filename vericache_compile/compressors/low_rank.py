@@ -4,8 +4,8 @@ B holds the principal directions of the second moment of x. That is where the pa
 r coordinates, x -> x B B^T has the least squared error (Eckart and Young 1936), and a projection of the hidden states
 by weights W B, as they train it, gives the same z. Nothing is trained, so nothing is left to a start or a rate.
 
-Keys are taken as cached, after RoPE, which turns pairs of channels by angles that grow with the position: fast pairs
-fill their plane and cost rank. The papers take keys before RoPE and turn what they rebuild.
+Keys are taken as before RoPE, and what is rebuilt is turned again: a turn by the position makes fast pairs of channels
+fill their plane, which costs rank.
 
 Shapes: K KV heads, S tokens, D head size, G groups of heads, n = K / G * D channels of a group, r rank.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -25,6 +26,7 @@ from vericache_compile.compressors.dense import check_count
 from vericache_compile.compressors.fitted import Fit, Learned
 from vericache_compile.compressors.observed import observe
 from vericache_compile.compressors.quantizer import Codes
+from vericache_compile.compressors.rotation import Rotation
 from vericache_compile.errors import OptionError
 
 STEP = 8
@@ -47,6 +49,7 @@ class LowRank(Learned):
     """Keep a fraction of the coordinates; at least the last `residual` tokens stay exact in the tail."""
 
     name: ClassVar[str] = "low_rank"
+    needs: ClassVar[tuple[str, ...]] = ("layers", "pre_rope")
 
     rank: float = 0.5
     """Fraction of the channels that coordinates are kept for, in (0, 1]; rounded up to a multiple of 8."""
@@ -94,11 +97,11 @@ class LowRank(Learned):
         """Fractions of the directions that keys and values of a site keep."""
         return self.rank, self.rank
 
-    def learn(self, model: Any, ids: Tensor) -> dict[str, Tensor]:
+    def learn(self, model: Any, ids: Tensor, turned: Sequence[Rotation | None]) -> dict[str, Tensor]:
         """Whole bases of every layer, by the tokens ids [N, T]."""
         moments: dict[int, tuple[Tensor, Tensor]] = {}
         shapes: dict[int, tuple[int, torch.dtype]] = {}
-        for layer, seen in observe(model, ids):
+        for layer, seen in observe(model, ids, turned):
             more = second_moment(seen.keys), second_moment(seen.values)
             held = moments.get(layer)
             moments[layer] = more if held is None else (held[0] + more[0], held[1] + more[1])

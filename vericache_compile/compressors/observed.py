@@ -5,13 +5,15 @@ Shapes: N rows of T tokens, K KV heads, D head size, Dv value head size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from vericache_compile.compressors.rotation import Rotation
 
 SAMPLED = 2048
 """Tokens per layer that are kept where single numbers are wanted."""
@@ -21,29 +23,36 @@ class Observed(NamedTuple):
     """One layer's cache for one row; gradients of the mean loss, zeros where none were asked for."""
 
     keys: Tensor
-    """[K, T, D], as cached."""
+    """[K, T, D]."""
     values: Tensor
     """[K, T, Dv]."""
     key_gradients: Tensor
     value_gradients: Tensor
 
 
-def observe(model: Any, ids: Tensor, *, gradients: bool = False) -> Iterator[tuple[int, Observed]]:
-    """(layer, what it caches) for each row of ids [N, T] and each layer of an uncompiled transformers model."""
+def observe(
+    model: Any, ids: Tensor, turned: Sequence[Rotation | None] = (), *, gradients: bool = False
+) -> Iterator[tuple[int, Observed]]:
+    """(layer, what it caches) for each row of ids [N, T] and each layer of an uncompiled transformers model.
+
+    Keys are turned back to before RoPE where `turned` says how they were turned, and so are their gradients: a turn's
+    transpose is its inverse.
+    """
     for row in range(len(ids)):
         kept: dict[int, tuple[Tensor, Tensor]] = {}
         with torch.set_grad_enabled(gradients), _frozen(model):
             _forward(model, ids[row : row + 1], partial(_keep, kept), gradients=gradients)
         for layer, (keys, values) in kept.items():
-            slopes = (_slope(keys), _slope(values))
-            yield layer, Observed(*(part.detach()[0] for part in (keys, values, *slopes)))
+            seen = Observed(*(part.detach()[0] for part in (keys, values, _slope(keys), _slope(values))))
+            rotation = turned[layer] if turned else None
+            yield layer, seen if rotation is None else _turned_back(seen, rotation)
 
 
-def sample(model: Any, ids: Tensor) -> Mapping[int, Observed]:
+def sample(model: Any, ids: Tensor, turned: Sequence[Rotation | None] = ()) -> Mapping[int, Observed]:
     """Per layer some tokens of ids [N, T], evenly spread and at most 2,048, with gradients."""
     step = -(-ids.numel() // SAMPLED)
     kept: dict[int, list[Observed]] = {}
-    for layer, seen in observe(model, ids, gradients=True):
+    for layer, seen in observe(model, ids, turned, gradients=True):
         kept.setdefault(layer, []).append(Observed(*(part[:, ::step].clone() for part in seen)))
     return {
         layer: Observed(*(torch.cat(parts, dim=1) for parts in zip(*seen, strict=True))) for layer, seen in kept.items()
@@ -107,6 +116,11 @@ def _frozen(model: Any) -> Iterator[None]:
     finally:
         for each in wanted:
             each.requires_grad_(True)
+
+
+def _turned_back(seen: Observed, rotation: Rotation) -> Observed:
+    keys, slopes = (rotation.unrotate(part, 0).to(part.dtype) for part in (seen.keys, seen.key_gradients))
+    return seen._replace(keys=keys, key_gradients=slopes)
 
 
 def _slope(tensor: Tensor) -> Tensor:

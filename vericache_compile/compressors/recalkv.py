@@ -4,13 +4,14 @@ Yan et al., arXiv 2505.24357, section 3. Heads whose keys are alike, by linear C
 group has a basis, the values of a layer have one. With a calibration file a side's rank grows with its Fisher
 information (the sum of squared gradients of the loss), between half of `rank` and all, `rank` on average; without one,
 bases are of the row itself and all ranks the same. The paper folds the values' basis into the output weights; a draft
-step here reads values, so they are rebuilt. See `low_rank` for bases, and for keys after RoPE.
+step here reads values, so they are rebuilt. See `low_rank` for the bases.
 
 Shapes: K KV heads, D head size, G groups.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -22,6 +23,7 @@ from vericache_compile.compressors.dense import check_count
 from vericache_compile.compressors.low_rank import LowRank
 from vericache_compile.compressors.observed import observe
 from vericache_compile.compressors.quantizer import channel_group
+from vericache_compile.compressors.rotation import Rotation
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,6 @@ class ReCalKV(LowRank):
 
     name: ClassVar[str] = "recalkv"
     paper: ClassVar[str] = "arXiv 2505.24357"
-    needs: ClassVar[tuple[str, ...]] = ("layers",)
-
     heads: int = 4
     """KV heads in a group of keys: the largest divisor of theirs that is at most this."""
 
@@ -49,13 +49,15 @@ class ReCalKV(LowRank):
         keys, values = allot(held.part("fisher"), self.rank)[layer].tolist()
         return keys, values
 
-    def learn(self, model: Any, ids: Tensor) -> dict[str, Tensor]:
+    def learn(self, model: Any, ids: Tensor, turned: Sequence[Rotation | None]) -> dict[str, Tensor]:
         """Bases of every layer, and the Fisher information [layers, 2] of keys and values; by tokens ids [N, T]."""
         fisher: dict[int, Tensor] = {}
-        for layer, seen in observe(model, ids, gradients=True):
+        for layer, seen in observe(model, ids, turned, gradients=True):
             more = torch.stack([part.double().square().sum() for part in (seen.key_gradients, seen.value_gradients)])
             fisher[layer] = fisher.get(layer, 0) + more
-        return super().learn(model, ids) | {"fisher": torch.stack([fisher[layer] for layer in sorted(fisher)]).float()}
+        return super().learn(model, ids, turned) | {
+            "fisher": torch.stack([fisher[layer] for layer in sorted(fisher)]).float()
+        }
 
 
 def cka(moment: Tensor, heads: int) -> Tensor:

@@ -53,11 +53,6 @@ class IndexedKV(CompressedKV):
         """Bytes of the index, and of the tokens where they are its own."""
         return sum(x.nbytes for x in (*self.index, self.latest, *self.own))
 
-    @property
-    def selects(self) -> bool:
-        """Always."""
-        return True
-
     @abstractmethod
     def choose(self, query: Tensor) -> Tensor:
         """Tokens [K, N], ascending, that a draft step with this query [H, D] reads."""

@@ -5,9 +5,9 @@ best where each block that is rotated holds few of them. Channels of all heads t
 dealt out in turn; every block of a power of two is turned by the orthonormal Walsh-Hadamard matrix. Then each token is
 rounded in groups of channels, as KIVI rounds values. The first tokens, where attention sinks, stay as they are.
 
-The order is that of the row's own first tokens; the paper calibrates it. Keys are rotated as cached, after RoPE; the
-paper does it before, grouped by heads. Blocks are turned by a product with the matrix: at up to 256 channels that is
-faster than the fast transform's passes.
+The order is that of the row's own first tokens; the paper calibrates it. Keys are rotated as before RoPE, and turned by
+position again when they are read. Blocks are turned by a product with the matrix: at up to 256 channels that is faster
+than the fast transform's passes.
 
 Shapes: K KV heads, S tokens, D head size, C = K * D channels of all heads, h channels in a block, c in a group.
 """
@@ -40,6 +40,7 @@ class RotateKV(Fitted):
     name: ClassVar[str] = "rotatekv"
     parameters: ClassVar[tuple[str, ...]] = ("bits",)
     paper: ClassVar[str] = "arXiv 2501.16383"
+    needs: ClassVar[tuple[str, ...]] = ("pre_rope",)
 
     bits: int = 4
     group: int = 32

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vericache_compile.compressors.packed import PackedSide
 from vericache_compile.compressors.quantizer import unpack
-from vericache_compile.kernels.launch import pad_size
+from vericache_compile.kernels.launch import on, pad_size
 from vericache_compile.kernels.verify_attention import (
     SPLIT,
     Parts,
@@ -91,15 +91,16 @@ def _attend_region(
     kv_heads = keys.codes.shape[0]
     group = q.shape[0] // kv_heads
     tile, stages = region_tile(max(keys.size, values.size) * q.element_size())
-    programs.attend_region[(splits, kv_heads)](
-        q, keys.codes, keys.scale, keys.zero_or_scale, values.codes, values.scale, values.zero_or_scale,
-        parts.outs[row], parts.tops[row], parts.totals[row], scale,
-        keys.tokens, parts.tops.shape[3], first, q.stride(0),
-        GROUP=group, SIZE=keys.size, VALUE=values.size, SOFT_CAP=soft_cap or 0.0, BITS=keys.bits,
-        KEY_GROUP=keys.group, KEY_CHANNELS=keys.channels, VALUE_GROUP=values.group, VALUE_CHANNELS=values.channels,
-        ZERO=keys.zero is not None, ROWS=pad_size(group), SPLIT=SPLIT, TILE=tile,
-        PAD_D=pad_size(keys.size), PAD_E=pad_size(values.size), num_warps=4, num_stages=stages,
-    )  # fmt: skip
+    with on(q):
+        programs.attend_region[(splits, kv_heads)](
+            q, keys.codes, keys.scale, keys.zero_or_scale, values.codes, values.scale, values.zero_or_scale,
+            parts.outs[row], parts.tops[row], parts.totals[row], scale,
+            keys.tokens, parts.tops.shape[3], first, q.stride(0),
+            GROUP=group, SIZE=keys.size, VALUE=values.size, SOFT_CAP=soft_cap or 0.0, BITS=keys.bits,
+            KEY_GROUP=keys.group, KEY_CHANNELS=keys.channels, VALUE_GROUP=values.group, VALUE_CHANNELS=values.channels,
+            ZERO=keys.zero is not None, ROWS=pad_size(group), SPLIT=SPLIT, TILE=tile,
+            PAD_D=pad_size(keys.size), PAD_E=pad_size(values.size), num_warps=4, num_stages=stages,
+        )  # fmt: skip
 
 
 def region_tile(bytes_per_key: int) -> tuple[int, int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import torch
@@ -18,6 +19,10 @@ log = logging.getLogger(__name__)
 DEVICE = "cuda"
 """The type of device that kernels are launched on."""
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
+CAPABILITY = (8, 0)
+"""The least compute capability: that of the first GPUs that multiply bfloat16."""
+REFUSED = "vericache: none of its kernels run on this device: %s\n  where: %s\n  fix: %s"
+INSTEAD = "torch's kernels run, and what verify gives may differ in the last bits from place to place in a window"
 LEAST = 16
 """The smallest side of a tile that a matrix product takes."""
 
@@ -29,7 +34,12 @@ def serves(tensor: Tensor) -> bool:
 
 def takes(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the kernels are for tensors of a device and a type, and there."""
-    return device.type == DEVICE and dtype in TYPES and installed()
+    return device.type == DEVICE and dtype in TYPES and installed() and suits(device)
+
+
+def on(tensor: Tensor) -> AbstractContextManager[object]:
+    """Launch where a tensor lies: triton launches on the current GPU, whatever it is given."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 @cache
@@ -40,11 +50,25 @@ def installed() -> bool:
     if importlib.util.find_spec("triton") is not None:
         return True
     log.warning(
-        "vericache: no kernels of its own on this device: triton is not installed\n  where: %s\n  fix: %s",
+        REFUSED,
+        "triton is not installed",
         __name__,
-        "pip install triton, which a CUDA build of torch brings; until then torch's kernels run, and what verify gives "
-        "may differ in the last bits from place to place in a window",
+        f"pip install triton, which a CUDA build of torch brings; until then {INSTEAD}",
     )
+    return False
+
+
+@cache
+def suits(device: torch.device) -> bool:
+    """Whether a device is one that the kernels are for; said once where it is not."""
+    if device.type != "cuda":
+        return True
+    capability = torch.cuda.get_device_capability(device)
+    if torch.version.hip is None and capability >= CAPABILITY:
+        return True
+    found = "is not of NVIDIA's" if torch.version.hip else "has compute capability {}.{}".format(*capability)
+    fix = f"use an NVIDIA GPU of compute capability 8.0 or more; on this one {INSTEAD}"
+    log.warning(REFUSED, f"it {found}", device, fix)
     return False
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vericache_compile.kernels.launch import serves
+from vericache_compile.kernels.launch import on, serves
 
 ROWS, OUTS = 16, 32
 """Rows and outputs of one tile; a window of 16 reads a weight once."""
@@ -27,11 +27,12 @@ def row_invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tens
         flat = flat.contiguous()
     count, (outs, size) = flat.shape[0], weight.shape
     out = torch.empty((*x.shape[:-1], outs), dtype=x.dtype, device=x.device)
-    programs.multiply[(-(-count // ROWS), -(-outs // OUTS))](
-        flat, weight, weight if bias is None else bias, out, count, flat.stride(0), *weight.stride(),
-        IN=size, OUT=outs, BIAS=bias is not None, ROWS=ROWS, OUTS=OUTS, INS=BYTES // x.element_size(),
-        num_warps=4, num_stages=3,
-    )  # fmt: skip
+    with on(flat):
+        programs.multiply[(-(-count // ROWS), -(-outs // OUTS))](
+            flat, weight, weight if bias is None else bias, out, count, flat.stride(0), *weight.stride(),
+            IN=size, OUT=outs, BIAS=bias is not None, ROWS=ROWS, OUTS=OUTS, INS=BYTES // x.element_size(),
+            num_warps=4, num_stages=3,
+        )  # fmt: skip
     return out
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vericache_compile.kernels.launch import pad_size
+from vericache_compile.kernels.launch import on, pad_size
 
 SPLIT = 256
 """Columns that are attended together: the reference's BLOCK."""
@@ -95,16 +95,17 @@ def attend_splits(
     kv_heads, columns, value_size = keys.shape[1], keys.shape[2], values.shape[3]
     group = heads // kv_heads
     rows, tile = tile_sizes(group * window, max(size, value_size) * keys.element_size())
-    programs.attend_splits[(-(-columns // SPLIT), kv_heads * -(-group * window // rows), batch)](
-        q, keys, values, starts, lefts, parts.totals if bias is None else bias,
-        parts.outs, parts.tops, parts.totals, scale,
-        kv_heads, parts.tops.shape[3], skipped, 0 if bias is None else bias.shape[1], *lefts.stride(),
-        *q.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
-        GROUP=group, WINDOW=window, SIZE=size, VALUE=value_size, REACH=reach or 0, SOFT_CAP=soft_cap or 0.0,
-        BIAS=bias is not None, RELATIVE=relative,
-        ROWS=rows, SPLIT=SPLIT, TILE=tile, PAD_D=pad_size(size), PAD_E=pad_size(value_size),
-        num_warps=4, num_stages=2,
-    )  # fmt: skip
+    with on(q):
+        programs.attend_splits[(-(-columns // SPLIT), kv_heads * -(-group * window // rows), batch)](
+            q, keys, values, starts, lefts, parts.totals if bias is None else bias,
+            parts.outs, parts.tops, parts.totals, scale,
+            kv_heads, parts.tops.shape[3], skipped, 0 if bias is None else bias.shape[1], *lefts.stride(),
+            *q.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
+            GROUP=group, WINDOW=window, SIZE=size, VALUE=value_size, REACH=reach or 0, SOFT_CAP=soft_cap or 0.0,
+            BIAS=bias is not None, RELATIVE=relative,
+            ROWS=rows, SPLIT=SPLIT, TILE=tile, PAD_D=pad_size(size), PAD_E=pad_size(value_size),
+            num_warps=4, num_stages=2,
+        )  # fmt: skip
 
 
 def merge_splits(
@@ -123,12 +124,13 @@ def merge_splits(
 
     batch, heads, window, splits, value_size = parts.outs.shape
     result = torch.empty((batch, heads, window, value_size), dtype=q.dtype, device=q.device)
-    programs.merge_splits[(batch * heads * window,)](
-        parts.outs, parts.tops, parts.totals, starts, lefts, parts.tops if sinks is None else sinks, result,
-        kv_heads, splits, skipped, *lefts.stride(),
-        GROUP=heads // kv_heads, WINDOW=window, VALUE=value_size, REACH=reach or 0,
-        SINKS=sinks is not None, SPLIT=SPLIT, PAD_E=pad_size(value_size), num_warps=4,
-    )  # fmt: skip
+    with on(q):
+        programs.merge_splits[(batch * heads * window,)](
+            parts.outs, parts.tops, parts.totals, starts, lefts, parts.tops if sinks is None else sinks, result,
+            kv_heads, splits, skipped, *lefts.stride(),
+            GROUP=heads // kv_heads, WINDOW=window, VALUE=value_size, REACH=reach or 0,
+            SINKS=sinks is not None, SPLIT=SPLIT, PAD_E=pad_size(value_size), num_warps=4,
+        )  # fmt: skip
     return result
 
 

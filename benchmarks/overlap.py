@@ -1,0 +1,163 @@
+"""How much of bringing full KV in is hidden under drafting? The demo model, full KV in host memory, a capped link.
+
+A round with full KV on the device is measured first; the link is then capped so that a transfer takes a given share of
+its drafting. Sides are interleaved in one process, medians over rounds are reported, and tokens are compared. Prints a
+table and writes benchmarks/results/overlap-<machine>.json, or the file of --json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from decode import document as prompt
+from decode import load, machine, write
+from rich.console import Console
+from rich.table import Table
+
+from vericache_compile import stats
+
+TOKENS, NEW, WINDOW = 4096, 160, 16
+OPTIONS = {"compressor": "snapkv", "keep": 0.25, "window": WINDOW}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape of a round: the transfer's time as a share of drafting's, and the sites that the ring holds."""
+
+    name: str
+    draft_dtype: str
+    share: float
+    sites: int | None = None
+    """None: all of them."""
+
+
+CASES = (
+    Case("transfer shorter than drafting", "same", 0.7),
+    Case("transfer shorter, int8 drafts", "int8", 0.7),
+    Case("transfer longer than drafting", "same", 2.0),
+    Case("transfer shorter, a ring of 8 sites", "same", 0.7, 8),
+)
+
+
+def generate(model: Any, inputs: dict[str, torch.Tensor], compiled: Any) -> tuple[torch.Tensor, list[dict[str, Any]]]:
+    """Tokens of one generate call, and its rounds that drafted a whole window; the first of them warms up."""
+    model._compiled_call_impl = compiled
+    before = stats(model)["rounds"] if hasattr(next(model.parameters()), "_vericache") else 0
+    out = model.generate(**inputs, max_new_tokens=NEW, do_sample=False)
+    made = stats(model)
+    latest = made["latest_rounds"][-max(made["rounds"] - before, 1) :]
+    return out, [each for each in latest if each["drafted"] == WINDOW - 1][1:]
+
+
+def compiled_with(model: Any, inputs: dict[str, torch.Tensor], options: dict[str, Any]) -> Any:
+    """The model's compiled call under these options, warm."""
+    model._compiled_call_impl = None
+    model.compile(backend="vericache", options={**OPTIONS, **options})
+    held = model._compiled_call_impl
+    model.generate(**inputs, max_new_tokens=2 * WINDOW, do_sample=False)
+    return held
+
+
+def medians(rounds: list[dict[str, Any]]) -> dict[str, float]:
+    """Milliseconds of a round, of its parts, and of the link; bytes that came over it."""
+
+    def middle(*path: str) -> float:
+        values = [each[path[0]] if len(path) == 1 else each[path[0]][path[1]] for each in rounds]
+        return statistics.median(values)
+
+    whole = statistics.median(each["draft_seconds"] + each["verify_seconds"] for each in rounds)
+    return {
+        "rounds": len(rounds),
+        "round_ms": 1e3 * whole,
+        "draft_ms": 1e3 * middle("draft_seconds"),
+        "verify_ms": 1e3 * middle("verify_seconds"),
+        "transfer_ms": 1e3 * middle("traffic", "seconds"),
+        "waited_ms": 1e3 * middle("traffic", "waited"),
+        "bytes": middle("traffic", "nbytes"),
+    }
+
+
+def measure(model: Any, case: Case, inputs: dict[str, torch.Tensor], repeats: int) -> dict[str, Any]:
+    """One case: the round with full KV on the device, and the same with full KV in host memory."""
+    resident = compiled_with(model, inputs, {"draft_dtype": case.draft_dtype})
+    _, rounds = generate(model, inputs, resident)
+    first, sizes = medians(rounds), stats(model)["bytes"]
+    site = sizes["full"] / stats(model)["sites"]
+    sites = case.sites or stats(model)["sites"]
+    gbps = TOKENS * sizes["per_token_full"] / (1e-3 * case.share * first["draft_ms"]) / 1e9
+    staging = (sites + 0.5) * site / 2**20
+    options = {"draft_dtype": case.draft_dtype, "placement": "host", "link_gbps": gbps, "staging_mb": staging}
+    sides = {"device": resident, "host": compiled_with(model, inputs, options)}
+    made: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+    identical, held = True, {}
+    for _ in range(repeats):
+        outs = []
+        for side, compiled in sides.items():
+            out, rounds = generate(model, inputs, compiled)
+            made[side] += rounds
+            held[side] = stats(model)["bytes"]
+            outs.append(out)
+        identical &= torch.equal(*outs)
+    device, host = (medians(made[side]) for side in ("device", "host"))
+    expected = max(device["draft_ms"], host["transfer_ms"]) + device["verify_ms"]
+    planned = held["device"]["draft"] + sites * site
+    peak = held["host"]["draft"] + held["host"]["staging"] + held["host"]["full_on_device"]
+    return {
+        "case": case.name,
+        "link_gbps": gbps,
+        "sites_in_ring": sites,
+        "device": device,
+        "host": host,
+        "identical": identical,
+        "hidden_fraction": 1 - (host["round_ms"] - device["round_ms"]) / host["transfer_ms"],
+        "over_expected": host["round_ms"] / expected,
+        "device_bytes": {"planned": planned, "held": peak, "with_full_kv": held["device"]["draft"] + sizes["full"]},
+    }
+
+
+def show(report: dict[str, Any], console: Console) -> None:
+    """Print the table."""
+    names = ("", "draft", "verify", "round", "transfer", "round, host", "hidden", "over max(d, t) + v", "identical")
+    title = (
+        f"{report['machine']['device']}, {TOKENS:,} tokens, milliseconds; full KV on the device, then in host memory"
+    )
+    table = Table(*names, title=title, title_justify="left")
+    for case in report["cases"]:
+        device, host = case["device"], case["host"]
+        table.add_row(
+            case["case"],
+            *(f"{device[name]:.1f}" for name in ("draft_ms", "verify_ms", "round_ms")),
+            f"{host['transfer_ms']:.1f}",
+            f"{host['round_ms']:.1f}",
+            f"{case['hidden_fraction']:.1%}",
+            f"{case['over_expected'] - 1:+.1%}",
+            "yes" if case["identical"] else "NO",
+        )
+    console.print(table)
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", type=Path, help="where the JSON goes")
+    arguments = parser.parse_args()
+    console = Console(stderr=True, width=150)
+    model, inputs = load(), prompt(1, TOKENS)
+    report: dict[str, Any] = {"machine": machine(), "tokens": TOKENS, "options": OPTIONS, "cases": []}
+    for case in CASES:
+        with console.status(case.name):
+            report["cases"].append(measure(model, case, inputs, arguments.repeats))
+        show(report, console)
+    report["hidden_fraction"] = report["cases"][0]["hidden_fraction"]
+    write("overlap", report, arguments.json)
+    show(report, Console(width=150))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""Settings at equal bytes: the most bytes within the budget, else the fewest there are."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from vericache_compile.compressors.spec import parse
+from vericache_compile.compressors.table import COMPRESSORS
+from vericache_compile.estimate import compressed_bytes
+from vericache_compile.plan import Site
+
+SITES = tuple(Site(layer, 9, 3, 64, 64, 0.125, torch.float32, None) for layer in range(8))
+
+
+@pytest.fixture(scope="module")
+def settings() -> ModuleType:
+    """benchmarks/settings.py, which no package holds."""
+    path = Path(__file__).parents[2] / "benchmarks" / "settings.py"
+    spec = importlib.util.spec_from_file_location("settings", path)
+    assert spec is not None
+    assert spec.loader is not None
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("name", "share", "expected"),
+    [
+        ("snapkv", 0.2, "snapkv(keep=0.2)"),
+        ("streaming", 0.2, "streaming(keep=0.2)"),
+        ("kivi", 0.2, "kivi(bits=4)"),
+        ("kivi", 0.15, "kivi(bits=2)"),
+        ("turboquant", 0.2, "turboquant(bits=5)"),
+        ("kvsharer", 0.8, "kvsharer(share=0.2)"),
+        ("int8", 0.01, "int8"),
+        ("packkv", 0.2, "packkv"),
+        ("none", 0.2, "none"),
+    ],
+)
+def test_the_largest_setting_within_the_budget_is_taken(
+    settings: ModuleType, name: str, share: float, expected: str
+) -> None:
+    assert settings.choose(name, share, SITES) == expected
+
+
+@pytest.mark.parametrize("name", sorted(COMPRESSORS))
+def test_every_method_has_a_setting(settings: ModuleType, name: str) -> None:
+    sites = SITES[:2]
+    chosen, smallest = settings.choose(name, 0.2, sites), settings.choose(name, 0.0, sites)
+    assert parse(chosen, {}).name == name
+    assert compressed_bytes(parse(smallest, {}), sites) <= compressed_bytes(parse(chosen, {}), sites)
+
+
+def test_a_calibration_reaches_those_that_take_one(settings: ModuleType) -> None:
+    assert next(settings.settings("cskv", "f.safetensors")).startswith(
+        "cskv(bits=4, calibration='f.safetensors', rank="
+    )
+    assert "calibration" not in next(settings.settings("kivi", "f.safetensors"))
