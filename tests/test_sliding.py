@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from vericache_compile import stats
+from vericache_compile.sweep_models import make_model
 
 
 @pytest.mark.parametrize(
@@ -114,6 +115,25 @@ def test_rows_of_sliding_layers_are_bit_equal(monkeypatch: pytest.MonkeyPatch) -
     assert torch.equal(first, logits_of(model, switch, inputs, 30, **lossy))
     use_drafter(monkeypatch, random_guess(VOCABULARY))
     assert torch.equal(first, logits_of(model, switch, inputs, 30, **lossy)), "random guesses"
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("gpt_oss", {}), pytest.param("gemma2", {"attn_logit_softcapping": 2.0}, marks=pytest.mark.slow)],
+)
+def test_rows_are_bit_equal_wherever_full_kv_lives(name: str, changes: dict[str, float]) -> None:
+    """Sliding layers beside full ones, with sinks or soft caps: only what a window touches comes in."""
+    model, inputs, switch = make_model(name, "eager", **changes), make_prompt(300, 3), Switch()
+    model.compile(backend=switch)
+    settings = {"window": 8, "inductor": False}
+    first = logits_of(model, switch, inputs, 20, compressor="none", placement="device", **settings)
+    for options in ({"compressor": "streaming", "keep": 0.1}, {"compressor": "kvsharer(share=0.5)"}):
+        made = logits_of(model, switch, inputs, 20, placement="host", staging_mb=0.001, **options, **settings)
+        assert torch.equal(first, made), options
+        found = stats(model)
+        assert (found["placement"], found["graphs"]["not taken"]) == ("host", 0)
+        per_column = len(inputs["input_ids"]) * found["bytes"]["per_token_full"]
+        assert 0 < found["bytes"]["transferred"] / found["rounds"] / per_column < 200, options
 
 
 def test_a_draft_attends_to_the_whole_window_of_a_sliding_layer() -> None:
