@@ -10,6 +10,7 @@ from models import SLIDING, SLIDING_WINDOW
 from torch import Tensor
 
 from vericache_compile.errors import UnsupportedGraph
+from vericache_compile.passes.pipeline import column_limit
 from vericache_compile.passes.prove_mask import prove_mask
 from vericache_compile.plan import Alibi
 
@@ -147,6 +148,14 @@ class Sloped(Masked):
         return 0.1 * (torch.arange(columns) - columns + 1)[None, None, None]
 
 
+class SlopedSliding(Sloped):
+    """The same, and sees a window."""
+
+    def mask(self, columns: int, *more: Tensor) -> Tensor:
+        hidden = torch.arange(columns) <= columns - 1 - 40
+        return super().mask(columns).masked_fill(hidden, torch.finfo(torch.float32).min)
+
+
 class Placed(Masked):
     """Adds a bias that grows with the place after the padding, in bfloat16, with a slope per head."""
 
@@ -241,6 +250,12 @@ def test_a_bias_linear_in_distance_is_found() -> None:
     assert nodes.site.alibi == Alibi(pytest.approx((0.1,) * 4), torch.float32, relative=True)
 
 
+def test_a_bias_within_a_window_is_found() -> None:
+    [nodes] = run_until(toy_decode(SlopedSliding()), "prove_mask").sites
+    assert nodes.site.window == 40
+    assert nodes.site.alibi == Alibi(pytest.approx((0.1,) * 4), torch.float32, relative=True)
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 def test_a_bias_linear_in_place_is_found_with_the_type_it_was_rounded_to(batch: int) -> None:
     padding = torch.ones(batch, 7, dtype=torch.int64)
@@ -255,16 +270,23 @@ def test_a_bias_by_the_column_of_a_padded_row_is_refused() -> None:
 
 
 class Limited(Masked):
-    """Reads its mask from a table of 600 columns."""
+    """Cuts its mask out of a table of 600 columns: Dynamo guards on that."""
 
     def mask(self, columns: int, *more: Tensor) -> Tensor:
         table = torch.ones(600, 600, dtype=torch.bool).tril()
         return table[columns - 1 : columns, :columns][None, None].expand(1, 1, 1, columns)
 
 
-def test_a_length_at_which_the_model_fails_is_a_limit() -> None:
-    program = run_until(toy_decode(Limited()), "prove_mask")
-    assert program.column_limit == 600
+class Indexed(Masked):
+    """Looks its mask up in such a table: past its end the call fails."""
+
+    def mask(self, columns: int, *more: Tensor) -> Tensor:
+        return torch.ones(600, dtype=torch.bool)[torch.arange(columns)][None, None, None]
+
+
+@pytest.mark.parametrize("model", [Limited, Indexed])
+def test_a_length_at_which_the_model_fails_is_a_limit(model: type[Toy]) -> None:
+    assert column_limit(run_until(toy_decode(model()), "prove_mask")) == 600
 
 
 @pytest.mark.parametrize("model", [Late, Both])
