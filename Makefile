@@ -1,6 +1,7 @@
 # make demo      a question about a long document, answered by a real model; then a table of results
 # make test      lint, types and the test suite         make test-all   with the slow tests
 # make bench     the figures of the README              make lint       ruff and mypy only
+# make test-compat TORCH=2.12.0 TRANSFORMERS=5.17.0      the tests on other versions, in an environment of their own
 #
 # All of them build .venv first, and reuse it afterwards. Choose a Python with `make PYTHON=/path/to/python3.12 ...`.
 # Where packages come from is pip's own configuration. torch==2.13.0 in constraints.txt also stands for its CPU
@@ -12,6 +13,7 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 
 VENV := .venv
+PINS := constraints.txt
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # one process per core, each with one thread: most of a test's time is spent in Python
@@ -25,7 +27,7 @@ CXX := $(shell command -v g++ || command -v clang++ || command -v c++)
 endif
 export CXX
 
-.PHONY: help demo test test-all lint bench clean compiler
+.PHONY: help demo test test-all test-compat lint bench clean compiler
 help:
 	@sed -n 's/^# make/make/p' Makefile
 
@@ -44,12 +46,22 @@ test: compiler lint
 test-all: compiler lint
 	@$(PYTEST)
 
+# TESTS narrows what runs; only torch and transformers are pinned, all else is what fits them.
+COMPAT := .venv-torch-$(TORCH)-transformers-$(TRANSFORMERS)
+TESTS ?= tests
+test-compat: compiler
+	@: $(or $(TORCH),$(error give TORCH=<version>)) $(or $(TRANSFORMERS),$(error give TRANSFORMERS=<version>))
+	@mkdir -p build
+	@printf 'torch==%s\ntransformers==%s\n' "$(TORCH)" "$(TRANSFORMERS)" >build/$(COMPAT).txt
+	@$(MAKE) VENV=$(COMPAT) PINS=build/$(COMPAT).txt $(COMPAT)/.installed
+	@OMP_NUM_THREADS=1 $(COMPAT)/bin/pytest --numprocesses=auto --maxprocesses=8 --dist=loadfile -m "not slow" $(TESTS)
+
 bench: compiler $(STAMP)
 	@$(BIN)/python benchmarks/decode.py
 	@$(BIN)/python benchmarks/first_call.py
 
 clean:
-	@rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage htmlcov
+	@rm -rf $(VENV) .venv-torch-* build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage htmlcov
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 compiler:
@@ -80,7 +92,7 @@ if [ -z "$$python" ]; then \
 fi >&2
 endef
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml $(PINS)
 	@if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
 	  $(FIND_PYTHON); \
 	  echo "making $(VENV) with $$("$$python" --version)"; \
@@ -88,5 +100,5 @@ $(STAMP): pyproject.toml constraints.txt
 	fi
 	@echo "installing torch and friends into $(VENV) (several hundred MB, or some GB where torch" \
 	  "comes with CUDA; the first time takes minutes) ..."
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[test]"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c $(PINS) -e ".[test]"
 	@touch $@

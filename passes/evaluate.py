@@ -6,7 +6,7 @@ depend on is exactly that; anything else among their inputs raises UnsupportedGr
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,10 @@ from vericache_compile.passes.program import Program, ancestors, example, is_wei
 
 if TYPE_CHECKING:
     import sympy
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+MOST = 1 << 40
+"""More columns than any cache has: what a graph holds for up to here, it holds for without end."""
 LONGEST = 1 << 22
 """Constants up to this many columns are taken for lengths at which a mask or position may change its rule."""
 EXPECTED = (RuntimeError, IndexError, ValueError)
@@ -44,18 +47,24 @@ class Scene:
 
 
 def scenes(program: Program, nodes: Sequence[Node], given: Collection[Node] = ()) -> list[Scene]:
-    """Scenes that tell a rule from its look-alikes.
+    """Scenes that tell a rule from its look-alikes, of those that the graph is for.
 
     Besides a few fixed lengths they reach past every constant that `nodes` are computed with, up to those `given`: a
-    window, chunk or clamp that begins to bite at 4,096 columns is seen at 4,099.
+    window, chunk or clamp that begins to bite at 4,096 columns is seen at 4,099. Raises UnsupportedGraph where there is
+    no such scene.
     """
     lengths = [5, 9, 70, 1000, *(c + 3 for c in sorted(set(_constants(nodes, given))) if 5 < c <= LONGEST)]
+    edges = [edge for edge in bounds(program) or () if edge is not None]
+    lengths = [past for past in dict.fromkeys((*lengths, *edges)) if holds_at(program, past)]
+    if not lengths:
+        raise unsupported("a mask or position of a graph that no number of cached columns fits", nodes[0], FIX)
     none = (0,) * program.batch
     if program.found_roles.mask is None:
         return [Scene(past, none) for past in lengths]
     stepped = tuple(3 * b % 5 for b in range(program.batch))
     padded = (stepped, stepped[::-1], (4,) * program.batch)
-    return [Scene(5, none), *(Scene(past, padded[i % 3]) for i, past in enumerate(lengths))]
+    plain = [Scene(lengths[0], none)]
+    return [*plain, *(Scene(past, padded[i % 3]) for i, past in enumerate(lengths) if past >= 4)]
 
 
 def _constants(nodes: Sequence[Node], given: Collection[Node]) -> Iterator[int]:
@@ -82,17 +91,91 @@ def bind_symbols(program: Program, past: int) -> dict[sympy.Symbol, int]:
     for index in (roles.tokens, roles.positions, roles.mask):
         if index is not None:
             bind(example(nodes[index]).shape[0], program.batch)
+    for size, columns in _lengths(program, past):
+        bind(size, columns)
     for cached in program.cached:
         bind(example(cached).shape[0], program.batch)
-        bind(example(cached).shape[2], past)
-    if roles.mask is not None:
-        bind(example(nodes[roles.mask]).shape[1], past + 1)
     return env
+
+
+def _lengths(program: Program, past: int) -> Iterator[tuple[Any, int]]:
+    """Each size of an input that says how many columns are cached, and what it is when `past` are."""
+    roles, nodes = program.found_roles, program.placeholders
+    yield from ((example(nodes[i]), past) for i in roles.lengths)
+    for site in (found.site for found in program.sites):
+        held = past if site.recent is None else min(past, site.recent)
+        yield from ((example(nodes[i]).shape[2], held) for i in site.past or ())
+    if roles.mask is not None:
+        yield example(nodes[roles.mask]).shape[1], past + 1
 
 
 def batch_symbols(program: Program) -> set[sympy.Symbol]:
     """The graph's symbolic sizes that are the batch."""
     return {symbol for symbol, value in bind_symbols(program, -1).items() if value == program.batch}
+
+
+def holds_at(program: Program, past: int) -> bool:
+    """Whether the graph is one that Dynamo would run when `past` columns are cached: its sizes and guards allow it."""
+    env = bind_symbols(program, past)
+    if not _in_range(program, past, env):
+        return False
+    shapes = _shape_env(program)
+    known = [guard.expr for guard in shapes.guards if guard.expr.free_symbols <= env.keys()] if shapes else []
+    return all(bool(expr.subs(env)) for expr in known)
+
+
+def _shape_env(program: Program) -> ShapeEnv | None:
+    sizes = (size for size, _ in _lengths(program, 0) if isinstance(size, torch.SymInt))
+    return next((size.node.shape_env for size in sizes), None)
+
+
+def _in_range(program: Program, past: int, env: Mapping[sympy.Symbol, int]) -> bool:
+    """Whether sizes known to Dynamo, and the ranges that it gave to others, fit `past` columns."""
+    if past < 0 or any(concrete(size, env) != columns for size, columns in _lengths(program, past)):
+        return False
+    shapes = _shape_env(program)
+    ranges = ((shapes.var_to_range[s], value) for s, value in env.items() if s in shapes.var_to_range) if shapes else ()
+    return all(bool(held.lower <= value) and bool(value <= held.upper) for held, value in ranges)
+
+
+def captured_past(program: Program) -> int | None:
+    """How many columns were cached when the graph was captured; None where its inputs do not say."""
+    roles, nodes = program.found_roles, program.placeholders
+    if roles.lengths:
+        return concrete(example(nodes[roles.lengths[0]]), {})
+    for site in (found.site for found in program.sites):
+        if site.past is not None:
+            held = concrete(example(nodes[site.past[0]]).shape[2], {})
+            if site.recent is None or held < site.recent:
+                return held
+    return None if roles.mask is None else concrete(example(nodes[roles.mask]).shape[1], {}) - 1
+
+
+def bounds(program: Program) -> tuple[int, int | None] | None:
+    """Least and greatest number of cached columns that the graph is for (None: no greatest); None if for none."""
+    if program.writes:
+        return 0, None  # past its last column a buffer cannot be written to, whatever the step
+    now = captured_past(program)
+
+    def fits(past: int) -> bool:
+        return _in_range(program, past, bind_symbols(program, past))
+
+    if now is None or not fits(now):
+        return None
+    least = now - _reach(lambda steps: fits(now - steps), now)
+    most = now + _reach(lambda steps: fits(now + steps), MOST)
+    return least, None if most == now + MOST else most
+
+
+def _reach(fits: Callable[[int], bool], most: int) -> int:
+    """The largest number of steps up to `most` that fits; all smaller ones do."""
+    if fits(most):
+        return most
+    good, bad = 0, most
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        good, bad = (middle, bad) if fits(middle) else (good, middle)
+    return good
 
 
 def concrete(size: Any, env: Mapping[sympy.Symbol, int]) -> int:

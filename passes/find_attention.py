@@ -5,13 +5,17 @@
     o = scaled_dot_product_attention(q, k, v)      cached in inputs (past_k, past_v), returned as outputs (k, v)
 
 K and V may reach the attention through a repetition over the query group (repeat_kv), which is checked by running it.
-An empty cache (prefill) appends to nothing or to an empty tensor.
+An empty cache (prefill) appends to nothing or to an empty tensor. A sliding layer returns the newest columns of the cat
+alone, and attends to the whole of it; where it returns all (so that it can be cropped), it attends to the newest alone:
+
+    full = cat([past_k, k_new], -2)                    full = cat([past_k, k_new], -2)
+    return full[:, :, -n:], attend(q, full, ...)       return full, attend(q, full[:, :, -n:], ...)
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,10 +23,14 @@ from torch.fx import Node
 
 from vericache_compile.errors import UnsupportedGraph
 from vericache_compile.passes.evaluate import concrete
+from vericache_compile.passes.find_writes import find_counters, find_write
 from vericache_compile.passes.program import (
     Program,
     SiteNodes,
+    ancestors,
     example,
+    expression,
+    is_integer,
     is_weight,
     output_node,
     row_width,
@@ -51,8 +59,16 @@ class Appended:
     new: Node
     past: int | None
     """Input that holds the cached part; None where there is none yet."""
+    read: Node
+    """What attention reads, before heads are repeated."""
     repeats: tuple[Node, ...]
-    """Calls from the cache tensor to what attention reads."""
+    """Calls from there to the attention."""
+    kept: int | None = None
+    """Newest columns that `output` is cut to; None where it is not cut."""
+    recent: int | None = None
+    """Newest past columns that attention reads; None for all."""
+    in_place: bool = False
+    """Whether `output` is a buffer with room for every column, which is written in place."""
 
 
 @dataclass
@@ -81,6 +97,8 @@ def find_attention(program: Program) -> int:
             pasts.add(side.past)
         program.sites.append(site)
     program.outputs = _classify_outputs(program, finder.returned, cached)
+    if any(nodes.site.in_place for nodes in program.sites):
+        _find_buffers(program)
     return len(program.sites)
 
 
@@ -97,8 +115,25 @@ def find_calls(program: Program) -> list[Attention]:
     return calls
 
 
+def _find_buffers(program: Program) -> None:
+    """Caches written in place and their counters, which Dynamo gives as it gives weights, get roles of their own."""
+    roles, inputs = program.found_roles, program.placeholders
+    if not all(nodes.site.in_place for nodes in program.sites):
+        raise unsupported("caches of which some are updated in place", program.sites[0].attention, CACHE)
+    if roles.tokens_per_call != 1 or any(nodes.site.past is None for nodes in program.sites):
+        return
+    writes = [write for node in program.cached if (write := find_write(node)) is not None]
+    counters, changes = find_counters(program, writes)
+    program.writes = [*(write.call for write in writes), *changes]
+    own = {inputs.index(node) for node in (*program.cached, *counters)}
+    weights = tuple(i for i in roles.weights if i not in own)
+    program.roles = replace(roles, weights=weights, counters=tuple(map(inputs.index, counters)))
+
+
 def _no_attention(program: Program) -> UnsupportedGraph:
     found, fix = "no scaled_dot_product_attention call", "compile the whole model"
+    if flex := next((n for n in program.module.graph.nodes if target_name(n) == "flex_attention"), None):
+        return unsupported("FlexAttention", flex, "attend by scaled_dot_product_attention in decode steps")
     softmax = next((node for node in program.module.graph.nodes if call_name(node) == "softmax"), None)
     if softmax is not None:
         found = f"a softmax that is not read as attention, and {found}"
@@ -127,13 +162,16 @@ def _match(finder: Finder, layer: int, call: Attention) -> tuple[SiteNodes, Appe
     keys, values = (_append(finder, result, query, side) for side in (call.key, call.value))
     if (keys.past is None) != (values.past is None):
         raise unsupported("keys are cached but values are not, or the reverse", result, "cache both")
-    if keys.past is not None and call.is_causal:
+    as_it_is = keys.in_place and (keys.past is None or finder.program.found_roles.tokens_per_call != 1)
+    if keys.past is not None and call.is_causal and not as_it_is:
         raise unsupported("is_causal=True over a filled cache", result, "pass a mask, or is_causal=False for one token")
     heads, kv_heads = (int(example(node).shape[1]) for node in (query, keys.new))
     for side in (keys, values):
-        if not _repeats_heads(finder, side, heads // kv_heads):
+        if not as_it_is and not _repeats_heads(finder, side, heads // kv_heads):
             raise unsupported("keys or values change between cache and attention", result, "attend to them as cached")
     head_size, value_size = (int(example(node).shape[3]) for node in (query, values.new))
+    if (keys.kept, keys.recent) != (values.kept, values.recent):
+        raise unsupported("keys cut to other columns than values", result, "cut both alike")
     site = Site(
         layer=layer,
         heads=heads,
@@ -145,6 +183,9 @@ def _match(finder: Finder, layer: int, call: Attention) -> tuple[SiteNodes, Appe
         past=None if keys.past is None or values.past is None else (keys.past, values.past),
         soft_cap=call.soft_cap,
         sinks=call.sinks is not None,
+        recent=keys.recent,
+        kept=keys.kept,
+        in_place=keys.in_place,
     )
     given = (call.mask, call.sides, call.products, call.sinks, call.spelled)
     return SiteNodes(site, result, query, keys.new, values.new, *given), keys, values
@@ -152,17 +193,63 @@ def _match(finder: Finder, layer: int, call: Attention) -> tuple[SiteNodes, Appe
 
 def _append(finder: Finder, call: Node, query: Node, used: Node) -> Appended:
     """From the tensor that attention reads back to the returned cache tensor, and to what that was made from."""
-    node, repeats = used, list[Node]()
-    while node not in finder.returned and _may_repeat(node):
-        repeats.insert(0, node)
-        [node] = node.all_input_nodes[:1]
-    if node not in finder.returned:
-        raise unsupported("attention over keys or values that are not returned", call, "call with use_cache=True")
+    read, repeats, fed = used, list[Node](), example(query).shape[2]
+    while read not in finder.returned and newest_columns(read) is None and _may_repeat(read):
+        repeats.insert(0, read)
+        [read] = read.all_input_nodes[:1]
+    if (write := find_write(read)) is not None:
+        return Appended(read, write.new, finder.inputs.get(read), read, tuple(repeats), in_place=True)
+    node, recent = read, None
+    if read not in finder.returned and (seen := newest_columns(read)) is not None:
+        assert isinstance(read.args[0], Node), "newest columns are those of a call's result"
+        node, recent = read.args[0], _as_number(seen - expression(fed))
+    cuts = [user for user in node.users if user in finder.returned and newest_columns(user) is not None]
+    if node not in finder.returned and (recent is not None or not cuts):
+        raise _not_returned(finder, call, node)
     if node.target not in APPENDS:
-        cached, fed = (concrete(example(n).shape[2], {}) for n in (node, query))
+        cached, fed = (concrete(size, {}) for size in (example(node).shape[2], fed))
         if cached != fed:
             raise unsupported("a cache that is updated in place", node, CACHE)
-        return Appended(node, node, None, tuple(repeats))
+        return Appended(node, node, None, read, tuple(repeats), recent=recent)
+    output = node if node in finder.returned else cuts[0]
+    kept = _as_number(newest_columns(output)) if output is not node else None
+    past, new = _parts(finder, node)
+    return Appended(output, new, past, read, tuple(repeats), kept, recent if kept is None else kept)
+
+
+def _not_returned(finder: Finder, call: Node, node: Node) -> UnsupportedGraph:
+    """Why the keys or values that attention reads are none that the graph returns."""
+    if any(found in finder.returned and found.target in APPENDS for found in ancestors([node])):
+        found = "keys or values computed anew from what is cached (a latent cache)"
+        return unsupported(found, call, "run this model without vericache")
+    return unsupported("attention over keys or values that are not returned", call, "call with use_cache=True")
+
+
+def newest_columns(node: Node) -> Any:
+    """n of a call x[:, :, -n:] or x[:, :, -n:, :], an int or an expression; None for any other."""
+    index = node.args[1] if target_name(node) == "getitem" and len(node.args) > 1 else None
+    if not isinstance(index, tuple) or len(index) not in (3, 4) or not isinstance(index[2], slice):
+        return None
+    first, cut = index[2].start, index[2] == slice(index[2].start, None, None)
+    others = [part == slice(None) for i, part in enumerate(index) if i != 2]
+    if isinstance(first, Node) and not is_integer(first):
+        return None
+    start = expression(example(first)) if isinstance(first, Node) else first
+    counted = start is not None and (not isinstance(start, int) or start < 0)
+    return -start if cut and all(others) and counted else None
+
+
+def _as_number(columns: Any) -> int | None:
+    """A count of columns as an int; refuses one that varies."""
+    if columns is None or isinstance(columns, int) or columns.is_number:
+        return None if columns is None else int(columns)
+    raise UnsupportedGraph(
+        f"a cache cut to {columns} columns", "the captured graph", "keep as many columns whatever the call"
+    )
+
+
+def _parts(finder: Finder, node: Node) -> tuple[int | None, Node]:
+    """The cached input (None while it is empty) and the new part that a cat appends to it."""
     parts, dim = node.args[0], node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
     if not isinstance(parts, (list, tuple)) or len(parts) != 2 or dim not in (-2, 2):
         raise unsupported("an append that is not cat([past, new], -2)", node, CACHE)
@@ -170,9 +257,9 @@ def _append(finder: Finder, call: Node, query: Node, used: Node) -> Appended:
     assert isinstance(past, Node), f"{node.name} appends to a constant"
     assert isinstance(new, Node), f"{node.name} appends a constant"
     if past in finder.inputs and not is_weight(past):
-        return Appended(node, new, finder.inputs[past], tuple(repeats))
+        return finder.inputs[past], new
     if example(past).numel() == 0:
-        return Appended(node, new, None, tuple(repeats))
+        return None, new
     raise unsupported("an append to something other than the cache", node, CACHE)
 
 
@@ -191,7 +278,7 @@ def _repeats_heads(finder: Finder, side: Appended, group: int) -> bool:
     """
     if not side.repeats:
         return True
-    shape = example(side.output).shape
+    shape = example(side.read).shape
     lengths = [example(node) for node in finder.inputs if isinstance(example(node), torch.SymInt)]
     env = {symbol: COLUMNS for length in lengths for symbol in length.node.expr.free_symbols}
     if isinstance(shape[0], torch.SymInt):
@@ -222,13 +309,26 @@ def _arguments(node: Node, env: dict[Any, int]) -> tuple[tuple[Any, ...], dict[s
 
 
 def _classify_outputs(program: Program, returned: list[Any], cached: dict[Node, OutputRole]) -> list[OutputRole]:
-    for value in returned:
-        if not isinstance(value, Node) or not isinstance(example(value), torch.Tensor):
+    outputs = [cached.get(value) or _as_length(program, value) or OutputRole(Output.ROWS) for value in returned]
+    for value, role in zip(returned, outputs, strict=True):
+        is_tensor = isinstance(value, Node) and isinstance(example(value), torch.Tensor)
+        if not is_tensor and role.kind is not Output.LENGTH:
             raise unsupported("an output that is not a tensor", output_node(program.module), "return tensors only")
-    outputs = [cached.get(value, OutputRole(Output.ROWS)) for value in returned]
     widths = {i: row_width(returned[i]) for i, role in enumerate(outputs) if role.kind is Output.ROWS}
     if not any(widths.values()):
         fix = "return the logits"
         raise unsupported("no logits [batch, tokens, vocabulary] among the outputs", output_node(program.module), fix)
     outputs[max(widths, key=widths.__getitem__)] = OutputRole(Output.LOGITS)
     return outputs
+
+
+def _as_length(program: Program, value: Any) -> OutputRole | None:
+    """The role of a returned integer that is a past length grown by this call's tokens; None for anything else."""
+    if not isinstance(value, Node) or not is_integer(value):
+        return None
+    inputs, made = program.placeholders, set(ancestors([value]))
+    fed = example(inputs[program.found_roles.tokens]).shape[1]
+    if expression(example(value)) == expression(fed) and all(nodes.site.past is None for nodes in program.sites):
+        return OutputRole(Output.LENGTH)
+    source = next((i for i in program.found_roles.lengths if inputs[i] in made), None)
+    return None if source is None else OutputRole(Output.LENGTH, source=source)

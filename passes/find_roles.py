@@ -1,12 +1,15 @@
-"""Find which graph input is what: tokens, positions, padding mask, weights.
+"""Find which graph input is what: tokens, positions, padding mask, counted lengths, weights.
 
 Before: placeholders in Dynamo's order. After: `program.roles` names them by index; nothing in the graph changes.
 Structure decides, not names: tokens index the embedding that has as many rows as the logits have columns; a
 two-dimensional integer input that reaches an attention mask is the padding mask; another of the tokens' shape holds
-positions. Any other input has no role, and a decode step that needs it is refused later.
+positions; an integer that is returned grown by the tokens of the call is the past length, as a cache counts it that
+drops its oldest columns. Any other input has no role, and a decode step that needs it is refused later.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +20,8 @@ from vericache_compile.passes.program import (
     Program,
     ancestors,
     example,
+    expression,
+    is_integer,
     is_weight,
     row_width,
     target_name,
@@ -46,8 +51,16 @@ def find_roles(program: Program) -> int:
             positions = _only(program, positions, i, "position input")
     known = batch if isinstance(batch, int) else program.batch
     per_call = count if isinstance(count, int) else None
-    program.roles = Roles(known, per_call, tokens, positions, mask, weights)
-    return 1 + len(weights) + (mask is not None) + (positions is not None)
+    lengths = tuple(i for i, node in enumerate(inputs) if is_integer(node) and _is_returned(program, node, count))
+    program.roles = Roles(known, per_call, tokens, positions, mask, weights, lengths)
+    return 1 + len(weights) + len(lengths) + (mask is not None) + (positions is not None)
+
+
+def _is_returned(program: Program, length: Node, count: Any) -> bool:
+    """Whether an integer input is returned grown by the number of tokens."""
+    grown = expression(example(length)) + expression(count)
+    integers = [value for value in program.returned if isinstance(value, Node) and is_integer(value)]
+    return any(expression(example(value)) == grown and length in ancestors([value]) for value in integers)
 
 
 def _is_row_input(node: Node) -> bool:

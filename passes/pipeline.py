@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 from vericache_compile.errors import UnsupportedGraph
 from vericache_compile.passes.bind_scalars import bind_scalars
 from vericache_compile.passes.check import check
+from vericache_compile.passes.evaluate import bounds
 from vericache_compile.passes.expand_window import expand_window
 from vericache_compile.passes.find_attention import find_attention
 from vericache_compile.passes.find_roles import find_roles
@@ -131,8 +132,16 @@ def plan_capture(
         position_limit=program.position_limit,
         staging_bytes=0 if staging is None else staging.nbytes,
         rotations=tuple(program.rotations),
-        column_limit=program.column_limit,
+        column_limit=column_limit(program),
     )
+
+
+def column_limit(program: Program) -> int | None:
+    """The first column whose token would run another graph, or fail in the model's own mask; None where none would."""
+    held = bounds(program)
+    assert held is not None, "a decode step is for some number of columns"
+    limits = (None if held[1] is None else held[1] + 1, program.column_limit)
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def _captured_plan(program: Program) -> CapturedPlan:

@@ -68,6 +68,8 @@ class Program:
     roles: Roles | None = None
     sites: list[SiteNodes] = field(default_factory=list)
     outputs: list[OutputRole] = field(default_factory=list)
+    writes: list[Node] = field(default_factory=list)
+    """Calls of a decode step that change caches and their counters in place."""
     position_rule: str = "given"
     position_nodes: list[Node] = field(default_factory=list)
     position_limit: int | None = None
@@ -155,6 +157,16 @@ def copy_module(module: GraphModule) -> GraphModule:
 def example(node: Node) -> Any:
     """The fake value that Dynamo recorded for a node (None where it recorded none)."""
     return node.meta.get("example_value", node.meta.get("val"))
+
+
+def is_integer(node: Node) -> bool:
+    """Whether a node is one integer, known or symbolic."""
+    return isinstance(example(node), (int, torch.SymInt)) and not isinstance(example(node), bool)
+
+
+def expression(size: int | torch.SymInt) -> Any:
+    """A size as a sympy expression, to be compared without a new guard on it (or the int that it is)."""
+    return size.node.expr if isinstance(size, torch.SymInt) else size
 
 
 def is_weight(node: Node) -> bool:

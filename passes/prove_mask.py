@@ -1,18 +1,19 @@
-"""Prove that every mask is causal with left padding, by running the mask's own subgraph; find ALiBi on the way.
+"""Prove that every mask is causal with left padding, and maybe a sliding window, by running the mask's own subgraph.
 
 Before: each site may carry a mask node. After: every mask was evaluated in several scenes (columns cached, left
-padding per row) and shows column c to the new token of row b exactly when c >= padding of b. What it adds to the
-scores that it shows is nothing, or slope[h] * place in every scene, which the site's `alibi` then says. The decode
-variants need no mask: lengths, paddings and slopes say the same. Anything else raises UnsupportedGraph with the mask's
-source line. Where attention is spelled out, the mask is what its softmax reads for products of zero; that each product
-seen does reach it is tried with another number.
+padding per row) and shows column c to the new token of row b exactly when c >= padding of b and c > own - window;
+`Site.window` is the width that was found (None: all columns). What it adds to the scores that it shows is nothing, or
+slope[h] * place in every scene, which the site's `alibi` then says. The decode variants need no mask: lengths,
+paddings, windows and slopes say the same. Anything else raises UnsupportedGraph with the mask's source line. Where
+attention is spelled out, the mask is what its softmax reads for products of zero; that each product seen does reach it
+is tried with another number.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -32,36 +33,62 @@ WITHOUT = "run this model without vericache"
 FIX = "use a causal mask with left padding (tokenizer.padding_side = 'left')"
 
 
+@dataclass
+class _Rule:
+    """What a mask has been found to follow, scene by scene, from the shortest on."""
+
+    window: int | None = None
+    widest: int = 0
+    """The most columns that a row was shown, all of its own."""
+    biases: list[Alibi | None] | None = None
+    """Those that fit so far; None before the first scene."""
+
+
 def prove_mask(program: Program) -> int:
-    """Prove the masks of all sites; returns how many sites carried one."""
+    """Prove the masks of all sites and set their windows and biases; returns how many sites carried a mask."""
     for nodes in program.sites:
         if nodes.mask is None and program.found_roles.mask is not None:
             raise unsupported("an attention that leaves out the padding mask", nodes.attention, FIX)
+    if program.writes:
+        _find_given_mask(program)
+        return len(program.sites)
     sites = {nodes.mask: nodes for nodes in program.sites if nodes.mask is not None}
-    rules: dict[Node, list[Alibi | None]] = {}
+    rules = {node: _Rule() for node in sites}
     for scene, masks, probes in _run(program, sites):
         for node, mask in masks.items():
-            bias = _bias(mask, scene)
-            if bias is None:
-                raise unsupported("an attention mask that is not causal with left padding", node, FIX)
-            candidates = rules[node] if node in rules else _read_rules(bias, scene)
-            rules[node] = [rule for rule in candidates if _follows(bias, scene, rule)]
-            if not rules[node]:
-                raise unsupported("a bias on attention scores that is not linear in the key's place", node, WITHOUT)
-            if node in probes and not _reaches(probes[node], mask, sites[node].site, scene):
+            seen = _note_columns(rules[node], node, mask, scene)
+            _note_bias(rules[node], node, mask, seen, scene)
+            if node in probes and not _reaches(probes[node], mask, seen, sites[node].site):
                 raise unsupported("attention scores that do not reach the softmax as they are", node, WITHOUT)
     for i, nodes in enumerate(program.sites):
-        alibi = rules[nodes.mask][0] if nodes.mask is not None else None
-        if alibi is not None:
-            alibi = replace(alibi, slopes=alibi.slopes * (nodes.site.heads // len(alibi.slopes)))
-            program.sites[i] = replace(nodes, site=replace(nodes.site, alibi=alibi))
+        rule = _Rule() if nodes.mask is None else rules[nodes.mask]
+        program.sites[i] = replace(nodes, site=_ruled(nodes.site, rule))
     return sum(bool(nodes.sides) for nodes in program.sites)
+
+
+def _ruled(site: Site, rule: _Rule) -> Site:
+    """A site with the window and the bias that its mask follows; a cache that is cut is a window of its own."""
+    cut = None if site.recent is None else site.recent + 1
+    alibi = rule.biases[0] if rule.biases else None
+    if alibi is not None:
+        alibi = replace(alibi, slopes=alibi.slopes * (site.heads // len(alibi.slopes)))
+    return replace(site, window=cut if rule.window is None else rule.window, alibi=alibi)
+
+
+def _find_given_mask(program: Program) -> None:
+    """Over caches written in place the caller gives the mask whole: its role is set, and each call looks at it."""
+    inputs, distinct = program.placeholders, list(dict.fromkeys(nodes.mask for nodes in program.sites))
+    if len(distinct) != 1 or distinct[0] not in inputs:
+        fix = "use transformers' DynamicCache (the default), or call generate"
+        raise unsupported("a cache updated in place under no mask that is an input", program.sites[0].attention, fix)
+    program.roles = replace(program.found_roles, shown=inputs.index(distinct[0]))
 
 
 def _run(
     program: Program, sites: dict[Node, SiteNodes]
 ) -> Iterator[tuple[Scene, dict[Node, Tensor], dict[Node, Tensor]]]:
-    """Every distinct mask in every scene; where attention is spelled out for products of zero, and then of PROBE.
+    """Every distinct mask [B, H or 1, past + 1] in every scene; where attention is spelled out for products of zero,
+    and then of PROBE.
 
     Lengths at which the model itself fails set `program.column_limit`.
     """
@@ -81,7 +108,7 @@ def _run(
         longest = scene.past
         probes = evaluate(program, spelled, scene, probe) if spelled else ()
         shaped, probed = (
-            {mask: _by_head(value, sites[mask]) for mask, value in zip(nodes, made, strict=True)}
+            {mask: _by_head(value, sites[mask], scene) for mask, value in zip(nodes, made, strict=True)}
             for nodes, made in ((masks, values), (spelled, probes))
         )
         yield scene, shaped, probed
@@ -96,9 +123,18 @@ def _products(program: Program, number: float) -> dict[Node, float]:
     return filled
 
 
-def _by_head(mask: Tensor, nodes: SiteNodes) -> Tensor:
-    """Scores [B * H, 1, C] as [B, H, 1, C]; any other mask as it is."""
-    return mask.view(-1, nodes.site.heads, *mask.shape[1:]) if nodes.products and mask.dim() == 3 else mask
+def _by_head(mask: Tensor, nodes: SiteNodes, scene: Scene) -> Tensor:
+    """A mask [B or 1, H or 1, 1, C] or scores [B * H, 1, C] of the newest C columns as [B, H or 1, past + 1]: those
+    before are hidden."""
+    if nodes.products and mask.dim() == 3:
+        mask = mask.view(-1, nodes.site.heads, *mask.shape[1:])
+    mask = mask[(None,) * (4 - mask.dim())]
+    missing = scene.past + 1 - mask.shape[-1]
+    if missing < 0 or mask.shape[-2] != 1 or not (mask.is_floating_point() or mask.dtype == torch.bool):
+        assert nodes.mask is not None, "this is its value"
+        raise _irregular(nodes.mask)
+    hidden = torch.finfo(mask.dtype).min if mask.is_floating_point() else False
+    return torch.nn.functional.pad(mask[:, :, 0].expand(len(scene.pads), -1, -1), (missing, 0), value=hidden)
 
 
 def _first_failure(program: Program, masks: list[Node], zero: dict[Node, float], works: int, fails: Scene) -> int:
@@ -114,34 +150,53 @@ def _first_failure(program: Program, masks: list[Node], zero: dict[Node, float],
     return high
 
 
-def _bias(mask: Tensor, scene: Scene) -> Tensor | None:
-    """What a mask [B or 1, H or 1, 1, past + 1] adds to the scores it shows: float32 [B, H or 1, past + 1], zero where
-    hidden. None unless it shows exactly the columns from each row's padding on."""
-    mask = mask[(None,) * (4 - mask.dim())]
-    if mask.shape[-1] != scene.past + 1 or mask.shape[-2] != 1:
-        return None
-    shown, bias = mask, torch.zeros_like(mask, dtype=torch.float32)
+def _irregular(node: Node) -> Exception:
+    return unsupported("an attention mask that is not causal with left padding", node, FIX)
+
+
+def _note_columns(rule: _Rule, node: Node, mask: Tensor, scene: Scene) -> Tensor:
+    """Which columns [B, 1, past + 1] a mask [B, H or 1, past + 1] shows: those of each row from its padding on, or the
+    newest of them, as many in every scene. Raises UnsupportedGraph for any other."""
+    shown = ~(mask <= max(HIDDEN, torch.finfo(mask.dtype).min)) if mask.is_floating_point() else mask
+    first = torch.tensor(scene.pads, device=mask.device)[:, None]
+    column = torch.arange(scene.past + 1, device=mask.device)
+    for row, pad in zip(shown[:, 0], scene.pads, strict=True):
+        count = int(row.sum())
+        if count < scene.past + 1 - pad and rule.window is None:
+            rule.window = count
+        rule.widest = max(rule.widest, count)
+    window = rule.window
+    seen = (column >= first) if window is None else (column >= first) & (column > scene.past - window)
+    if (window is not None and not 0 < rule.widest <= window) or not torch.equal(shown, seen[:, None].expand_as(shown)):
+        raise _irregular(node)
+    return seen[:, None]
+
+
+def _note_bias(rule: _Rule, node: Node, mask: Tensor, seen: Tensor, scene: Scene) -> None:
+    """Drop the biases that a mask does not follow; raises UnsupportedGraph when none is left."""
+    bias = torch.zeros_like(mask, dtype=torch.float32)
     if mask.is_floating_point():
-        shown = ~(mask <= max(HIDDEN, torch.finfo(mask.dtype).min))
-        bias = mask.float().masked_fill(~shown, 0)
-    expected = torch.arange(scene.past + 1, device=mask.device) >= torch.tensor(scene.pads, device=mask.device)[:, None]
-    wide = expected[:, None, None, :].expand(len(scene.pads), mask.shape[1], 1, scene.past + 1)
-    if shown.dtype != torch.bool or not torch.equal(shown.expand_as(wide), wide):
-        return None
-    return bias.expand_as(wide)[:, :, 0]
+        bias = mask.float().masked_fill(~seen, 0)
+    if rule.biases is None and scene.past == 0 and not bias.any():
+        return  # no bias follows from the place of one column
+    candidates = _read_rules(bias, seen) if rule.biases is None else rule.biases
+    rule.biases = [each for each in candidates if _follows(bias, seen, scene, each)]
+    if not rule.biases:
+        raise unsupported("a bias on attention scores that is not linear in the key's place", node, WITHOUT)
 
 
-def _read_rules(bias: Tensor, scene: Scene) -> list[Alibi | None]:
-    """The rules that a bias may follow, by the first two or last two columns that its first row sees."""
+def _read_rules(bias: Tensor, seen: Tensor) -> list[Alibi | None]:
+    """The rules that a bias [B, H or 1, past + 1] may follow, by the first two or last two columns that its first row
+    sees."""
     if not bias.any():
         return [None]
-    own = bias[0, :, scene.pads[0] :]
+    own = bias[0, :, seen[0, 0]]
     relative = bool(own[:, 0].any())
-    slopes = tuple((-own[:, -2] if relative else own[:, 1]).tolist())
+    slopes = tuple((-own[:, -2:][:, 0] if relative else own[:, 1]).tolist())
     return [Alibi(slopes, dtype, relative) for dtype in TYPES]
 
 
-def _follows(bias: Tensor, scene: Scene, alibi: Alibi | None) -> bool:
+def _follows(bias: Tensor, seen: Tensor, scene: Scene, alibi: Alibi | None) -> bool:
     """Whether a bias is the rule's in each row and head, to within two units in the last place of float32."""
     if alibi is None:
         return not bias.any()
@@ -149,15 +204,14 @@ def _follows(bias: Tensor, scene: Scene, alibi: Alibi | None) -> bool:
     first = torch.tensor(scene.pads, device=bias.device)[:, None]
     places = (column - scene.past).expand(len(scene.pads), -1) if alibi.relative else column - first
     slopes = torch.tensor(alibi.slopes, dtype=alibi.dtype, device=bias.device)
-    expected = (slopes[:, None] * places[:, None].to(alibi.dtype)).float().masked_fill((column < first)[:, None], 0)
+    expected = (slopes[:, None] * places[:, None].to(alibi.dtype)).float().masked_fill(~seen, 0)
     return torch.allclose(bias.expand_as(expected), expected, rtol=2.4e-7, atol=0)
 
 
-def _reaches(probe: Tensor, mask: Tensor, site: Site, scene: Scene) -> bool:
+def _reaches(probe: Tensor, mask: Tensor, seen: Tensor, site: Site) -> bool:
     """Whether a product of PROBE adds, wherever it is seen, what the site says: no mask puts a number in its place."""
     score = site.scale * PROBE
     if site.soft_cap is not None:
         score = site.soft_cap * math.tanh(score / site.soft_cap)
-    seen = torch.arange(scene.past + 1, device=mask.device) >= torch.tensor(scene.pads, device=mask.device)[:, None]
-    added = (probe.float() - mask.float())[seen[:, None, None].expand_as(mask)]
+    added = (probe.float() - mask.float())[seen.expand_as(mask)]
     return bool((added - score).abs().max() <= 0.02 * abs(score))

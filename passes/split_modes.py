@@ -6,25 +6,28 @@ Before                                              After, `captured`
     return v, k, logits                                 returns the row outputs only
                                                    After, `draft` and `verify` (decode steps only)
                                                         o = vericache.attend(q, k_new, v_new, past_k, past_v,
-                                                                             lengths, pads, scale, layer)
-                                                        reads tokens, positions, lengths, pads; no mask, no past length
+                                                                             lengths, pads, scale, layer, window, ...)
+                                                        reads tokens, positions, lengths, pads; no mask, no past length,
+                                                        and no slice of one token's hidden states that is all of them
 
 Inputs that a variant adds carry their name in `meta["role"]`; those it keeps, their index in `meta["captured_input"]`.
 """
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
 from vericache_compile.ops import ATTEND
-from vericache_compile.passes.evaluate import batch_symbols, bind_symbols, concrete
+from vericache_compile.passes.evaluate import batch_symbols, bind_symbols, bounds, concrete
 from vericache_compile.passes.program import (
     Program,
     SiteNodes,
     copy_graph,
+    copy_module,
     example,
     mutates,
     output_node,
@@ -39,16 +42,22 @@ MAPPED = LEADING[:2]
 
 
 def is_decode(program: Program) -> bool:
-    """Whether the graph is one decode step: one token per row over a cache of any length."""
-    inputs = program.placeholders
+    """Whether the graph is one decode step: one token per row over a cache of more than one length."""
     if program.found_roles.tokens_per_call != 1 or any(nodes.site.past is None for nodes in program.sites):
         return False
-    cached = [example(inputs[i]) for nodes in program.sites for i in nodes.site.past or ()]
-    return all(isinstance(value.shape[2], torch.SymInt) for value in cached)
+    held = bounds(program)
+    return held is not None and held[0] != held[1]
 
 
 def split_captured(program: Program) -> int:
-    """Make the `captured` variant; returns the number of sites that hand their keys and values to the store."""
+    """Make the `captured` variant; returns the number of sites that hand their keys and values to the store.
+
+    Caches that are written in place keep themselves: there it is the graph as it is.
+    """
+    if any(nodes.site.in_place for nodes in program.sites):
+        program.captured = copy_module(program.module)
+        return 0
+    _refuse_unknown_length(program)
     graph, node_of = copy_graph(program.module)
     with graph.inserting_before(next(iter(graph.nodes))):
         store = graph.placeholder("store")
@@ -70,6 +79,18 @@ def _read_past(graph: Graph, store: Node, layer: int, side: int, past: Node) -> 
             append.replace_input_with(past, graph.call_method("past", (store, layer, side)))
 
 
+def _refuse_unknown_length(program: Program) -> None:
+    """Where all layers slide, the length must be an input: Dynamo makes the first one that it sees a constant."""
+    filled = [nodes.site for nodes in program.sites if nodes.site.past is not None]
+    if not filled or program.found_roles.lengths or any(site.recent is None for site in filled):
+        return
+    inputs = program.placeholders
+    held = [(example(inputs[i]).shape[2], site.recent) for site in filled for i in site.past or ()]
+    if not all(isinstance(columns, int) and recent is not None and columns < recent for columns, recent in held):
+        fix = "nothing: the next call, at another length, is taken"
+        raise unsupported("a sliding cache whose length is a constant of the graph", program.sites[0].attention, fix)
+
+
 def split_modes(program: Program) -> int:
     """Make the `draft` and `verify` variants of a decode step; returns the number of sites in both."""
     _refuse_odd_rows(program)
@@ -88,12 +109,28 @@ def _canonical(program: Program) -> GraphModule:
         _replace_attention(program, node_of, nodes, leading)
     for original in program.position_nodes:
         _replace_position(program, node_of[original], leading["positions"])
+    for original in program.writes:
+        graph.erase_node(node_of[original])
+    _drop_idle_slices(graph)
     module = GraphModule(program.module, graph)
     _return_rows(program, module, node_of)
     spelled = {node_of[node] for nodes in program.sites for node in nodes.spelled}
     graph.eliminate_dead_code(lambda node: node not in spelled and (node.is_impure() or mutates(node)))
     _drop_unused_inputs(program, module, node_of)
     return module
+
+
+def _drop_idle_slices(graph: Graph) -> None:
+    """Slices that leave out nothing go, and with them integers that say where they start (`logits_to_keep`, say)."""
+    for node in graph.find_nodes(op="call_function", target=operator.getitem):
+        source, index = node.args
+        parts = index if isinstance(index, tuple) else (index,)
+        if not isinstance(source, Node) or not all(isinstance(part, slice) for part in parts):
+            continue
+        before, after = (getattr(example(n), "shape", None) for n in (source, node))
+        is_known = before is not None and all(isinstance(size, int) for size in before)
+        if is_known and before == after and all(part.step in (None, 1) for part in parts):
+            node.replace_all_uses_with(source)
 
 
 def _leading(graph: Graph, name: str, batch: int, device: torch.device) -> Node:
@@ -110,7 +147,7 @@ def _replace_attention(program: Program, node_of: dict[Node, Node], nodes: SiteN
     parts = [node_of[n] for n in (nodes.query, nodes.key, nodes.value)]
     cache = (*past, leading["lengths"], leading["pads"])
     with attention.graph.inserting_before(attention):
-        arguments = (*parts, *cache, nodes.site.scale, nodes.site.layer, *_scores(nodes, node_of))
+        arguments = (*parts, *cache, nodes.site.scale, nodes.site.layer, nodes.site.window, *_scores(nodes, node_of))
         call = attention.graph.call_function(ATTEND, arguments)
     call.meta.update(attention.meta)
     shape = example(nodes.attention).shape

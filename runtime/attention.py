@@ -39,48 +39,56 @@ def attend_full(
     starts: list[int],
     pads: list[int],
     scale: float,
+    reach: int | None = None,
     bounds: Tensor | None = None,
     scores: Scores | None = None,
 ) -> Tensor:
     """q [B, H, W, D] of tokens at columns starts[b] + (0..W-1), keys [B, K, C, D], values [B, K, C, E] (C a multiple of
-    BLOCK, written up to starts[b] + W). Row b sees columns from pads[b] up to its own. `bounds` [2, B] is starts and
-    pads on the device, where they are there already; `scores` says what is done to scores beside scaling them. Returns
-    [B, H, W, E]."""
+    BLOCK, written up to starts[b] + W). Row b sees columns from pads[b] up to its own, and of these the last `reach`
+    (a sliding window; None: all). `bounds` [2, B] is starts and pads on the device, where they are there already;
+    `scores` says what is done to scores beside scaling them. Returns [B, H, W, E]."""
     if launch.serves(q):
         begin, left = torch.tensor([starts, pads], device=q.device) if bounds is None else bounds
         how = {} if scores is None else scores._asdict()
-        return verify_attention(q, keys, values, begin, left[:, None].expand(-1, keys.shape[1]), scale, **how)
+        heads_left = left[:, None].expand(-1, keys.shape[1])
+        return verify_attention(q, keys, values, begin, heads_left, scale, reach=reach, **how)
+    lefts = [[pad] * keys.shape[1] for pad in pads]
     if scores is not None:
-        return attend_scores(q, keys, values, starts, [[pad] * keys.shape[1] for pad in pads], scale, scores)
+        return attend_scores(q, keys, values, starts, lefts, scale, scores, reach)
     if block_attention.serves(q):
-        return block_attention.attend(q, keys, values, starts, [[pad] * keys.shape[1] for pad in pads], scale)
+        return block_attention.attend(q, keys, values, starts, lefts, scale, reach=reach)
     out = q.new_empty((q.shape[0], q.shape[1], q.shape[2], values.shape[3]))
     for b, (start, pad) in enumerate(zip(starts, pads, strict=True)):
-        out[b] = _attend_row(q[b], keys[b], values[b], start, pad, scale)
+        out[b] = _attend_row(q[b], keys[b], values[b], start, pad, scale, reach)
     return out
 
 
-def _attend_row(q: Tensor, keys: Tensor, values: Tensor, start: int, pad: int, scale: float) -> Tensor:
+def _attend_row(
+    q: Tensor, keys: Tensor, values: Tensor, start: int, pad: int, scale: float, reach: int | None
+) -> Tensor:
     heads, window, size = q.shape
     groups = keys.shape[0]
     folded = q.reshape(groups, heads // groups * window, size)
-    first, last = pad // BLOCK, (start + window - 1) // BLOCK + 1
-    plain_from, plain_to = -(-pad // BLOCK), (start + 1) // BLOCK
+    oldest, newest = (pad if reach is None else max(pad, own + 1 - reach) for own in (start, start + window - 1))
+    first, last = oldest // BLOCK, (start + window - 1) // BLOCK + 1
+    plain_from, plain_to = -(-newest // BLOCK), (start + 1) // BLOCK
     parts: list[tuple[Tensor, Tensor]] = []
     for begin, end in ((first, min(plain_from, last)), (plain_from, plain_to), (max(plain_to, plain_from), last)):
         if begin < end:
             masked = end > plain_to or begin < plain_from
-            mask = _window_mask(q, begin, end, start, pad, heads // groups) if masked else None
+            mask = _window_mask(q, begin, end, start, pad, reach, heads // groups) if masked else None
             parts.append(_attend_blocks(folded, keys, values, begin, end, mask, scale))
     return _merge(torch.cat([o for o, _ in parts]), torch.cat([s for _, s in parts])).view(heads, window, -1)
 
 
-def _window_mask(q: Tensor, begin: int, end: int, start: int, pad: int, group: int) -> Tensor:
+def _window_mask(q: Tensor, begin: int, end: int, start: int, pad: int, reach: int | None, group: int) -> Tensor:
     """Additive mask [N, 1, G * W, BLOCK] for blocks begin..end: large but finite where hidden, so nothing is NaN."""
     window = q.shape[1]
     column = torch.arange(begin * BLOCK, end * BLOCK, device=q.device)
     own = start + torch.arange(window, device=q.device)
     hidden = (column > own[:, None]) | (column < pad)
+    if reach is not None:
+        hidden |= column <= own[:, None] - reach
     mask = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device).masked_fill_(hidden, torch.finfo(q.dtype).min)
     return (
         mask.view(1, window, end - begin, BLOCK)

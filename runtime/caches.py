@@ -21,6 +21,7 @@ from vericache_compile.compressors.none import NoCompression
 from vericache_compile.kernels.block_attention import BLOCK
 from vericache_compile.plan import Site, Tier
 from vericache_compile.runtime.attention import Visible
+from vericache_compile.runtime.sliding import OutOfWindow
 
 if TYPE_CHECKING:
     from vericache_compile.runtime.draft_step import DraftStep
@@ -129,6 +130,8 @@ class DraftLayer:
     values: Tensor
     packed: bool
     """Whether regions are kept packed and materialised at each use; else they live in `keys` and `values`."""
+    reach: int | None = None
+    """Columns that a token attends to (a sliding layer: all of them in the tail, and no region); None for all."""
 
     @property
     def offset(self) -> int:
@@ -162,7 +165,22 @@ class DraftLayer:
         """Keys and values [B, K, S, *], and which slots rows `columns` long read of them, for queries [B, H, 1, D]."""
         tails = [column - start for column, start in zip(columns, self.starts, strict=True)]
         keys, values = self._materialize(max(tails), q) if self.packed else (self.keys, self.values)
-        return keys, values, Visible(self.lefts, tuple(self.slots + tail for tail in tails))
+        return keys, values, self.visible(tails)
+
+    def visible(self, tails: Sequence[int]) -> Visible:
+        """Which slots rows read whose tails hold so many tokens."""
+        lefts = self.lefts
+        if self.reach is not None:
+            lefts = tuple((max(tail - self.reach, 0),) * self.keys.shape[1] for tail in tails)
+        return Visible(lefts, tuple(self.slots + tail for tail in tails))
+
+    def valid(self, columns: Sequence[int]) -> bool:
+        """Whether rows may be `columns` long: no region covers a token beyond, and no tail starts inside a window."""
+        if self.reach is None:
+            return all(c >= start for c, start in zip(columns, self.starts, strict=True))
+        firsts = (start - region.covered for start, region in zip(self.starts, self.regions, strict=True))
+        sees = [max(c + 1 - self.reach, first) for c, first in zip(columns, firsts, strict=True)]
+        return all(column >= start for column, start in zip(sees, self.starts, strict=True))
 
     def read_whole(self) -> tuple[Tensor, Tensor]:
         """Keys and values [B, K, S, *] with all of the tail's room: of the same shape however long rows are."""
@@ -210,8 +228,13 @@ class DraftKV:
         return sum(layer.nbytes for layer in self.layers)
 
     def valid(self, columns: Sequence[int]) -> bool:
-        """Whether rows may be `columns` long: no region covers a token beyond."""
-        return all(c >= s for layer in self.layers for c, s in zip(columns, layer.starts, strict=True))
+        """Whether rows may be `columns` long at every site."""
+        return all(layer.valid(columns) for layer in self.layers)
+
+    @property
+    def reaches(self) -> list[int | None]:
+        """Per site the columns that a token attends to; None for all."""
+        return [layer.reach for layer in self.layers]
 
     def age(self, columns: Sequence[int]) -> int:
         """The most tokens that a row, now `columns` long, has gained since all of it was compressed."""
@@ -238,6 +261,10 @@ class Columns:
 
 Regions = list[list[CompressedKV]]
 """A region per site and row."""
+
+
+Reaches = Sequence[int | None]
+"""Per site the columns that a token attends to, None for all; empty where it is all at every site."""
 
 
 Tell = Callable[[int, int, int, int], Facts]
@@ -282,22 +309,36 @@ def compress(
     early: Regions | None = None,
     tell: Tell | None = None,
     placed: Collection[int] = (),
+    reaches: Reaches = (),
 ) -> DraftKV:
     """Compress each row's columns [pads[b], columns[b]) at every site, or take the regions that were made `early`.
 
     `queries[layer][b]` are those of `compress_site`, and `tell` is. Tails get room for `room` columns more. Slots do
     not say where in the text a token stood: sites in `placed`, which need to know, keep every token where the method
-    drops some, and are given no `early` regions.
+    drops some, and are given no `early` regions. A site that reaches a number of columns back (`reaches`, a sliding
+    window) is not compressed: its tail has all that the next token sees.
     """
     layers: list[DraftLayer] = []
     whole = False
     for layer, site in enumerate(full.sites):
-        begin = 0 if early is None else min(p + r.covered for p, r in zip(pads, early[layer], strict=True))
+        if (reach := _reach(reaches, layer)) is not None:
+            begin = min(_window_starts(pads, columns, reach))
+            exact = Columns(*full.read(layer, begin, max(columns)), [begin] * full.batch)
+            layers.append(_place_window(exact, pads, columns, room, reach))
+            continue
+        own = _method(compressor, layer, len(full.sites), reaches)
+        ready = None
+        if (
+            early is not None
+            and layer not in placed
+            and own.donor == compressor.for_layer(layer, len(full.sites)).donor
+        ):
+            ready = early[layer]
+        begin = 0 if ready is None else min(p + r.covered for p, r in zip(pads, ready, strict=True))
         exact = Columns(*full.read(layer, begin, max(columns)), [begin] * full.batch)
-        if early is not None:
-            regions = early[layer]
+        if ready is not None:
+            regions = ready
         else:
-            own = compressor.for_layer(layer, len(full.sites))
             spans, made = list(zip(pads, columns, strict=True)), [each.regions for each in layers]
             regions = compress_site(own, exact, site, spans, queries[layer], made, tell)
         if layer in placed and not _keeps_all(regions):
@@ -321,7 +362,10 @@ def extend(
     whole = before.whole
     for layer, (held, site) in enumerate(zip(before.layers, full.sites, strict=True)):
         exact = Columns(held.keys, held.values, [start - held.offset for start in held.starts])
-        donor = before.compressor.for_layer(layer, len(full.sites)).donor
+        if held.reach is not None:
+            layers.append(_place_window(exact, pads, columns, room, held.reach))
+            continue
+        donor = _method(before.compressor, layer, len(full.sites), before.reaches).donor
         regions: list[CompressedKV] = []
         for b, (region, start, column) in enumerate(zip(held.regions, held.starts, columns, strict=True)):
             end = max(start, column - EXACT)
@@ -356,6 +400,31 @@ def _asked(compressor: Compressor, keys: Tensor, site: Site, queries: Tensor | N
     if queries is None and compressor.queries:
         return _stand_in(keys, site, compressor.queries)
     return queries
+
+
+def _reach(reaches: Reaches, layer: int) -> int | None:
+    return reaches[layer] if reaches else None
+
+
+def _method(compressor: Compressor, layer: int, layers: int, reaches: Reaches) -> Compressor:
+    """The method of a site; none where it would borrow from a sliding layer, which holds its window alone."""
+    own = compressor.for_layer(layer, layers)
+    return NoCompression() if own.donor is not None and _reach(reaches, own.donor) is not None else own
+
+
+def _window_starts(pads: Sequence[int], columns: Sequence[int], reach: int) -> list[int]:
+    """The first column that the next token of each row attends to."""
+    return [max(pad, column + 1 - reach) for pad, column in zip(pads, columns, strict=True)]
+
+
+def _place_window(exact: Columns, pads: Sequence[int], columns: Sequence[int], room: int, reach: int) -> DraftLayer:
+    """The draft cache of a sliding layer: nothing before the window, and the window itself exact in the tail."""
+    starts = _window_starts(pads, columns, reach)
+    k, v = exact.keys[0], exact.values[0]
+    regions: list[CompressedKV] = [OutOfWindow.like(k, v, start - pad) for start, pad in zip(starts, pads, strict=True)]
+    made = _place(regions, pads, exact, columns, room)
+    made.reach = reach
+    return made
 
 
 def _stand_in(keys: Tensor, site: Site, count: int) -> Tensor:

@@ -18,7 +18,7 @@ from vericache_compile.kernels import launch
 from vericache_compile.kernels.block_attention import Scores
 from vericache_compile.kernels.draft_attention import Region, draft_attention, region_lefts
 from vericache_compile.plan import Act, DecodePlan
-from vericache_compile.runtime.attention import Visible, attend_compressed
+from vericache_compile.runtime.attention import attend_compressed
 from vericache_compile.runtime.caches import DraftKV, DraftLayer
 from vericache_compile.runtime.capture import Captured
 from vericache_compile.runtime.executor import Incoming, execute
@@ -133,9 +133,9 @@ class _Site:
             how = {} if scores is None else scores._asdict()
             if self.regions:
                 return draft_attention(q, layer.keys, layer.values, tails, self.lefts, scale, self.regions, **how)
-            return draft_attention(q, *layer.read_whole(), tails + layer.slots, self.lefts, scale, **how)
-        rights = tuple((tails + (layer.slots + 1)).tolist())
-        return attend_compressed(q, *layer.read_whole(), Visible(layer.lefts, rights), scale, {}, scores)
+            newest = tails + layer.slots
+            return draft_attention(q, *layer.read_whole(), newest, self.lefts, scale, reach=layer.reach, **how)
+        return attend_compressed(q, *layer.read_whole(), layer.visible((tails + 1).tolist()), scale, {}, scores)
 
 
 def _places(bound: Bound) -> list[int | None]:

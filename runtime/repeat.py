@@ -108,7 +108,11 @@ def _repeat(
     columns = [row.length + step for row in sequence.rows]
     first = [[column + row.offset] for column, row in zip(columns, sequence.rows, strict=True)]
 
+    sites = plan.captured.sites
+
     def note(layer: int, q: Tensor, k: Tensor, v: Tensor, full: Tensor) -> None:
+        if sites[layer].window is not None:
+            return  # a sliding layer is not compressed
         for b, (row, passage) in enumerate(zip(sequence.rows, passages, strict=True)):
             if not fed[b]:
                 continue
@@ -120,14 +124,15 @@ def _repeat(
                 sinks,
                 keys[:, passage.begin : passage.end],
                 repeated,
-                plan.captured.sites[layer].scale,
+                sites[layer].scale,
             )
             held = scores[layer][b, :, passage.begin : passage.end]
             torch.maximum(held, drawn, out=held)
 
     tokens = torch.tensor(padded, device=device).t().unsqueeze(-1).contiguous()
     pads = [row.pad for row in sequence.rows]
-    coming = incoming(sequence.full, None, ring, plan.staging_bytes, columns, pads)
+    reaches = [site.window for site in sites]
+    coming = incoming(sequence.full, None, ring, plan.staging_bytes, columns, pads, reaches)
     try:
         verify_tokens(coming, pads, plan, bound, tokens, torch.tensor(first, device=device), note)
     finally:

@@ -81,14 +81,14 @@ def run_round(
     start = make_start(sequence, device)
     sequence.full.reserve(max(start.columns) + plan.window, device)
     verify = bind_weights(plan.verify, inputs, casts)
-    sequence.draft = usable_draft(sequence.draft, start, compressor, counts)
+    sequence.draft = usable_draft(sequence.draft, start, compressor, plan, counts)
     if "repeated" in compressor.wants:
         repeat_once(sequence, plan, verify, ring, counts, device)
     telling = Telling(sequence, plan, inputs, rotations, compressor.wants)
     draft = prepare_draft(sequence, start, compressor, plan.window, counts, telling)
     horizon = _horizon(sequence, plan.window)
     low = bind_weights(plan.draft, inputs, casts)
-    coming = incoming(sequence.full, draft, ring, plan.staging_bytes, start.columns, start.pads)
+    coming = incoming(sequence.full, draft, ring, plan.staging_bytes, start.columns, start.pads, _reaches(plan))
     began = time.perf_counter()
     try:
         if known is None:
@@ -116,14 +116,24 @@ def run_round(
     counts.latest.append(made)
 
 
-def usable_draft(draft: DraftKV | None, start: Start, compressor: Compressor, counts: Counts) -> DraftKV | None:
-    """A draft cache as far as it can still be used: not another compressor's, cut into, or due to be refreshed."""
-    if draft is None or draft.compressor is not compressor or not draft.valid(start.columns):
+def usable_draft(
+    draft: DraftKV | None, start: Start, compressor: Compressor, plan: DecodePlan, counts: Counts
+) -> DraftKV | None:
+    """A draft cache as far as it can still be used: not another compressor's or of other windows, cut into, or due to
+    be refreshed."""
+    if draft is None or draft.compressor is not compressor or draft.reaches != _reaches(plan):
+        return None
+    if not draft.valid(start.columns):
         return None
     if 0 < compressor.refresh <= draft.age(start.columns):
         counts.refreshes += 1
         return None
     return draft
+
+
+def _reaches(plan: DecodePlan) -> list[int | None]:
+    """Per site the columns that a token attends to; None for all."""
+    return [site.window for site in plan.captured.sites]
 
 
 def prepare_draft(
@@ -139,12 +149,13 @@ def prepare_draft(
         spread = max(start.columns) - min(start.columns)
         room = CHUNK + 2 * window + spread
         tell = telling.of if compressor.wants & KINDS else None
-        full, placed = sequence.full, {site.layer for site in telling.plan.captured.sites if site.alibi is not None}
+        full, plan = sequence.full, telling.plan
+        placed = {site.layer for site in plan.captured.sites if site.alibi is not None}
         if draft is not None:
             draft = extend(draft, full, start.pads, start.columns, queries, room, tell, placed)
         else:
-            early = sequence.take_early(compressor, start.columns)
-            draft = compress(compressor, full, start.pads, start.columns, queries, room, early, tell, placed)
+            early, reaches = sequence.take_early(compressor, start.columns), _reaches(plan)
+            draft = compress(compressor, full, start.pads, start.columns, queries, room, early, tell, placed, reaches)
         sequence.draft = draft
         counts.compress_seconds += time.perf_counter() - began
     return draft
@@ -250,10 +261,10 @@ def _commit(
         if len(row.held) >= plan.window or row.token is None:
             continue
         kept = accept(window[b], predicted[b], row.forced)
-        if plan.column_limit is not None:
-            kept = min(kept, max(plan.column_limit - row.length, 1))
         if plan.position_limit is not None:
             kept = min(kept, max(plan.position_limit - (row.length + row.offset), 1))
+        if plan.column_limit is not None and (kept := min(kept, plan.column_limit - row.length)) <= 0:
+            continue
         own = outputs if len(sequence.rows) == 1 else tuple(output[:kept, b : b + 1].clone() for output in outputs)
         if len(row.ids) == row.length:
             row.ids += window[b][:kept]
@@ -267,16 +278,19 @@ def _commit(
     if any(held is not None and all(held.counts) for held in queries):
         sequence.queries = queries
     if sequence.drawn is not None and sequence.full.resident:
-        _add_drawn(sequence, start, queries)
+        _add_drawn(sequence, plan, start, queries)
 
 
-def _add_drawn(sequence: Sequence, start: Start, queries: list[Queries | None]) -> None:
+def _add_drawn(sequence: Sequence, plan: DecodePlan, start: Start, queries: list[Queries | None]) -> None:
     """Add the attention of each row's accepted queries to what its tokens have drawn.
 
-    Only where full KV is on the device: elsewhere all keys would have to come in once more.
+    Only where full KV is on the device: elsewhere all keys would have to come in once more. Sliding layers are not
+    compressed, so nobody asks what their tokens have drawn.
     """
     assert sequence.drawn is not None
     for layer, held in enumerate(queries):
+        if plan.captured.sites[layer].window is not None:
+            continue
         for b, (column, pad) in enumerate(zip(start.columns, start.pads, strict=True)):
             own = held.row(b) if held is not None else None
             if own is not None:

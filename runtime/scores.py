@@ -44,19 +44,28 @@ def attend_scores(
     lefts: Sequence[Sequence[int]],
     scale: float,
     scores: Scores,
+    reach: int | None = None,
 ) -> Tensor:
     """q [B, H, W, D] of tokens at columns starts[b] + (0..W-1), keys [B, K, C, D], values [B, K, C, E]; KV head k of
-    row b sees columns from lefts[b][k] up to its own. Returns [B, H, W, E]."""
+    row b sees columns from lefts[b][k] up to its own, and of these the last `reach` (None: all). Returns
+    [B, H, W, E]."""
     end = max(starts) + q.shape[2]
     own, k, v = (x.float() for x in (q, keys[:, :, :end], values[:, :, :end]))
     if block_attention.serves(own):
-        return block_attention.attend(own, k, v, starts, lefts, scale, scores).to(q.dtype)
+        return block_attention.attend(own, k, v, starts, lefts, scale, scores, reach).to(q.dtype)
     rows = zip(own, k, v, starts, lefts, strict=True)
-    return torch.stack([_attend_row(*row, scale, scores) for row in rows]).to(q.dtype)
+    return torch.stack([_attend_row(*row, scale, scores, reach) for row in rows]).to(q.dtype)
 
 
 def _attend_row(
-    q: Tensor, keys: Tensor, values: Tensor, start: int, lefts: Sequence[int], scale: float, scores: Scores
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    start: int,
+    lefts: Sequence[int],
+    scale: float,
+    scores: Scores,
+    reach: int | None,
 ) -> Tensor:
     """One row of the batch: q [H, W, D], keys [K, C, D], values [K, C, E] in float32, to [H, W, E]."""
     heads, window, size = q.shape
@@ -64,12 +73,16 @@ def _attend_row(
     left = torch.tensor(lefts, device=q.device).repeat_interleave(heads // groups)[:, None, None]
     own = start + torch.arange(window, device=q.device)[:, None]
     outs, sums = [], []
-    for begin in range(min(lefts) // BLOCK * BLOCK, start + window, BLOCK):
+    oldest = min(lefts) if reach is None else max(min(lefts), start + 1 - reach)
+    for begin in range(oldest // BLOCK * BLOCK, start + window, BLOCK):
         k, v = (_block(x, begin) for x in (keys, values))
         column = torch.arange(begin, begin + BLOCK, device=q.device)
         raw = _products(q.reshape(groups, -1, size), k).view(heads, window, BLOCK) * scale
         changed = _change(raw, column - left, own - column, scores)
-        changed.masked_fill_((column > own) | (column < left), torch.finfo(torch.float32).min)
+        hidden = (column > own) | (column < left)
+        if reach is not None:
+            hidden = hidden | (column <= own - reach)
+        changed.masked_fill_(hidden, torch.finfo(torch.float32).min)
         total = torch.logsumexp(changed, dim=-1)
         shares = (changed - total.unsqueeze(-1)).exp().view(groups, -1, BLOCK)
         outs.append(_products(shares, v.transpose(1, 2)).view(heads, window, -1))

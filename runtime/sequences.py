@@ -23,6 +23,7 @@ from vericache_compile.runtime.tiers import Home
 
 CPU = torch.device("cpu")
 if TYPE_CHECKING:
+    from vericache_compile.runtime.mirrors import Mirror
     from vericache_compile.runtime.recovery import Call
 
 REBUILD = "run the prompt again, or keep the cache that it was copied from alive and uncropped while copies are in use"
@@ -143,6 +144,8 @@ class Sequence:
         """Storage pointers of the ghosts that are still alive, with the columns they show."""
         self.version = 0
         """Of the weights that the last call saw: the sum of autograd's version counters."""
+        self.cut: set[int] = set()
+        """Places (as ghosts spell them) of cache tensors that showed fewer columns than there were."""
         self.regular = True
         """Whether the caller's last mask was causal with left padding."""
         self._templates: list[tuple[list[int], Tensor]] = []
@@ -200,7 +203,7 @@ class Sequence:
     def fork(self, number: int, rows: Rows[int], columns: int) -> Sequence:
         """A new sequence of the given rows (repeats allowed), holding the first `columns` columns."""
         made = Sequence(number, self.full.select(rows, columns))
-        made.regular, made.version, made.horizon = self.regular, self.version, self.horizon
+        made.regular, made.version, made.horizon, made.cut = self.regular, self.version, self.horizon, set(self.cut)
         for new, old in zip(made.rows, (self.rows[r] for r in rows), strict=True):
             new.pad, new.offset, new.length = old.pad, old.offset, min(old.length, columns)
             new.served, new.ids = old.served, old.ids[:columns]
@@ -220,6 +223,10 @@ class Minted(NamedTuple):
     epoch: int
     place: int
     """Which cache tensor: twice the layer, plus one for values."""
+    total: int
+    """Columns that were cached when it was made."""
+    shown: int
+    """Columns of these that it showed then: the newest, fewer than all for a sliding layer."""
     storage: int
     """Pointer of the storage that it shares with other places."""
 
@@ -234,6 +241,8 @@ class SequenceTable:
         self._by_storage: dict[int, Minted] = {}
         """By data pointer."""
         self._by_number: dict[int, Sequence] = {}
+        self.mirrors: dict[int, Mirror] = {}
+        """Sequences that copy a caller's buffers, by data pointer of the first buffer."""
 
     def create(
         self, sites: Rows[Site], batch: int, columns: int = 0, device: torch.device = CPU, home: Home | None = None
@@ -247,6 +256,10 @@ class SequenceTable:
         made = Sequence(next(self._numbers), (home or Home()).make(sites, batch, columns, device, taken))
         self._by_number[made.number] = made
         return made
+
+    def unnamed(self, sites: Rows[Site], batch: int) -> Sequence:
+        """A new, empty sequence that no ghost names: whoever asks for it holds it."""
+        return Sequence(next(self._numbers), Home().make(sites, batch, 0, CPU))
 
     def release_orphans(self, spared: Sequence | None = None) -> None:
         """Drop sequences that no live ghost stands for: copies of their ghosts are no longer recognised.
@@ -262,25 +275,30 @@ class SequenceTable:
     @property
     def nbytes(self) -> int:
         """Bytes of KV that all sequences hold."""
-        return sum(sequence.nbytes for sequence in self._by_number.values())
+        mirrored = sum(mirror.sequence.nbytes for mirror in self.mirrors.values())
+        return mirrored + sum(sequence.nbytes for sequence in self._by_number.values())
 
-    def mint(self, sequence: Sequence, columns: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-        """Ghosts (keys, values) per site, showing `columns` columns."""
+    def mint(
+        self, sequence: Sequence, columns: int, device: torch.device, shown: Rows[int] | None = None
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Ghosts (keys, values) per site of a cache of `columns` columns; site i shows the newest shown[i] (or all)."""
         made: dict[int, Tensor] = {}
+        widths = shown if shown is not None else [columns] * len(sequence.full.sites)
         for places, template in sequence.templates(device):
             base = template.clone()
-            self._register(base, places, sequence, columns)
-            made.update(
-                {place: one.expand(-1, -1, columns, -1) for place, one in zip(places, base.unbind(0), strict=True)}
-            )
+            own = [widths[place // 2] for place in places]
+            self._register(base, places, sequence, columns, own)
+            for place, one, width in zip(places, base.unbind(0), own, strict=True):
+                made[place] = one.expand(-1, -1, width, -1)
         return [(made[2 * layer], made[2 * layer + 1]) for layer in range(len(sequence.full.sites))]
 
-    def _register(self, base: Tensor, places: Rows[int], sequence: Sequence, columns: int) -> None:
+    def _register(self, base: Tensor, places: Rows[int], sequence: Sequence, columns: int, shown: Rows[int]) -> None:
         storage = base.untyped_storage()
         step = base.stride(0) * base.element_size()
         pointers = [storage.data_ptr() + i * step for i in range(len(places))]
-        for pointer, place in zip(pointers, places, strict=True):
-            self._by_storage[pointer] = Minted(sequence, sequence.epoch, place, pointers[0])
+        for pointer, place, width in zip(pointers, places, shown, strict=True):
+            self._by_storage[pointer] = Minted(sequence, sequence.epoch, place, columns, width, pointers[0])
+        sequence.cut.update(place for place, width in zip(places, shown, strict=True) if width < columns)
         sequence.live[pointers[0]] = columns
         weakref.finalize(storage, self._forget, pointers, weakref.ref(sequence)).atexit = False
 
@@ -299,25 +317,31 @@ class SequenceTable:
         names = ghosts.read(tensor)
         return names[0].place if names else None
 
-    def find(self, past: Rows[Tensor]) -> Sequence | None:
-        """The sequence that a call's cache tensors [B, K, S, D] stand for; None when they hold real data.
+    def find(self, past: Rows[Tensor], columns: int | None = None) -> tuple[Sequence, int] | None:
+        """The sequence that a call's cache tensors [B, K, S, D] stand for, and how many columns it has there; None when
+        they hold real data.
 
-        A cropped cache cuts the sequence, unless another live ghost still shows what would be cut: then, as for a
-        copied or permuted cache, a fork is made. Raises GhostError for tensors that are neither ghosts nor data.
+        `columns` is given where tensors do not show it (sliding layers). A cropped cache cuts the sequence, unless
+        another live ghost still shows what would be cut: then, as for a copied or permuted cache, a fork is made.
+        Raises GhostError for tensors that are neither ghosts nor data.
         """
-        columns = past[0].shape[2]
-        if any(tensor.shape[2] != columns for tensor in past):
-            raise GhostError("cache tensors of different lengths", f"{HERE} ({columns} columns at layer 0)", REBUILD)
         known = [minted for tensor in past if (minted := self._by_storage.get(tensor.data_ptr())) is not None]
         sequence = known[0].sequence if len(known) == len(past) else None
         if sequence is None or any(minted.sequence is not sequence for minted in known):
             return self._by_value(past, columns)
+        if columns is None:
+            lengths = {minted.total - minted.shown + x.shape[2] for minted, x in zip(known, past, strict=True)}
+            if len(lengths) > 1:
+                raise GhostError(f"cache tensors of different lengths ({sorted(lengths)})", HERE, REBUILD)
+            [columns] = lengths
+        if columns > min(minted.total for minted in known):
+            raise GhostError("a cache that says it is longer than what was computed", f"column {columns}", REBUILD)
         batch = past[0].shape[0]
         if batch != len(sequence.rows) or (batch > 1 and not past[0].stride(0)):
             return self._by_value(past, columns)  # a view of some of the rows, or of one row for many
         if not sequence.still_holds(min(minted.epoch for minted in known), columns):
             raise GhostError(CROPPED, HERE, REBUILD)
-        return self._continue(sequence, {minted.storage for minted in known}, columns)
+        return self._continue(sequence, {minted.storage for minted in known}, columns), columns
 
     def _continue(self, sequence: Sequence, pointers: set[int], columns: int) -> Sequence:
         newest = max(sequence.live.values())
@@ -329,7 +353,7 @@ class SequenceTable:
         sequence.truncate(columns)
         return sequence
 
-    def _by_value(self, past: Rows[Tensor], columns: int) -> Sequence | None:
+    def _by_value(self, past: Rows[Tensor], columns: int | None) -> tuple[Sequence, int] | None:
         spelled = [names for tensor in past if (names := ghosts.read(tensor)) is not None]
         if not spelled and not any(map(ghosts.is_hollow, past)):
             return None
@@ -345,9 +369,21 @@ class SequenceTable:
         held = self._by_number.get(numbers[0])
         if held is None:
             raise GhostError(f"a copy of a cache that is no longer held (sequence {numbers[0]})", HERE, REBUILD)
+        if columns is None:
+            columns = self._columns_shown(held, past, [names[0].place for names in spelled])
         if not held.still_holds(min(name.epoch for name in names), columns):
             raise GhostError(CROPPED, HERE, REBUILD)
-        return self._fork(held, [name.row for name in names], columns)
+        return self._fork(held, [name.row for name in names], columns), columns
+
+    def _columns_shown(self, sequence: Sequence, past: Rows[Tensor], places: Rows[int]) -> int:
+        """How many columns copied tensors stand for, by those of layers that show all."""
+        shown = {x.shape[2] for x, place in zip(past, places, strict=True) if place not in sequence.cut}
+        if not shown:
+            fix = f"call the model once with the cache that it was copied from, then copy; {REBUILD}"
+            raise GhostError("a copied cache of sliding layers that does not say how long it is", HERE, fix)
+        if len(shown) > 1:
+            raise GhostError("cache tensors of different lengths", HERE, REBUILD)
+        return shown.pop()
 
     def _fork(self, sequence: Sequence, rows: Rows[int], columns: int) -> Sequence:
         if any(sequence.rows[r].length < columns for r in rows):

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from vericache_compile.compressors.base import Compressor
 from vericache_compile.compressors.facts import KINDS
-from vericache_compile.errors import PageLost
-from vericache_compile.plan import CapturedPlan, DecodePlan, Output, OutputRole, Roles, Tier
+from vericache_compile.errors import GhostError, PageLost
+from vericache_compile.plan import CapturedPlan, DecodePlan, Output, OutputRole, Roles, Site, Tier
 from vericache_compile.runtime import rounds
 from vericache_compile.runtime.counts import Counts
 from vericache_compile.runtime.drawn import Drawn
 from vericache_compile.runtime.executor import WeightCasts, bind_weights
+from vericache_compile.runtime.mirrors import find_mirror, has_versions, paddings, write_back
 from vericache_compile.runtime.recovery import Call, record, recover
 from vericache_compile.runtime.rotations import Rotations
 from vericache_compile.runtime.sequences import Early, Row, Sequence, SequenceTable
@@ -87,7 +88,7 @@ class Session:
             self._timelines[path] = Timeline(path)
         self._timeline = None if path is None else self._timelines[path]
 
-    def run(self, plan: CapturedPlan | DecodePlan, inputs: Rows[Any]) -> list[Tensor]:
+    def run(self, plan: CapturedPlan | DecodePlan, inputs: Rows[Any]) -> list[Any]:
         """One call of a captured graph, by its plan."""
         with self._lock:
             began, rounds_before = time.perf_counter(), self.counts.rounds
@@ -98,24 +99,23 @@ class Session:
                 self._timeline.call(what, began, time.perf_counter() - began, ran, self.counts.spans if ran else ())
             return made
 
-    def run_captured(self, plan: CapturedPlan, inputs: Rows[Any]) -> list[Tensor]:
+    def run_captured(self, plan: CapturedPlan, inputs: Rows[Any]) -> list[Any]:
         """Run a prefill, a second turn, or any call that no round can serve: as captured, on real KV."""
         with self._lock, torch.no_grad():
-            roles = plan.roles
-            sequence = self._sequence(plan, inputs) if plan.attends_to_past else None
-            return self._run_captured(plan, inputs, sequence, roles)
+            if plan.in_place:
+                return list(plan.module(*inputs))
+            sequence, columns = self._sequence(plan, inputs) if plan.attends_to_past else (None, 0)
+            return self._run_captured(plan, inputs, sequence, columns)
 
     def _run_captured(
-        self, plan: CapturedPlan, inputs: Rows[Any], sequence: Sequence | None, roles: Roles
-    ) -> list[Tensor]:
-        began = time.perf_counter()
+        self, plan: CapturedPlan, inputs: Rows[Any], sequence: Sequence | None, columns: int
+    ) -> list[Any]:
+        began, roles = time.perf_counter(), plan.roles
         batch, count = inputs[roles.tokens].shape
         device = inputs[roles.tokens].device
-        columns = 0
         if sequence is None:
             sequence = self.table.create(plan.sites, batch, count, device, self.home)
         else:
-            columns = _columns(plan, inputs)
             for row in sequence.rows:
                 row.truncate(columns)
         sequence.full.reserve(columns + count, device)
@@ -130,11 +130,12 @@ class Session:
         early = not columns and not sequence.full.resident and not self.compressor.wants & KINDS
         compresses = early and all(site.alibi is None for site in plan.sites)
         sequence.early = Early(self.compressor, pads, []) if compresses else None
+        shown = _columns_shown(plan, inputs)
         try:
-            made = plan.module(Store(sequence, columns, self.compressor.queries, pads), *inputs)
+            made = plan.module(Store(sequence, columns, self.compressor.queries, pads, shown), *inputs)
         except PageLost as lost:
             self._recover(sequence, lost)
-            made = plan.module(Store(sequence, columns, self.compressor.queries, pads), *inputs)
+            made = plan.module(Store(sequence, columns, self.compressor.queries, pads, shown), *inputs)
         if sequence.full.tier is Tier.DISK:
             record(sequence, plan, inputs, columns, count)
         for row, pad in zip(sequence.rows, pads, strict=True):
@@ -143,34 +144,59 @@ class Session:
             _note_tokens(sequence, inputs[roles.tokens], columns)
         self._note(sequence)
         self.prefill_seconds += time.perf_counter() - began
-        return self._assemble(plan.outputs, list(made), sequence, columns + count, device, marked=True)
+        return self._assemble(plan, list(made), sequence, inputs, columns + count, marked=True)
 
-    def run_decode(self, plan: DecodePlan, inputs: Rows[Any]) -> list[Tensor]:
+    def run_decode(self, plan: DecodePlan, inputs: Rows[Any]) -> list[Any]:
         """One decode call: serve held rows, after a round where a row of the batch has none."""
         with self._lock, torch.no_grad():
             roles = plan.captured.roles
-            sequence = self._sequence(plan.captured, inputs)
-            columns = _columns(plan.captured, inputs)
-            tokens = inputs[roles.tokens]
+            if plan.captured.in_place:
+                return self._run_in_place(plan, inputs)
+            sequence, columns = self._sequence(plan.captured, inputs)
             fed = self._fed(plan, inputs, self._padding(sequence, roles, inputs), columns)
-            if fed is None or not sequence.regular:
-                return self._run_captured(plan.captured, inputs, sequence, roles)
-            version = sum(inputs[i]._version for i in roles.weights if not inputs[i].is_inference())
-            for row, (token, offset, pad) in zip(sequence.rows, fed, strict=True):
-                if version != sequence.version:
-                    row.truncate(columns)  # what was computed ahead is the old weights'
-                row.feed(columns, token, offset, pad)
-            sequence.version = version
-            if any(not row.held for row in sequence.rows):
-                if self.last is None or self.last[0] is not plan:
-                    weights = set(roles.weights)
-                    self.last = (plan, [x if i in weights else None for i, x in enumerate(inputs)])
-                sequence.decode = self.last
-                self._run_round(sequence)
-                self._tell_whole(sequence)
-                self._note(sequence)
-            made = self._take(sequence.rows)
-            return self._assemble(plan.captured.outputs, made, sequence, columns + 1, tokens.device, marked=False)
+            if fed is None or not sequence.regular or _is_short(plan.captured, inputs, columns):
+                return self._run_captured(plan.captured, inputs, sequence, columns)
+            made = self._rows(plan, inputs, sequence, fed, columns)
+            return self._assemble(plan.captured, made, sequence, inputs, columns + 1, marked=False)
+
+    def _rows(
+        self, plan: DecodePlan, inputs: Rows[Any], sequence: Sequence, fed: list[tuple[int, int, int]], columns: int
+    ) -> list[Tensor]:
+        """The row outputs of a decode call, after a round where a row of the batch has none held."""
+        version = sum(inputs[i]._version for i in plan.captured.roles.weights if not inputs[i].is_inference())
+        for row, (token, offset, pad) in zip(sequence.rows, fed, strict=True):
+            if version != sequence.version:
+                row.truncate(columns)  # what was computed ahead is the old weights'
+            row.feed(columns, token, offset, pad)
+        sequence.version = version
+        if any(not row.held for row in sequence.rows):
+            if self.last is None or self.last[0] is not plan:
+                weights = set(plan.captured.roles.weights)
+                self.last = (plan, [x if i in weights else None for i, x in enumerate(inputs)])
+            sequence.decode = self.last
+            self._run_round(sequence)
+            self._tell_whole(sequence)
+            self._note(sequence)
+        return self._take(sequence.rows)
+
+    def _run_in_place(self, plan: DecodePlan, inputs: Rows[Any]) -> list[Any]:
+        """A decode call over the caller's own buffers, which get what it appends."""
+        captured = plan.captured
+        counted = torch.stack([inputs[i] for i in captured.roles.counters]).tolist()
+        columns = int(counted[0])
+        shown = captured.roles.shown
+        assert shown is not None, "a decode step over buffers is given a mask"
+        pads = paddings(inputs[shown], columns)
+        fed = self._fed(plan, inputs, pads, columns) if pads is not None and len(set(counted)) == 1 else None
+        if fed is None or not has_versions(captured, inputs):
+            return list(captured.module(*inputs))
+        mirror = find_mirror(self.table, captured, inputs, columns)
+        made = iter(self._rows(plan, inputs, mirror.sequence, fed, columns))
+        write_back(mirror, captured, inputs, columns)
+        self._note(mirror.sequence)
+        past = [site.past or () for site in captured.sites]
+        side = {Output.KEYS: 0, Output.VALUES: 1}
+        return [inputs[past[r.layer][side[r.kind]]] if r.kind in side else next(made) for r in captured.outputs]
 
     def _run_round(self, sequence: Sequence, known: Tensor | None = None, counts: Counts | None = None) -> None:
         """A round of a sequence that is being decoded; where a page of its full KV is lost, after that came back."""
@@ -199,7 +225,8 @@ class Session:
         replica.decode = sequence.decode
 
         def run_call(replica: Sequence, call: Call) -> None:
-            call.plan.module(Store(replica, call.column, 0, [row.pad for row in replica.rows]), *call.inputs)
+            pads, shown = [row.pad for row in replica.rows], _columns_shown(call.plan, call.inputs)
+            call.plan.module(Store(replica, call.column, 0, pads, shown), *call.inputs)
 
         def verify(replica: Sequence, tokens: Tensor) -> None:
             if replica.decode is None:
@@ -260,25 +287,28 @@ class Session:
         parts = zip(*([output[held.index] for output in held.outputs] for held in taken), strict=True)
         return [torch.cat(part) for part in parts]
 
-    def _sequence(self, plan: CapturedPlan, inputs: Rows[Any]) -> Sequence:
+    def _sequence(self, plan: CapturedPlan, inputs: Rows[Any]) -> tuple[Sequence, int]:
         past = [inputs[i] for site in plan.sites if site.past is not None for i in site.past]
-        found = self.table.find(past)
-        return self._adopt(plan, inputs) if found is None else found
+        columns = _columns(plan, inputs)
+        return self.table.find(past, columns) or self._adopt(plan, inputs, columns)
 
-    def _adopt(self, plan: CapturedPlan, inputs: Rows[Any]) -> Sequence:
-        """A sequence over a copy of real cached data (a cache that an uncompiled model built)."""
+    def _adopt(self, plan: CapturedPlan, inputs: Rows[Any], columns: int | None) -> tuple[Sequence, int]:
+        """A sequence over a copy of real cached data (a cache that an uncompiled model built), and its columns."""
+        if columns is None:
+            found = "a cache of sliding layers, built outside, that does not say how many columns it stands for"
+            raise GhostError(found, "the cache of this call", "run the prompt through the compiled model")
         batch = inputs[plan.roles.tokens].shape[0]
-        columns, device = _columns(plan, inputs), inputs[plan.roles.tokens].device
+        device = inputs[plan.roles.tokens].device
         sequence = self.table.create(plan.sites, batch, columns, device, self.home)
         sequence.full.reserve(columns + 1, device)
         for site in plan.sites:
             assert site.past is not None, "a graph that attends to a cache at some sites only"
             keys, values = (inputs[i] for i in site.past)
-            sequence.full.append(site.layer, keys, values, [0] * batch)
+            sequence.full.append(site.layer, keys, values, [columns - keys.shape[2]] * batch)
             sequence.full.settle(site.layer, [columns] * batch)
         for row in sequence.rows:
             row.length = columns
-        return sequence
+        return sequence, columns
 
     def _padding(self, sequence: Sequence, roles: Roles, inputs: Rows[Any]) -> list[int]:
         """Left padding per row from the caller's mask [B, columns]; notes whether the mask is of that form."""
@@ -299,23 +329,33 @@ class Session:
 
     def _assemble(
         self,
-        roles: Rows[OutputRole],
+        plan: CapturedPlan,
         rows: list[Tensor],
         sequence: Sequence,
+        inputs: Rows[Any],
         columns: int,
-        device: torch.device,
         *,
         marked: bool,
-    ) -> list[Tensor]:
+    ) -> list[Any]:
         """The captured graph's outputs in order: rows where it returns rows, ghosts where it returns the cache."""
-        pairs = self.table.mint(sequence, columns, device)
-        if marked and columns > FEW:
-            for pair in pairs:
-                for ghost in pair:
+        tokens = inputs[plan.roles.tokens]
+        before = _columns_shown(plan, inputs)
+        shown = [_columns_after(site, width, tokens.shape[1]) for site, width in zip(plan.sites, before, strict=True)]
+        pairs = self.table.mint(sequence, columns, tokens.device, shown)
+        if marked:
+            for site, width, pair in zip(plan.sites, shown, pairs, strict=True):
+                for ghost in pair if width > FEW and width != site.kept else ():
                     torch._dynamo.maybe_mark_dynamic(ghost, 2)
         remaining = iter(rows)
-        side = {Output.KEYS: 0, Output.VALUES: 1}
-        return [pairs[role.layer][side[role.kind]] if role.kind in side else next(remaining) for role in roles]
+
+        def output(role: OutputRole) -> Any:
+            if role.kind is Output.LENGTH:
+                return tokens.shape[1] + (int(inputs[role.source]) if role.source >= 0 else 0)
+            if role.kind in (Output.KEYS, Output.VALUES):
+                return pairs[role.layer][role.kind is Output.VALUES]
+            return next(remaining)
+
+        return [output(role) for role in plan.outputs]
 
     def with_data(self, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         """Inputs for a graph that is not taken: ghosts become real KV."""
@@ -332,11 +372,11 @@ class Session:
     def _materialize(self, inputs: tuple[Any, ...], places: dict[int, int]) -> tuple[Any, ...]:
         with self._lock, torch.no_grad():
             ghosts = [inputs[i] for i in places]
-            sequence = self.table.find(ghosts)
-            assert sequence is not None, "a ghost was recognised and then was not"
-            real = list(inputs)
+            found = self.table.find(ghosts)
+            assert found is not None, "a ghost was recognised and then was not"
+            (sequence, columns), real = found, list(inputs)
             for i, place in places.items():
-                held = sequence.full.read(place // 2, 0, inputs[i].shape[2])
+                held = sequence.full.read(place // 2, columns - inputs[i].shape[2], columns)
                 real[i] = held[place % 2].clone()
             return tuple(real)
 
@@ -364,7 +404,30 @@ def _note_tokens(sequence: Sequence, tokens: Tensor, columns: int) -> None:
             row.ids[columns:] = ids
 
 
-def _columns(plan: CapturedPlan, inputs: Rows[Any]) -> int:
-    """Columns that the caller's cache shows."""
-    past = plan.sites[0].past
-    return int(inputs[past[0]].shape[2]) if past is not None else 0
+def _columns(plan: CapturedPlan, inputs: Rows[Any]) -> int | None:
+    """Columns that the caller's cache stands for; None where neither a counted length nor a tensor's shape says so."""
+    lengths = {int(inputs[i]) for i in plan.roles.lengths}
+    lengths |= {inputs[i].shape[2] for site in plan.sites if site.recent is None for i in site.past or ()}
+    if not lengths:
+        cut = {inputs[i].shape[2] for site in plan.sites for i in site.past or () if inputs[i].shape[2] < site.recent}
+        lengths = cut
+    if len(lengths) > 1:
+        found = f"cache tensors of different lengths ({sorted(lengths)})"
+        raise GhostError(found, "the cache of this call", "crop or build all layers alike")
+    return lengths.pop() if lengths else None
+
+
+def _columns_shown(plan: CapturedPlan, inputs: Rows[Any]) -> list[int]:
+    """Columns that each site's cache tensors show."""
+    return [inputs[site.past[0]].shape[2] if site.past is not None else 0 for site in plan.sites]
+
+
+def _columns_after(site: Site, before: int, count: int) -> int:
+    """Columns that a site's cache tensors show after `count` more tokens than `before`."""
+    return before + count if site.kept is None else min(before + count, site.kept)
+
+
+def _is_short(plan: CapturedPlan, inputs: Rows[Any], columns: int) -> bool:
+    """Whether a sliding layer's tensors show fewer columns than its window reaches back."""
+    cut = ((site, site.past) for site in plan.sites if site.window is not None and site.past is not None)
+    return any(inputs[past[0]].shape[2] < min(columns, (site.window or 1) - 1) for site, past in cut)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vericache_compile.kernels.block_attention import BLOCK
 from vericache_compile.plan import Staging
-from vericache_compile.runtime.caches import DraftKV, FullKV, write_columns
+from vericache_compile.runtime.caches import DraftKV, FullKV, Reaches, write_columns
 from vericache_compile.runtime.counts import Span, Traffic
 from vericache_compile.runtime.pages import FilePage, sides
 from vericache_compile.runtime.tiers import PagedKV
@@ -78,15 +78,22 @@ class Ring:
 class PagedIncoming(Incoming):
     """Full KV that comes from a tier outside the device, through the ring.
 
-    Only what the draft cache, if there is one, does not hold exactly is brought: the columns before each row's tail;
-    the tail is copied from there. What lies in a slot beyond a row's window is zero up to the end of its block.
+    Only what the draft cache, if there is one, does not hold exactly is brought: the columns before each row's tail, of
+    a sliding layer those that its window has there; the tail is copied from there. What lies in a slot beyond a row's
+    window is zero up to the end of its block.
     """
 
     def __init__(
-        self, full: PagedKV, draft: DraftKV | None, ring: Ring, columns: Sequence[int], pads: Sequence[int]
+        self,
+        full: PagedKV,
+        draft: DraftKV | None,
+        ring: Ring,
+        columns: Sequence[int],
+        pads: Sequence[int],
+        reaches: Reaches = (),
     ) -> None:
         super().__init__(full, columns)
-        self.paged, self.draft = full, draft
+        self.paged, self.draft, self.reaches = full, draft, reaches
         self._pads = tuple(pads)
         self._free = deque(ring.slots)
         self._wanted: deque[int] = deque()
@@ -149,7 +156,9 @@ class PagedIncoming(Incoming):
             self._under_way[layer] = (slot, transfer)
 
     def _row(self, layer: int, b: int, keys: Tensor, values: Tensor) -> Iterator[int]:
-        first = self._pads[b] // BLOCK * BLOCK
+        reach = self.reaches[layer] if self.reaches else None
+        oldest = self._pads[b] if reach is None else max(self._pads[b], self.columns[b] + 1 - reach)
+        first = oldest // BLOCK * BLOCK
         return self.paged.copy_to(layer, b, slice(first, self._tail(layer, b)), keys[b], values[b])
 
     def _tail(self, layer: int, b: int) -> int:
@@ -177,10 +186,16 @@ class PagedIncoming(Incoming):
 
 
 def incoming(
-    full: FullKV, draft: DraftKV | None, ring: Ring, staging_bytes: int, columns: Sequence[int], pads: Sequence[int]
+    full: FullKV,
+    draft: DraftKV | None,
+    ring: Ring,
+    staging_bytes: int,
+    columns: Sequence[int],
+    pads: Sequence[int],
+    reaches: Reaches = (),
 ) -> Incoming:
-    """A round's full KV, wherever it lives; rows start at `columns`."""
+    """A round's full KV, wherever it lives; rows start at `columns`, `reaches` is that of `compress`."""
     if not isinstance(full, PagedKV):
         return Incoming(full, columns)
     ring.fit(full, staging_bytes)
-    return PagedIncoming(full, draft, ring, columns, pads)
+    return PagedIncoming(full, draft, ring, columns, pads, reaches)

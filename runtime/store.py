@@ -9,20 +9,22 @@ from torch import Tensor
 
 from vericache_compile.runtime.caches import Columns, compress_site
 from vericache_compile.runtime.sequences import Early, Queries, Sequence
+from vericache_compile.runtime.sliding import OutOfWindow
 
 
 class Store:
     """Takes each site's new queries, keys and values while a graph runs as captured, and gives it those before."""
 
-    def __init__(self, sequence: Sequence, column: int, queries: int, pads: Rows[int]) -> None:
-        self.sequence, self.column, self.queries, self.pads = sequence, column, queries, pads
+    def __init__(self, sequence: Sequence, column: int, queries: int, pads: Rows[int], shown: Rows[int]) -> None:
+        """Site i's cache tensors show the newest shown[i] of the columns before `column`."""
+        self.sequence, self.column, self.queries, self.pads, self.shown = sequence, column, queries, pads, shown
         self._past: dict[int, tuple[Tensor, Tensor]] = {}
 
     def past(self, layer: int, side: int) -> Tensor:
-        """The keys (side 0) or values [B, K, column, *] before `column`; one site's are on the device at a time."""
+        """The keys (side 0) or values [B, K, shown, *] before `column`; one site's are on the device at a time."""
         if layer not in self._past:
             self._past.clear()
-            self._past[layer] = self.sequence.full.read(layer, 0, self.column)
+            self._past[layer] = self.sequence.full.read(layer, self.column - self.shown[layer], self.column)
         return self._past[layer][side]
 
     def append(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -37,7 +39,7 @@ class Store:
         if self.queries:
             last = q[:, :, -self.queries :].clone()
             self.sequence.queries[layer] = Queries(last, [last.shape[2]] * batch)
-        if self.sequence.drawn is not None:
+        if self.sequence.drawn is not None and self.shown[layer] == self.column:  # a sliding layer is not compressed
             keys = torch.cat([self.past(layer, 0), k], dim=2) if self.column else k
             for b, pad in enumerate(self.pads):
                 self.sequence.drawn.add(layer, b, q[b], keys[b], pad)
@@ -45,8 +47,12 @@ class Store:
             self._compress(self.sequence.early, layer, k, v)
 
     def _compress(self, early: Early, layer: int, k: Tensor, v: Tensor) -> None:
-        """Compress a site while its keys and values are on the device anyway."""
+        """Compress a site while its keys and values are on the device anyway; a sliding layer is not compressed."""
         sites, held = self.sequence.full.sites, self.sequence.queries[layer]
+        if sites[layer].kept is not None:
+            rows = zip(k, v, early.pads, strict=True)
+            early.regions.append([OutOfWindow.like(own_k, own_v, k.shape[2] - pad) for own_k, own_v, pad in rows])
+            return
         own = early.compressor.for_layer(layer, len(sites))
         spans = [(pad, k.shape[2]) for pad in early.pads]
         asked = [None if held is None else held.row(b) for b in range(k.shape[0])]

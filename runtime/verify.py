@@ -45,7 +45,8 @@ def verify_tokens(
         note(layer, q, k, v, keys)
         site = plan.captured.sites[layer]
         scores = scores_of(site, sinks, max(coming.columns) + plan.window, q.device)
-        out = attend_full(q, keys, values, list(coming.columns), list(pads), site.scale, bounds, scores)
+        rows = (list(coming.columns), list(pads))
+        out = attend_full(q, keys, values, *rows, site.scale, site.window, bounds, scores)
         coming.release(layer)
         return out
 

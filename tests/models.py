@@ -6,7 +6,14 @@ from functools import cache
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel, Qwen3Config
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedModel,
+    Qwen3Config,
+)
 
 from vericache_compile.testing import VOCABULARY, Switch, make_prompt
 
@@ -20,6 +27,16 @@ COMPRESSORS: dict[str, dict[str, Any]] = {
     "snapkv": {"compressor": "snapkv", "keep": 0.1},
     "kivi": {"compressor": "kivi", "bits": 2},
 }
+SLIDING_WINDOW = 16
+"""Columns that a token of a sliding layer attends to, its own included."""
+LAYERS = ["sliding_attention", "full_attention", "sliding_attention"]
+SLIDING: dict[str, dict[str, Any]] = {
+    "mistral": {"num_hidden_layers": 2},
+    "starcoder2": {"num_hidden_layers": 2},
+    "gemma3_text": {"num_hidden_layers": 3, "layer_types": LAYERS},
+    "cohere2": {"num_hidden_layers": 3, "layer_types": LAYERS},
+}
+"""Models with sliding layers: all of them, or some beside full ones."""
 WINDOWS = (2, 4, 8, 16, 32)
 BATCHES = (1, 3)
 """Rows; those after the first are padded on the left."""
@@ -49,6 +66,19 @@ def _config(name: str, positions: int) -> Any:
             head_dim=16,
             max_position_embeddings=positions,
             initializer_range=0.2,
+        )
+    if name in SLIDING:
+        return CONFIG_MAPPING[name](
+            vocab_size=VOCABULARY,
+            hidden_size=64,
+            intermediate_size=96,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            max_position_embeddings=positions,
+            initializer_range=0.2,
+            sliding_window=SLIDING_WINDOW,
+            **SLIDING[name],
         )
     return GPT2Config(
         vocab_size=VOCABULARY,

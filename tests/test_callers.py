@@ -2,40 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from callers import OPTIONS, Caller, both, greedy, prompt, step_by_step
 from models import make_prompt, make_tiny
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from vericache_compile import stats
-
-OPTIONS = {"inductor": False, "compressor": "streaming", "keep": 0.2, "window": 8}
-Caller = Callable[[PreTrainedModel], Tensor]
-
-
-def greedy(model: PreTrainedModel, ids: Tensor, count: int = 30, **more: Any) -> Tensor:
-    """model.generate, greedy unless told otherwise."""
-    settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": count, "do_sample": False, **more}
-    return model.generate(ids, **settings)
-
-
-def prompt(tokens: int = 40, batch: int = 1) -> Tensor:
-    return make_prompt(tokens, batch)["input_ids"]
-
-
-@torch.no_grad()
-def step_by_step(model: PreTrainedModel, cache: DynamicCache, ids: Tensor, count: int) -> list[Tensor]:
-    """A hand-written greedy loop that passes no position_ids: `count` tokens, each [B, 1]."""
-    tokens = []
-    for _ in range(count):
-        ids = model(input_ids=ids, past_key_values=cache).logits[:, -1:].argmax(-1)
-        tokens.append(ids)
-    return tokens
 
 
 def greedy_generate(model: PreTrainedModel) -> Tensor:
@@ -119,10 +95,14 @@ def early_stop_and_again(model: PreTrainedModel) -> Tensor:
     return torch.cat([stopped, greedy(model, prompt())], dim=1)
 
 
+def static_cache(model: PreTrainedModel) -> Tensor:
+    return greedy(model, prompt(), cache_implementation="static")
+
+
 TAKEN: list[Caller] = [
     greedy_generate, sampling, several_samples, logits_processors, second_turn, crop_and_go_on, hand_written_loop,
     two_caches_interleaved, cache_from_the_uncompiled_model, reset_half_way, padded_batch_that_ends_early,
-    chunked_prefill, early_stop_and_again,
+    chunked_prefill, early_stop_and_again, static_cache,
 ]  # fmt: skip
 
 
@@ -156,10 +136,6 @@ def no_cache(model: PreTrainedModel) -> Tensor:
     return greedy(model, prompt(), count=10, use_cache=False)
 
 
-def static_cache(model: PreTrainedModel) -> Tensor:
-    return greedy(model, prompt(), cache_implementation="static")
-
-
 def loop_with_gradients(model: PreTrainedModel) -> Tensor:
     cache, ids, out = DynamicCache(config=model.config), prompt(), []
     for _ in range(6):
@@ -169,16 +145,8 @@ def loop_with_gradients(model: PreTrainedModel) -> Tensor:
 
 
 LEFT: list[Caller] = [
-    mask_with_holes, right_padding, embeddings_in, prompt_lookup, no_cache, static_cache, loop_with_gradients,
+    mask_with_holes, right_padding, embeddings_in, prompt_lookup, no_cache, loop_with_gradients,
 ]  # fmt: skip
-
-
-def both(call: Caller, name: str, **options: Any) -> tuple[Tensor, Tensor, PreTrainedModel]:
-    """What a caller gets from the plain and from the compiled model."""
-    plain = call(make_tiny(name))
-    model = make_tiny(name)
-    model.compile(backend="vericache", options={**OPTIONS, **options})
-    return plain, call(model), model
 
 
 @pytest.mark.parametrize("call", TAKEN, ids=lambda call: call.__name__)

@@ -24,6 +24,7 @@ def attend(
     pads: Tensor,
     scale: float,
     layer: int,
+    window: int | None = None,
     sinks: Tensor | None = None,
     soft_cap: float | None = None,
     slopes: list[float] | None = None,
@@ -33,16 +34,23 @@ def attend(
     """Attend from new tokens over a row's past columns [pads, lengths) and, causally, over the new tokens.
 
     q [B, H, T, D], k [B, K, T, D], v [B, K, T, E], past_k [B, K, C, D], past_v [B, K, C, E], lengths and pads
-    [B] (int64), scale multiplies the scores. Whatever other columns hold (NaN too) is not read. Then scores s become
-    soft_cap * tanh(s / soft_cap), slopes[h] * place is added (see `plan.Alibi`), and sinks [H] take part in the softmax
-    without a value. Returns [B, H, T, E].
+    [B] (int64), scale multiplies the scores. With a window a token sees that many columns, its own included, and
+    past_k and past_v hold the C columns before `lengths`. Whatever other columns hold (NaN too) is not read. Then
+    scores s become soft_cap * tanh(s / soft_cap), slopes[h] * place is added (see `plan.Alibi`), and sinks [H] take
+    part in the softmax without a value. Returns [B, H, T, E].
     """
     batch, heads, tokens, _ = q.shape
     columns = past_k.shape[2]
-    column = torch.arange(columns, device=q.device)
+    column = torch.arange(columns, device=q.device)[None]
+    if window is not None:
+        column = column + (lengths - columns)[:, None]
     seen = (column >= pads[:, None]) & (column < lengths[:, None])
     past = seen[:, None, None, :].expand(batch, 1, tokens, columns)
     new = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).tril()
+    own = lengths[:, None] + torch.arange(tokens, device=q.device)
+    if window is not None:
+        past = past & (column[:, None, None, :] > own[:, None, :, None] - window)
+        new = new.triu(1 - window)
     visible = torch.cat([past, new.expand(batch, 1, tokens, tokens)], dim=-1)
     unseen = ~seen[:, None, :, None]
     keys, values = (torch.cat([old.masked_fill(unseen, 0), fresh], dim=2) for old, fresh in ((past_k, k), (past_v, v)))
@@ -55,7 +63,6 @@ def attend(
     if soft_cap is not None:
         scores = soft_cap * torch.tanh(scores / soft_cap)
     if slopes is not None:
-        own = lengths[:, None] + torch.arange(tokens, device=q.device)
         places = torch.cat([column.expand(batch, -1), own], dim=1)
         places = places[:, None] - (own[:, :, None] if relative else pads[:, None, None])
         bias = torch.tensor(slopes, dtype=slope_dtype, device=q.device)[:, None, None] * places[:, None].to(slope_dtype)

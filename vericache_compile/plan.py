@@ -21,6 +21,8 @@ class Output(StrEnum):
     ROWS = "rows"
     KEYS = "keys"
     VALUES = "values"
+    LENGTH = "length"
+    """The past length that the caller counts, grown by this call's tokens: an integer."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,14 @@ class Site:
     sinks: bool = False
     """Whether each head has a learned score more in its softmax, that no value belongs to."""
     alibi: Alibi | None = None
+    window: int | None = None
+    """Columns that a token attends to, its own included; None for all. Proved of decode steps only."""
+    recent: int | None = None
+    """Newest past columns that this call may find in the cache tensors of a sliding layer; None where all are there."""
+    kept: int | None = None
+    """Newest columns that the returned cache tensors are cut to; None where they are not cut."""
+    in_place: bool = False
+    """Whether the cache tensors have room for every column, and are written in place."""
 
     @property
     def is_plain(self) -> bool:
@@ -104,14 +114,22 @@ class Roles:
     mask: int | None
     """The two-dimensional padding mask [B, past + T], when there is one."""
     weights: tuple[int, ...]
+    lengths: tuple[int, ...] = ()
+    """Integer inputs that hold the past length, as caches count it whose tensors do not show it."""
+    counters: tuple[int, ...] = ()
+    """Inputs (int64 scalars) that hold the past length of caches written in place, and are counted up in place."""
+    shown: int | None = None
+    """Input that holds the whole mask [B, 1, T, C] of caches written in place."""
 
 
 @dataclass(frozen=True)
 class OutputRole:
-    """What an output is, and for a cache tensor the site it belongs to."""
+    """What an output is; for a cache tensor the site it belongs to, for a length the input that it continues (-1: none,
+    as nothing was cached)."""
 
     kind: Output
     layer: int = -1
+    source: int = -1
 
 
 @dataclass(frozen=True)
@@ -140,6 +158,11 @@ class CapturedPlan:
     sites: tuple[Site, ...]
     outputs: tuple[OutputRole, ...]
     attends_to_past: bool
+
+    @property
+    def in_place(self) -> bool:
+        """Whether caches are written in place: `module(*inputs)` is then the graph itself, and returns all outputs."""
+        return any(site.in_place for site in self.sites)
 
 
 @dataclass(frozen=True)
@@ -234,4 +257,5 @@ class DecodePlan:
     rotations: tuple[Rope | None, ...] = ()
     """Per site; None where keys are not rotated, or where it is not known how."""
     column_limit: int | None = None
-    """Cached columns from which on the model's own mask fails; None where it was not seen to."""
+    """First column at which another graph was or will be captured, or the model's own mask fails; None where there is
+    no such column."""

@@ -1,7 +1,7 @@
 """Small random models of many families, for `vericache sweep`: two layers, no weights to fetch.
 
-A wide initialisation and a head of its own keep logits far from ties, and texts from repeating one token. Layers attend
-to the whole cache where the family leaves a choice.
+A wide initialisation and a head of its own keep logits far from ties, and texts from repeating one token. Where a
+family has sliding windows, they are shorter than the prompt.
 """
 
 from __future__ import annotations
@@ -39,18 +39,19 @@ GPT: dict[str, Any] = BASE | {
     "n_head": 4,
     "n_positions": POSITIONS,
 }
-FULL: dict[str, Any] = {"layer_types": ["full_attention"] * LAYERS}
+SLIDING: dict[str, Any] = {"sliding_window": 16}
+MIXED: dict[str, Any] = SLIDING | {"layer_types": ["sliding_attention", "full_attention"]}
 EXPERTS: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
 HEADS: dict[str, Any] = {"head_dim": 16}
 
 MODELS: dict[str, dict[str, Any]] = {
     "llama": COMMON,
-    "mistral": COMMON | {"sliding_window": None},
+    "mistral": COMMON | SLIDING,
     "qwen2": COMMON,
     "qwen3": COMMON | HEADS,
     "gemma": COMMON | HEADS,
-    "gemma2": COMMON | HEADS | FULL,
-    "gemma3_text": COMMON | HEADS | FULL,
+    "gemma2": COMMON | HEADS | MIXED,
+    "gemma3_text": COMMON | HEADS | MIXED,
     "phi": COMMON,
     "phi3": COMMON,
     "gpt2": GPT,
@@ -78,9 +79,9 @@ MODELS: dict[str, dict[str, Any]] = {
         "use_cache": True,
     },
     "olmo2": COMMON,
-    "starcoder2": COMMON,
+    "starcoder2": COMMON | SLIDING,
     "cohere": COMMON,
-    "cohere2": COMMON | HEADS | FULL,
+    "cohere2": COMMON | HEADS | MIXED,
     "granite": COMMON,
     "smollm3": COMMON,
     "glm": COMMON | HEADS,
@@ -88,7 +89,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "mixtral": COMMON | EXPERTS,
     "qwen3_moe": COMMON | HEADS | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
     "granitemoe": COMMON | EXPERTS,
-    "gpt_oss": COMMON | HEADS | FULL | EXPERTS | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+    "gpt_oss": COMMON | HEADS | MIXED | EXPERTS | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
     "deepseek_v3": COMMON
     | {
         "num_key_value_heads": 4,

@@ -9,7 +9,16 @@ from graphs import Toy, node_named, run_until, tiny_decode, toy_decode
 from torch import Tensor
 
 from vericache_compile.errors import UnsupportedGraph
-from vericache_compile.passes.evaluate import Scene, batch_symbols, bind_symbols, evaluate, scenes
+from vericache_compile.passes.evaluate import (
+    Scene,
+    batch_symbols,
+    bind_symbols,
+    bounds,
+    captured_past,
+    evaluate,
+    holds_at,
+    scenes,
+)
 from vericache_compile.passes.program import Program
 
 
@@ -50,8 +59,36 @@ class Windowed(Toy):
 def test_scenes_reach_past_the_constants_of_a_computation() -> None:
     program = run_until(toy_decode(Windowed(), batch=3), "split_captured", batch=3)
     lengths = [scene.past for scene in scenes(program, [program.sites[0].mask])]
-    assert min(lengths) == 5
+    assert min(lengths) == 2, "Dynamo's graph is for two columns or more"
+    assert {5, 9, 70, 1000} < set(lengths)
     assert any(300 < past < 310 for past in lengths)
+
+
+class Switching(Toy):
+    """Spells its mask in another way from 12 columns on, as a graph of its own."""
+
+    def attend_masked(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        seen = torch.arange(k.shape[2]) > -1
+        return F.scaled_dot_product_attention(q, k, v, seen[None, None, None], enable_gqa=True)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *more: Tensor) -> Tensor:
+        return Toy.attend(self, q, k, v) if k.shape[2] < 12 else self.attend_masked(q, k, v)
+
+
+def test_scenes_are_calls_that_the_graph_is_for() -> None:
+    short = run_until(toy_decode(Switching(), columns=6), "split_captured")
+    assert bounds(short) == (2, 10)
+    assert max(scene.past for scene in scenes(short, [])) == 10
+    assert [holds_at(short, past) for past in (1, 2, 10, 11)] == [False, True, True, False]
+    long = run_until(toy_decode(Switching(), columns=30), "split_captured")
+    assert bounds(long) == (11, None)
+    assert min(scene.past for scene in scenes(long, [])) == 11
+
+
+def test_a_graph_of_one_length_is_for_that_length() -> None:
+    program = run_until(toy_decode(Toy(), dynamic=False), "split_captured")
+    assert captured_past(program) == 6
+    assert bounds(program) == (6, 6)
 
 
 def test_scenes_pad_rows_where_the_graph_takes_a_padding_mask() -> None:

@@ -185,10 +185,57 @@ class Quiet(Toy):
 
 
 class Counting(Toy):
-    """Returns the new length beside the tensors."""
+    """Returns another integer than the new length beside the tensors."""
 
     def forward(self, ids: Tensor, k: Tensor, v: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
-        return *super().forward(ids, k, v), k.shape[2] + 1
+        return *super().forward(ids, k, v), k.shape[2] + self.ahead
+
+    ahead = 2
+
+
+class Counted(Counting):
+    """Returns the new length."""
+
+    ahead = 1
+
+
+def test_a_returned_length_is_known() -> None:
+    program = run_until(toy_decode(Counted()), "find_attention")
+    [length] = program.found_roles.lengths
+    assert program.outputs[-1] == OutputRole(Output.LENGTH, source=length)
+
+
+class Newest(Toy):
+    """A sliding layer: returns the newest columns, attends to all that it was given."""
+
+    last = 5
+
+    def forward(self, ids: Tensor, k: Tensor, v: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
+        logits, keys, values = super().forward(ids, k, v)
+        return logits, keys[:, :, -self.last :], values[:, :, -self.last :]
+
+
+class NewestRead(Toy):
+    """A sliding layer that can be cropped: returns all, attends to the newest columns."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *more: Tensor) -> Tensor:
+        return super().attend(q, k[:, :, -6:], v[:, :, -6:])
+
+
+@pytest.mark.parametrize(("model", "kept"), [(Newest, 5), (NewestRead, None)])
+def test_a_cache_cut_to_its_newest_columns_is_a_sliding_layer(model: type[Toy], kept: int | None) -> None:
+    program = run_until(toy_decode(model(), columns=5, dynamic=False), "find_attention")
+    [nodes] = program.sites
+    assert (nodes.site.recent, nodes.site.kept) == (5, kept)
+    assert [role.kind for role in program.outputs] == [Output.LOGITS, Output.KEYS, Output.VALUES]
+
+
+class Lopsided(Newest):
+    """Cuts keys and values to different columns."""
+
+    def forward(self, ids: Tensor, k: Tensor, v: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
+        logits, keys, values = Toy.forward(self, ids, k, v)
+        return logits, keys[:, :, -4:], values[:, :, -5:]
 
 
 NOT_RETURNED = "attention over keys or values that are not returned"
@@ -196,7 +243,7 @@ REFUSED = [
     (Dropped, "attention with dropout", "dropout_p=0.1"),
     (Causal, "is_causal=True over a filled cache", "is_causal=True"),
     (Flat, "an attention that is not [batch, heads, tokens, size]", "scaled_dot_product_attention(*flat)"),
-    (Doubled, NOT_RETURNED, "2 * k"),
+    (Doubled, "keys or values computed anew from what is cached (a latent cache)", "2 * k"),
     (Kept, NOT_RETURNED, "scaled_dot_product_attention(q, k, v"),
     (Front, "an append to something other than the cache", "torch.cat([new, past]"),
     (Sinks, "an append that is not cat([past, new], -2)", "torch.cat([past[:, :, :2]"),
@@ -204,6 +251,7 @@ REFUSED = [
     (Shared, "two uses of one cache tensor", "q + 1"),
     (Quiet, "no logits [batch, tokens, vocabulary] among the outputs", "output"),
     (Counting, "an output that is not a tensor", "output"),
+    (Lopsided, "keys cut to other columns than values", "scaled_dot_product_attention(q, k, v"),
 ]
 
 

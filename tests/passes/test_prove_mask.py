@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from graphs import Toy, Twin, run_until, tiny_decode, toy_decode
+from models import SLIDING, SLIDING_WINDOW
 from torch import Tensor
 
 from vericache_compile.errors import UnsupportedGraph
@@ -90,6 +91,38 @@ class Wide(Sliding):
     """Sees a window that no short cache fills."""
 
     window = 5000
+
+
+class Stepped(Masked):
+    """Sees half of all columns."""
+
+    def mask(self, columns: int, *more: Tensor) -> Tensor:
+        return (torch.arange(columns) >= columns // 2)[None, None, None]
+
+
+class Hiding(Masked):
+    """Sees nothing."""
+
+    def mask(self, columns: int, *more: Tensor) -> Tensor:
+        return (torch.arange(columns) > columns)[None, None, None]
+
+
+@pytest.mark.parametrize("model", [Sliding, Wide])
+def test_a_sliding_window_is_found_however_wide(model: type[Sliding]) -> None:
+    program = run_until(toy_decode(model()), "split_captured")
+    assert program.sites[0].site.window is None
+    assert prove_mask(program) == prove_mask(program) == 1
+    assert program.sites[0].site.window == model.window
+
+
+@pytest.mark.parametrize(("name", "batch"), [("mistral", 1), ("gemma3_text", 3)])
+@pytest.mark.parametrize("tokens", [7, 40])
+def test_the_windows_of_real_models_are_found(name: str, batch: int, tokens: int) -> None:
+    """Before the window fills, the cut of the cache says how wide it will be."""
+    program = run_until(tiny_decode(name, batch, tokens=tokens), "prove_mask", batch=batch)
+    kinds = SLIDING[name].get("layer_types", ["sliding_attention"] * 2)
+    windows = [nodes.site.window for nodes in program.sites]
+    assert windows == [SLIDING_WINDOW if kind == "sliding_attention" else None for kind in kinds]
 
 
 class Chunked(Masked):
@@ -182,8 +215,8 @@ NOT_LINEAR = "a bias on attention scores that is not linear in the key's place"
 @pytest.mark.parametrize(
     ("model", "line"),
     [
-        (Sliding, "self.window"),
-        (Wide, "self.window"),
+        (Stepped, "// 2"),
+        (Hiding, "> columns"),
         (Chunked, "chunk == chunk[-1]"),
         (Banded, "% 2"),
     ],

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from graphs import Toy, calls_of, run_until, run_variant, take_steps, tiny_decode, toy_decode
+from graphs import Toy, calls_of, capture, run_until, run_variant, take_steps, tiny_decode, toy_decode
 from torch import Tensor
 from torch.fx import GraphModule
 
@@ -36,7 +37,7 @@ def test_attend_reads_this_call_then_the_cache_then_lengths_and_pads() -> None:
     [call] = (node for node in variant.graph.nodes if node.target is torch.ops.vericache.attend.default)
     names = [node.name for node in (nodes.query, nodes.key, nodes.value)]
     assert [str(a) for a in call.args[:7]] == [*names, "l_k_", "l_v_", "lengths", "pads"]
-    assert call.args[7:] == (nodes.site.scale, 0)
+    assert call.args[7:] == (nodes.site.scale, 0, None)
 
 
 @pytest.mark.parametrize("loop", ["generate", "plain", "masked"])
@@ -214,3 +215,25 @@ def test_a_graph_is_refused_with_its_reason_and_source_line(
 def test_one_position_for_a_whole_batch_is_refused() -> None:
     with pytest.raises(UnsupportedGraph, match="that is not a position"):
         run_until(toy_decode(Flat(), batch=3), "split_modes", batch=3)
+
+
+class NewestLogits(Toy):
+    """Gives logits of the newest tokens only, as many as it is asked for."""
+
+    def finish(self, x: Tensor, past: Tensor, *more: Any) -> Tensor:
+        return self.to_logits(x[:, -more[0] :])
+
+
+def test_how_many_of_one_tokens_logits_are_kept_matters_to_no_variant() -> None:
+    def ask(model: Any) -> None:
+        for count in (3, 2, 4):
+            k, v = torch.randn(2, 1, 2, 6, 8)
+            torch._dynamo.maybe_mark_dynamic(k, 2)
+            torch._dynamo.maybe_mark_dynamic(v, 2)
+            model(torch.tensor([[3]]), k, v, count)
+
+    asked = capture(NewestLogits(), ask)[-1]
+    assert any(isinstance(value, int) and value == 4 for value in asked.inputs), "the count is an input"
+    program = run_until(asked, "split_modes")
+    for variant in program.variants.values():
+        assert all(isinstance(node.meta["example_value"], Tensor) for node in placeholders(variant))

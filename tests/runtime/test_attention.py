@@ -6,7 +6,7 @@ Shapes: B batch, H query heads, K KV heads, C columns, W window, D head size, E 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -33,6 +33,8 @@ class Cache:
     values: Tensor
     """[B, K, C, E]."""
     scale: float
+    reach: int | None = None
+    """Columns that a token of a sliding layer sees."""
 
     def attend(self, starts: list[int], pads: list[int], window: int, garbage: float = 0.0) -> Tensor:
         """`attend_full` for the tokens at starts[b] + (0..window-1); `garbage` is what lies beyond them."""
@@ -41,7 +43,7 @@ class Cache:
         keys, values = self.keys[:, :, :columns].clone(), self.values[:, :, :columns].clone()
         for b, start in enumerate(starts):
             keys[b, :, start + window :], values[b, :, start + window :] = garbage, -garbage
-        return attend_full(q, keys, values, starts, pads, self.scale)
+        return attend_full(q, keys, values, starts, pads, self.scale, self.reach)
 
 
 def make_cache(
@@ -73,6 +75,7 @@ def plain_attention(cache: Cache, starts: list[int], pads: list[int], window: in
         values = cache.values[b].double().repeat_interleave(heads // kv_heads, dim=0)
         tokens = []
         for column in range(start, start + window):
+            pad = pad if cache.reach is None else max(pad, column + 1 - cache.reach)
             scores = keys[:, pad : column + 1] @ cache.q[b, :, column].double().unsqueeze(-1) * cache.scale
             tokens.append((scores.softmax(dim=1) * values[:, pad : column + 1]).sum(dim=1))
         rows.append(torch.stack(tokens, dim=1))
@@ -123,6 +126,24 @@ def test_rows_of_a_batch_keep_their_own_starts_and_padding() -> None:
     for b, (start, pad) in enumerate(zip(starts, pads, strict=True)):
         alone = Cache(cache.q[b : b + 1], cache.keys[b : b + 1], cache.values[b : b + 1], cache.scale)
         assert torch.equal(out[b], alone.attend([start], [pad], 8)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("reach", [1, 5, 16, 255, 256, 300])
+def test_a_sliding_layer_sees_its_newest_columns(reach: int, dtype: torch.dtype) -> None:
+    cache = replace(make_cache(4 * BLOCK, 4, 2, 16, 24, dtype, batch=2), reach=reach)
+    for starts, pads in (([0, 3], [0, 2]), ([250, 500], [0, 490]), ([511, 700], [255, 3]), ([255, 256], [0, 0])):
+        out = cache.attend(starts, pads, 8, garbage=9.0)
+        expected = plain_attention(cache, starts, pads, 8)
+        assert float((out.double() - expected).abs().max()) < TOLERANCE[dtype], f"starts {starts}, pads {pads}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("reach", [5, 256, 270])
+def test_a_sliding_row_has_the_same_bits_wherever_the_window_starts(reach: int, dtype: torch.dtype) -> None:
+    cache = replace(make_cache(4 * BLOCK, 4, 2, 16, 16, dtype), reach=reach)
+    for border in (BLOCK, BLOCK + reach, 2 * BLOCK + reach):
+        slide(cache, 8, 3, border, 3)
 
 
 def slide(cache: Cache, window: int, pad: int, border: int, step: int) -> None:

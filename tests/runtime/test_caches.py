@@ -19,6 +19,7 @@ from vericache_compile.compressors.streaming import Streaming
 from vericache_compile.plan import Site
 from vericache_compile.runtime.attention import BLOCK, Visible
 from vericache_compile.runtime.caches import EXACT, DraftKV, DraftLayer, FullKV, compress, extend
+from vericache_compile.runtime.sliding import OutOfWindow
 
 Sites = Callable[..., list[Site]]
 Fill = Callable[..., None]
@@ -340,3 +341,30 @@ def test_queries_that_were_never_seen_are_made_up_from_keys(make_draft: Callable
     made.write(180)
     draft = extend(made.draft, made.full, PADS, made.columns, unseen, 50)
     assert_reads_region_and_tail(Made(draft, made.full, PADS, made.columns))
+
+
+def test_a_sliding_site_keeps_its_window_exactly_and_no_region(make_sites: Sites, fill: Fill) -> None:
+    sites = make_sites(2)
+    full = FullKV(sites, 2)
+    full.reserve(120, torch.device("cpu"))
+    fill(full, 0, 100)
+    columns, pads, reach = [60, 100], [0, 95], 16
+    queries: list[list[Tensor | None]] = [[None, None]] * 2
+    draft = compress(Streaming(keep=0.2), full, pads, columns, queries, 20, reaches=[reach, None])
+    sliding = draft.layers[0]
+    assert (draft.reaches, sliding.starts, sliding.slots) == ([reach, None], [45, 95], 0)
+    keys, values, visible = sliding.read([column + 1 for column in columns])
+    assert visible == Visible(((0, 0), (0, 0)), (16, 6))
+    assert torch.equal(keys[0, :, :15], full.keys[0][0, :, 45:60])
+    assert torch.equal(values[1, :, :5], full.values[0][1, :, 95:100])
+    _, _, later = sliding.read([70, 103])
+    assert later == Visible(((9, 9), (0, 0)), (25, 8)), "the window moves on through the tail"
+    assert sliding.valid([60, 97]), "padding is before any window"
+    assert not sliding.valid([59, 100]), "a window that starts before the tail does"
+
+
+def test_tokens_out_of_a_window_take_no_slot() -> None:
+    keys, values = torch.ones(2, 7, 16), torch.ones(2, 7, 8)
+    made = OutOfWindow.like(keys, values, 7).extend(keys[:, :3], values[:, :3], None)
+    assert (made.covered, made.slots, made.nbytes) == (10, 0, 0)
+    assert [part.shape for part in made.materialize()] == [(2, 0, 16), (2, 0, 8)]

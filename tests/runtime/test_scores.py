@@ -61,7 +61,7 @@ def call_operator(site: Site, q: Tensor, keys: Tensor, values: Tensor, start: in
     row = (torch.tensor([start]), torch.tensor([pad]))
     sinks = sinks_of(site)
     inputs = [x.float() for x in (q, *new, *past)]
-    return ops.attend(*inputs, *row, site.scale, 0, sinks, site.soft_cap, *how)
+    return ops.attend(*inputs, *row, site.scale, 0, site.window, sinks, site.soft_cap, *how)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -72,7 +72,7 @@ def test_windows_equal_the_operator(name: str, dtype: torch.dtype) -> None:
     for window, start, pad in ((2, 0, 0), (4, 254, 0), (8, 250, 17), (4, 300, 256), (16, 513, 511)):
         q = draw(1, HEADS, window, 16, seed=start, dtype=dtype) * 3
         scores = scores_of(site, sinks_of(site), start + window, q.device)
-        made = attend_full(q, keys, values, [start], [pad], site.scale, scores=scores)
+        made = attend_full(q, keys, values, [start], [pad], site.scale, site.window, scores=scores)
         assert made.dtype == dtype
         expected = call_operator(site, q, keys, values, start, pad)
         assert (made.float() - expected).abs().max() < TOLERANCE[dtype], (window, start, pad)
@@ -122,7 +122,7 @@ def test_a_tokens_bits_do_not_depend_on_its_place_nor_on_the_batch(name: str) ->
         own = q[:, :, start : start + window]
         for batch in (1, 2):
             given = [x.expand(batch, -1, -1, -1) for x in (own, keys, values)]
-            made = attend_full(*given, [start] * batch, [3] * batch, site.scale, scores=scores)
+            made = attend_full(*given, [start] * batch, [3] * batch, site.scale, site.window, scores=scores)
             rows += [made[b, :, column - start] for b in range(batch)]
     assert all(torch.equal(rows[0], row) for row in rows[1:])
 

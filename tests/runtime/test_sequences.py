@@ -71,7 +71,9 @@ class World:
     def find(self, cache: Cache) -> Sequence:
         found = self.table.find(cache.past)
         assert found is not None
-        return found
+        sequence, columns = found
+        assert columns == cache.columns
+        return sequence
 
     def _compute(self, sequence: Sequence, begin: int, end: int) -> Cache:
         self.runs += 1
@@ -565,3 +567,43 @@ def test_a_table_goes_with_its_model(world: World) -> None:
     del cache
     gc.collect()
     assert (table(), sequence()) == (None, None)
+
+
+def show_newest(world: World, columns: int, widths: list[int]) -> tuple[Sequence, list[Tensor]]:
+    """A sequence of so many columns, and ghosts that show the newest widths[i] of them at site i."""
+    sequence = world.table.create(world.sites, 2)
+    world.fill(sequence.full, 0, columns)
+    for row in sequence.rows:
+        row.length = columns
+    return sequence, [ghost for pair in world.table.mint(sequence, columns, CPU, widths) for ghost in pair]
+
+
+def test_ghosts_of_sliding_layers_show_fewer_columns_than_they_stand_for(world: World) -> None:
+    sequence, past = show_newest(world, 10, [4, 10, 4])
+    assert [ghost.shape[2] for ghost in past] == [4, 4, 10, 10, 4, 4]
+    assert world.table.find(past) == (sequence, 10)
+    assert world.table.find(past, 10) == (sequence, 10)
+
+
+def test_a_copy_of_sliding_ghosts_has_the_length_of_layers_that_show_all(world: World) -> None:
+    sequence, past = show_newest(world, 10, [4, 10, 4])
+    found = world.table.find([ghost.clone() for ghost in past])
+    assert found is not None
+    assert (found[0] is not sequence, found[1]) == (True, 10)
+    assert torch.equal(found[0].full.keys[0][:, :, :10], sequence.full.keys[0][:, :, :10])
+
+
+def test_a_copy_of_sliding_ghosts_alone_needs_a_counted_length(world: World) -> None:
+    _, past = show_newest(world, 10, [4, 4, 4])
+    copied = [ghost.clone() for ghost in past]
+    with pytest.raises(GhostError, match="does not say how long it is"):
+        world.table.find(copied)
+    found = world.table.find(copied, 10)
+    assert found is not None
+    assert found[0].rows[0].length == 10
+
+
+def test_a_counted_length_beyond_what_was_computed_is_refused(world: World) -> None:
+    _, past = show_newest(world, 10, [4, 4, 4])
+    with pytest.raises(GhostError, match="longer than what was computed"):
+        world.table.find(past, 11)

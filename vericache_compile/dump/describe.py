@@ -89,13 +89,14 @@ def mask_kind(nodes: SiteNodes, proved: bool) -> str:
 
 
 def _mask_alone(nodes: SiteNodes, proved: bool) -> str:
+    window = f", window {nodes.site.window}" if nodes.site.window is not None else ""
     if nodes.products and not nodes.sides:
-        return "none"
+        return f"none{window}"
     if nodes.mask is not None:
-        return "causal with left padding (proved)" if proved else "a tensor"
+        return f"causal with left padding{window} (proved)" if proved else "a tensor"
     given = dict(zip(("attn_mask", "dropout_p", "is_causal"), nodes.attention.args[3:], strict=False))
     causal = (given | dict(nodes.attention.kwargs)).get("is_causal")
-    return "is_causal" if causal else "none"
+    return f"is_causal{window}" if causal else f"none{window}"
 
 
 def describe_sites(program: Program) -> list[dict[str, Any]]:

@@ -81,7 +81,8 @@ def _returned(program: Program) -> Iterator[int | None]:
     """For each output of the captured step the input that it is in the next one; None for a row."""
     for role in program.outputs:
         past = program.sites[role.layer].site.past if role.kind in (Output.KEYS, Output.VALUES) else None
-        yield None if past is None else past[role.kind is Output.VALUES]
+        length = role.source if role.kind is Output.LENGTH else None
+        yield length if past is None else past[role.kind is Output.VALUES]
 
 
 def _vocabulary(program: Program) -> int:

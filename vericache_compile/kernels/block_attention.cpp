@@ -115,7 +115,7 @@ struct Score {
 // One block for N vectors of rows: probabilities' products with values to out [E][N * LANES], maxima and sums after it.
 template <int N>
 static void attend_block(const float* query, const float* keys, const float* values, const Shape& shape,
-                         const Score& how, int64_t from, int64_t to, int64_t first, int64_t start,
+                         const Score& how, int64_t from, int64_t to, int64_t first, int64_t start, int64_t reach,
                          const int32_t* token, const int32_t* head, float* out) {
   constexpr int64_t rows = N * LANES;
   alignas(64) float scores[BLOCK * rows];
@@ -137,6 +137,10 @@ static void attend_block(const float* query, const float* keys, const float* val
       }
       if (ahead > 0) {
         score = own < (Ints{} + static_cast<int32_t>(ahead)) ? fill(HIDDEN) : score;
+        store(at, score);
+      }
+      if (ahead + reach < shape.window) {
+        score = own < (Ints{} + static_cast<int32_t>(ahead + reach)) ? score : fill(HIDDEN);
         store(at, score);
       }
       highest = score > highest ? score : highest;
@@ -337,13 +341,14 @@ static void attend_one(const float* q, const float* keys, const float* values, c
   }
 
 // q [B, H, W, D], keys [B, K, C, D], values [B, K, C, E] with the strides in `shape` (innermost 1), out [B, H, W, E].
-// The token at place w of row b sees columns pads[b * K + k] .. starts[b] + w of KV head k.
+// The token at place w of row b sees columns pads[b * K + k] .. starts[b] + w of KV head k, and of these the last `reach`
+// (all of them where it is 0).
 extern "C" void attend(const float* q, const float* keys, const float* values, const int64_t* starts,
-                       const int64_t* pads, const Shape* given, const Score* score, int64_t blocks, float* work,
-                       float* out, int threads) {
+                       const int64_t* pads, const Shape* given, const Score* score, int64_t reach, int64_t blocks,
+                       float* work, float* out, int threads) {
   const Shape shape = *given;
   const Score how = *score;
-  if (shape.window == 1 && shape.size % LANES == 0 && shape.value_size % LANES == 0)
+  if (reach == 0 && shape.window == 1 && shape.size % LANES == 0 && shape.value_size % LANES == 0)
     return attend_one(q, keys, values, starts, pads, shape, how, blocks, work, out, threads);
   const int64_t group = shape.heads / shape.kv_heads, count = group * shape.window;
   const int64_t vectors = (count + LANES - 1) / LANES, chunks = (vectors + WIDE - 1) / WIDE;
@@ -351,6 +356,11 @@ extern "C" void attend(const float* q, const float* keys, const float* values, c
   const int64_t site_floats = group_floats(shape, blocks, vectors * LANES);
 
   // Of one site (row of the batch, KV head) and chunk of its rows.
+  auto left = [&](int64_t site) {
+    const int64_t oldest = reach ? starts[site / shape.kv_heads] + 1 - reach : 0;
+    return oldest > pads[site] ? oldest : pads[site];
+  };
+  const int64_t span = reach ? reach : INT64_MAX / 2;
   auto width = [&](int64_t chunk) { return static_cast<int>(vectors - chunk * WIDE < WIDE ? vectors - chunk * WIDE : WIDE); };
   auto query = [&](int64_t site, int64_t chunk) {
     return work + site * site_floats + group_floats(shape, blocks, chunk * WIDE * LANES);
@@ -382,8 +392,8 @@ extern "C" void attend(const float* q, const float* keys, const float* values, c
     for (int64_t site = 0; site < sites; ++site)
       for (int64_t block = 0; block < blocks; ++block) {
         const int64_t b = site / shape.kv_heads, k = site % shape.kv_heads;
-        const int64_t begin = (pads[site] / BLOCK + block) * BLOCK, end = starts[b] + shape.window;
-        const int64_t from = begin > pads[site] ? begin : pads[site], to = begin + BLOCK < end ? begin + BLOCK : end;
+        const int64_t first = left(site), begin = (first / BLOCK + block) * BLOCK, end = starts[b] + shape.window;
+        const int64_t from = begin > first ? begin : first, to = begin + BLOCK < end ? begin + BLOCK : end;
         if (from >= to) continue;
         const float* own_keys = keys + b * shape.k_batch + k * shape.k_head;
         const float* own_values = values + b * shape.v_batch + k * shape.v_head;
@@ -391,8 +401,9 @@ extern "C" void attend(const float* q, const float* keys, const float* values, c
           int32_t token[WIDE * LANES], head[WIDE * LANES];
           places(k, chunk, token, head);
           float* at = parts(site, chunk) + block * (shape.value_size + 2) * width(chunk) * LANES;
-#define CALL(N) \
-  attend_block<N>(query(site, chunk), own_keys, own_values, shape, how, from, to, pads[site], starts[b], token, head, at)
+#define CALL(N)                                                                                                    \
+  attend_block<N>(query(site, chunk), own_keys, own_values, shape, how, from, to, pads[site], starts[b], span, token, \
+                  head, at)
           BY_WIDTH(width(chunk), CALL)
 #undef CALL
         }
@@ -401,7 +412,7 @@ extern "C" void attend(const float* q, const float* keys, const float* values, c
     for (int64_t site = 0; site < sites; ++site)
       for (int64_t chunk = 0; chunk < chunks; ++chunk) {
         const int64_t b = site / shape.kv_heads, k = site % shape.kv_heads, rows = width(chunk) * LANES;
-        const int64_t have = (starts[b] + shape.window - 1) / BLOCK + 1 - pads[site] / BLOCK;
+        const int64_t have = (starts[b] + shape.window - 1) / BLOCK + 1 - left(site) / BLOCK;
         float* from = parts(site, chunk);
         int32_t token[WIDE * LANES], head[WIDE * LANES];
         places(k, chunk, token, head);

@@ -80,8 +80,10 @@ def attend(
     pads: Sequence[Sequence[int]],
     scale: float,
     scores: Scores = PLAIN,
+    reach: int | None = None,
 ) -> Tensor:
-    """The token at place w of row b attends to columns pads[b][k] .. starts[b] + w of KV head k; no other is read.
+    """The token at place w of row b attends to columns pads[b][k] .. starts[b] + w of KV head k, and of these to
+    the last `reach` (None: all); no other is read.
 
     q [B, H, W, D], keys [B, K, C, D], values [B, K, C, E], the latter two with any strides but the innermost, which is
     1. Returns [B, H, W, E]. For W > 1 a row's bits do not depend on its place in the window, nor on the batch.
@@ -95,7 +97,9 @@ def attend(
     strides = (*q.stride()[:3], *keys.stride()[:3], *values.stride()[:3])
     shape = Shape(batch, heads, keys.shape[1], window, size, values.shape[3], *strides)
     ends = [(start + window - 1) // BLOCK + 1 for start in starts]
-    blocks = max(end - min(row) // BLOCK for end, row in zip(ends, pads, strict=True))
+    oldest = [0 if reach is None else max(start + 1 - reach, 0) for start in starts]
+    lefts = [max(min(row), least) for row, least in zip(pads, oldest, strict=True)]
+    blocks = max(end - left // BLOCK for end, left in zip(ends, lefts, strict=True))
     how = _score(scale, scores)
     work = q.new_empty(library.workspace(ctypes.byref(shape), ctypes.c_int64(blocks)))
     out = q.new_empty((batch, heads, window, values.shape[3]))
@@ -106,6 +110,7 @@ def attend(
         (ctypes.c_int64 * len(heads_pads))(*heads_pads),
         ctypes.byref(shape),
         ctypes.byref(how),
+        ctypes.c_int64(reach or 0),
         ctypes.c_int64(blocks),
         *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (work, out)),
         ctypes.c_int(torch.get_num_threads()),
