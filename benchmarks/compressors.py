@@ -11,6 +11,7 @@ import argparse
 import copy
 import inspect
 import json
+import re
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -207,7 +208,7 @@ def show(report: dict[str, Any], names: Sequence[str], console: Console) -> None
         table.add_row(
             f"{point['share']:.0%}",
             point["method"],
-            point["runs"][0]["compressor"].partition("calibration=")[0].rstrip(" ,("),
+            re.sub(r"calibration='[^']*', ", "", point["runs"][0]["compressor"]),
             f"{point['bytes']:.0%}",
             *(f"{runs[name]['tokens_per_round']:.1f}" if name in runs else "" for name in names),
             f"{point['tokens_per_round']:.1f}",
@@ -253,7 +254,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
         lines.setdefault(each["method"], []).append(each)
     for i, (method, line) in enumerate(lines.items()):
         places = [each["bytes"] for each in line], [each["tokens_per_round"] for each in line]
-        axes.plot(*places, ".:", marker="os^vD*Px"[i % 8], color=f"C{i % 10}", label=method, linewidth=0.7)
+        axes.plot(*places, linestyle=":", marker="os^vD*Px"[i % 8], color=f"C{i % 10}", label=method, linewidth=0.7)
     best = [
         each for i, each in enumerate(found) if all(e["tokens_per_round"] < each["tokens_per_round"] for e in found[:i])
     ]

@@ -5,7 +5,7 @@ Shapes: B batch, K KV heads, C columns allocated, D head size, E value head size
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -14,27 +14,22 @@ import torch
 from torch import Tensor
 
 from vericache_compile.compressors.base import CompressedKV, Compressor
-from vericache_compile.compressors.borrowed import BorrowedKV
-from vericache_compile.compressors.dense import DenseKV
-from vericache_compile.compressors.facts import Facts, reader_of
-from vericache_compile.compressors.none import NoCompression
+from vericache_compile.compressors.facts import reader_of
 from vericache_compile.kernels.block_attention import BLOCK
 from vericache_compile.plan import Site, Tier
 from vericache_compile.runtime.attention import Visible
-from vericache_compile.runtime.sliding import OutOfWindow
 
 if TYPE_CHECKING:
     from vericache_compile.runtime.draft_step import DraftStep
 
 GROWTH = 1024
 """Columns added when a full cache is out of room."""
-EXACT = 32
-"""Newest tokens that stay in the exact tail when older ones are compressed in."""
-CHUNK = 128
-"""Tokens that gather in the tail before they are compressed in."""
+Reaches = Sequence[int | None]
+"""Per site the columns that a token attends to, None for all; empty where it is all at every site."""
 
 
-def _zeros(shape: Sequence[int], like: Tensor) -> Tensor:
+def zeros_for(shape: Sequence[int], like: Tensor) -> Tensor:
+    """Zeros of the type and device of `like`, that can be written in any mode."""
     with torch.inference_mode(False):
         return torch.zeros(tuple(shape), dtype=like.dtype, device=like.device)
 
@@ -81,7 +76,7 @@ class FullKV:
         for layer, site in enumerate(self.sites):
             like = torch.empty(0, dtype=site.dtype, device=device)
             for held, size in ((self.keys, site.head_size), (self.values, site.value_size)):
-                grown = _zeros((self.batch, site.kv_heads, room, size), like)
+                grown = zeros_for((self.batch, site.kv_heads, room, size), like)
                 if self.columns:
                     grown[:, :, : self.columns] = held[layer]
                     held[layer] = grown
@@ -243,210 +238,3 @@ class DraftKV:
     def room(self, columns: Sequence[int]) -> int:
         """Columns that every site's tail can still take."""
         return min(layer.room(columns) for layer in self.layers)
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Exact keys and values of one site [B, K, *, D or E]; column c of row b is at c - origins[b]."""
-
-    keys: Tensor
-    values: Tensor
-    origins: list[int]
-
-    def row(self, b: int, begin: int, end: int) -> tuple[Tensor, Tensor]:
-        """Columns [begin, end) of a row: keys [K, end - begin, D] and values."""
-        own = slice(begin - self.origins[b], end - self.origins[b])
-        return self.keys[b, :, own], self.values[b, :, own]
-
-
-Regions = list[list[CompressedKV]]
-"""A region per site and row."""
-
-
-Reaches = Sequence[int | None]
-"""Per site the columns that a token attends to, None for all; empty where it is all at every site."""
-
-
-Tell = Callable[[int, int, int, int], Facts]
-"""(layer, row, begin, end) -> what a compressor that wants it is told of columns [begin, end)."""
-
-
-def compress_site(
-    compressor: Compressor,
-    exact: Columns,
-    site: Site,
-    spans: Sequence[tuple[int, int]],
-    queries: Sequence[Tensor | None],
-    earlier: Regions,
-    tell: Tell | None = None,
-) -> list[CompressedKV]:
-    """One site's regions: row b's columns spans[b] compressed by the method of that site, or borrowed from `earlier`.
-
-    `queries[b]` holds the row's last queries [H, w, D], or None where they were never seen (the cache was built by an
-    uncompiled model).
-    """
-    if compressor.donor is not None:
-        return [BorrowedKV(region) for region in earlier[compressor.donor]]
-    regions = []
-    for b, span in enumerate(spans):
-        keys, values = exact.row(b, *span)
-        asked = _asked(compressor, keys, site, queries[b])
-        if tell is None:
-            regions.append(compressor.compress(keys, values, asked))
-        else:
-            facts = tell(site.layer, b, *span)
-            regions.append(compressor.knowing(facts).compress(keys, values, asked).knowing(facts.lasting))
-    return regions
-
-
-def compress(
-    compressor: Compressor,
-    full: FullKV,
-    pads: Sequence[int],
-    columns: Sequence[int],
-    queries: Sequence[Sequence[Tensor | None]],
-    room: int,
-    early: Regions | None = None,
-    tell: Tell | None = None,
-    placed: Collection[int] = (),
-    reaches: Reaches = (),
-) -> DraftKV:
-    """Compress each row's columns [pads[b], columns[b]) at every site, or take the regions that were made `early`.
-
-    `queries[layer][b]` are those of `compress_site`, and `tell` is. Tails get room for `room` columns more. Slots do
-    not say where in the text a token stood: sites in `placed`, which need to know, keep every token where the method
-    drops some, and are given no `early` regions. A site that reaches a number of columns back (`reaches`, a sliding
-    window) is not compressed: its tail has all that the next token sees.
-    """
-    layers: list[DraftLayer] = []
-    whole = False
-    for layer, site in enumerate(full.sites):
-        if (reach := _reach(reaches, layer)) is not None:
-            begin = min(_window_starts(pads, columns, reach))
-            exact = Columns(*full.read(layer, begin, max(columns)), [begin] * full.batch)
-            layers.append(_place_window(exact, pads, columns, room, reach))
-            continue
-        own = _method(compressor, layer, len(full.sites), reaches)
-        ready = None
-        if (
-            early is not None
-            and layer not in placed
-            and own.donor == compressor.for_layer(layer, len(full.sites)).donor
-        ):
-            ready = early[layer]
-        begin = 0 if ready is None else min(p + r.covered for p, r in zip(pads, ready, strict=True))
-        exact = Columns(*full.read(layer, begin, max(columns)), [begin] * full.batch)
-        if ready is not None:
-            regions = ready
-        else:
-            spans, made = list(zip(pads, columns, strict=True)), [each.regions for each in layers]
-            regions = compress_site(own, exact, site, spans, queries[layer], made, tell)
-        if layer in placed and not _keeps_all(regions):
-            regions, whole = _keep_all(exact, list(zip(pads, columns, strict=True))), True
-        layers.append(_place(regions, pads, exact, columns, room))
-    return DraftKV(compressor, layers, columns, whole)
-
-
-def extend(
-    before: DraftKV,
-    full: FullKV,
-    pads: Sequence[int],
-    columns: Sequence[int],
-    queries: Sequence[Sequence[Tensor | None]],
-    room: int,
-    tell: Tell | None = None,
-    placed: Collection[int] = (),
-) -> DraftKV:
-    """Compress in what tails have gathered, all but the newest tokens; arguments as those of `compress`."""
-    layers: list[DraftLayer] = []
-    whole = before.whole
-    for layer, (held, site) in enumerate(zip(before.layers, full.sites, strict=True)):
-        exact = Columns(held.keys, held.values, [start - held.offset for start in held.starts])
-        if held.reach is not None:
-            layers.append(_place_window(exact, pads, columns, room, held.reach))
-            continue
-        donor = _method(before.compressor, layer, len(full.sites), before.reaches).donor
-        regions: list[CompressedKV] = []
-        for b, (region, start, column) in enumerate(zip(held.regions, held.starts, columns, strict=True)):
-            end = max(start, column - EXACT)
-            k, v = exact.row(b, start, end)
-            if donor is not None:
-                region = BorrowedKV(layers[donor].regions[b])
-            elif end > start:
-                asked = _asked(before.compressor, k, site, queries[layer][b])
-                if tell is None:
-                    region = region.extend(k, v, asked)
-                else:
-                    facts = tell(layer, b, start, end)
-                    region = region.knowing(facts).extend(k, v, asked).knowing(facts.lasting)
-            regions.append(region)
-        if layer in placed and not _keeps_all(regions):
-            exact, whole = Columns(*full.read(layer, 0, max(columns)), [0] * full.batch), True
-            regions = _keep_all(exact, list(zip(pads, columns, strict=True)))
-        layers.append(_place(regions, pads, exact, columns, room))
-    return DraftKV(before.compressor, layers, before.made, whole)
-
-
-def _keeps_all(regions: Sequence[CompressedKV]) -> bool:
-    return all(region.slots == region.covered for region in regions)
-
-
-def _keep_all(exact: Columns, spans: Sequence[tuple[int, int]]) -> list[CompressedKV]:
-    """Regions of every token of each row's columns spans[b]."""
-    return [NoCompression().compress(*exact.row(b, *span), None) for b, span in enumerate(spans)]
-
-
-def _asked(compressor: Compressor, keys: Tensor, site: Site, queries: Tensor | None) -> Tensor | None:
-    if queries is None and compressor.queries:
-        return _stand_in(keys, site, compressor.queries)
-    return queries
-
-
-def _reach(reaches: Reaches, layer: int) -> int | None:
-    return reaches[layer] if reaches else None
-
-
-def _method(compressor: Compressor, layer: int, layers: int, reaches: Reaches) -> Compressor:
-    """The method of a site; none where it would borrow from a sliding layer, which holds its window alone."""
-    own = compressor.for_layer(layer, layers)
-    return NoCompression() if own.donor is not None and _reach(reaches, own.donor) is not None else own
-
-
-def _window_starts(pads: Sequence[int], columns: Sequence[int], reach: int) -> list[int]:
-    """The first column that the next token of each row attends to."""
-    return [max(pad, column + 1 - reach) for pad, column in zip(pads, columns, strict=True)]
-
-
-def _place_window(exact: Columns, pads: Sequence[int], columns: Sequence[int], room: int, reach: int) -> DraftLayer:
-    """The draft cache of a sliding layer: nothing before the window, and the window itself exact in the tail."""
-    starts = _window_starts(pads, columns, reach)
-    k, v = exact.keys[0], exact.values[0]
-    regions: list[CompressedKV] = [OutOfWindow.like(k, v, start - pad) for start, pad in zip(starts, pads, strict=True)]
-    made = _place(regions, pads, exact, columns, room)
-    made.reach = reach
-    return made
-
-
-def _stand_in(keys: Tensor, site: Site, count: int) -> Tensor:
-    """The last `count` of keys [K, S, D] in place of queries [H, count, D]: what a key is like, its query looks for."""
-    return keys[:, -count:].repeat_interleave(site.heads // site.kv_heads, dim=0)
-
-
-def _place(
-    regions: list[CompressedKV], pads: Sequence[int], exact: Columns, columns: Sequence[int], room: int
-) -> DraftLayer:
-    """Allocate a site's draft cache, move unpacked regions into it, and fill the tails with what is exact."""
-    starts = [pad + region.covered for pad, region in zip(pads, regions, strict=True)]
-    slots = max(region.slots for region in regions)
-    packed = any(not isinstance(region, DenseKV) for region in regions)
-    longest = max(column - start for column, start in zip(columns, starts, strict=True))
-    width = (0 if packed else slots) + longest + room
-    keys, values = (_zeros((*like.shape[:2], width, like.shape[3]), like) for like in (exact.keys, exact.values))
-    made = DraftLayer(regions, slots, starts, keys, values, packed)
-    for b, region in enumerate(regions):
-        if not packed and isinstance(region, DenseKV):
-            own = slice(slots - region.slots, slots)
-            region.move_to(keys[b, :, own], values[b, :, own])
-        tail = slice(made.offset, made.offset + columns[b] - starts[b])
-        keys[b, :, tail], values[b, :, tail] = exact.row(b, starts[b], columns[b])
-    return made

@@ -18,7 +18,8 @@ from vericache_compile.plan import DecodePlan
 from vericache_compile.runtime import draft_step
 from vericache_compile.runtime.acceptance import accept, next_horizon
 from vericache_compile.runtime.attention import Visible, attend_compressed
-from vericache_compile.runtime.caches import CHUNK, DraftKV, compress, extend
+from vericache_compile.runtime.caches import DraftKV
+from vericache_compile.runtime.compression import CHUNK, compress, extend
 from vericache_compile.runtime.counts import Counts, Round
 from vericache_compile.runtime.executor import Attend, WeightCasts, bind_weights, execute
 from vericache_compile.runtime.pace import Seen

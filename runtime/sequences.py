@@ -16,7 +16,8 @@ from vericache_compile.compressors.base import Compressor
 from vericache_compile.errors import GhostError
 from vericache_compile.plan import DecodePlan, Site
 from vericache_compile.runtime import ghosts
-from vericache_compile.runtime.caches import CHUNK, DraftKV, FullKV, Regions
+from vericache_compile.runtime.caches import DraftKV, FullKV
+from vericache_compile.runtime.compression import CHUNK, Regions
 from vericache_compile.runtime.drawn import Drawn, Repeated
 from vericache_compile.runtime.pace import Pace
 from vericache_compile.runtime.tiers import Home

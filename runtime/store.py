@@ -7,7 +7,7 @@ from collections.abc import Sequence as Rows
 import torch
 from torch import Tensor
 
-from vericache_compile.runtime.caches import Columns, compress_site
+from vericache_compile.runtime.compression import Columns, compress_site
 from vericache_compile.runtime.sequences import Early, Queries, Sequence
 from vericache_compile.runtime.sliding import OutOfWindow
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from vericache_compile import stats
-from vericache_compile.runtime import caches, rounds
+from vericache_compile.runtime import compression, rounds
 
 CONFIGURATIONS: list[Any] = [
     (1, {"compressor": "streaming", "keep": 0.2, "window": 4}),
@@ -162,7 +162,7 @@ def make_caller(request: pytest.FixtureRequest) -> Iterator[Callable[[], Caller]
     ours.compile(backend="vericache", options={**options, "inductor": False})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rounds, "CHUNK", 6)
-        patch.setattr(caches, "EXACT", 4)
+        patch.setattr(compression, "EXACT", 4)
         yield lambda: Caller(plain, ours, batch)
     found = stats(ours)
     assert found["rounds"] > 0

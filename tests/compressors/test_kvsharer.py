@@ -16,7 +16,7 @@ from vericache_compile.compressors.kvsharer import KVSharer, by_distance
 from vericache_compile.compressors.none import NoCompression
 from vericache_compile.errors import OptionError
 from vericache_compile.plan import Site
-from vericache_compile.runtime import caches
+from vericache_compile.runtime import caches, compression
 
 
 def test_without_a_file_layers_are_paired_from_the_last_one_down() -> None:
@@ -45,14 +45,14 @@ def _full(layers: int, tokens: int) -> caches.FullKV:
 
 
 def _compress(method: KVSharer, full: caches.FullKV, columns: int, room: int = 8) -> caches.DraftKV:
-    return caches.compress(method, full, [0], [columns], [[None]] * len(full.sites), room)
+    return compression.compress(method, full, [0], [columns], [[None]] * len(full.sites), room)
 
 
 def _extend(before: caches.DraftKV, full: caches.FullKV, begin: int, end: int) -> caches.DraftKV:
     """With columns [begin, end) written to the tails first."""
     for held, keys, values in zip(before.layers, full.keys, full.values, strict=True):
         held.write(keys[:, :, begin:end], values[:, :, begin:end], [begin])
-    return caches.extend(before, full, [0], [end], [[None]] * len(full.sites), 8)
+    return compression.extend(before, full, [0], [end], [[None]] * len(full.sites), 8)
 
 
 def test_a_borrower_reads_the_lenders_region_and_its_own_tail() -> None:

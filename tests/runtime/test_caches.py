@@ -18,7 +18,8 @@ from vericache_compile.compressors.snapkv import SnapKV
 from vericache_compile.compressors.streaming import Streaming
 from vericache_compile.plan import Site
 from vericache_compile.runtime.attention import BLOCK, Visible
-from vericache_compile.runtime.caches import EXACT, DraftKV, DraftLayer, FullKV, compress, extend
+from vericache_compile.runtime.caches import DraftKV, DraftLayer, FullKV
+from vericache_compile.runtime.compression import EXACT, compress, extend
 from vericache_compile.runtime.sliding import OutOfWindow
 
 Sites = Callable[..., list[Site]]

@@ -15,7 +15,8 @@ from vericache_compile.compressors.pyramidkv import PyramidKV
 from vericache_compile.compressors.spec import parse
 from vericache_compile.plan import Site
 from vericache_compile.runtime.attention import attend_compressed
-from vericache_compile.runtime.caches import DraftKV, FullKV, compress, extend
+from vericache_compile.runtime.caches import DraftKV, FullKV
+from vericache_compile.runtime.compression import compress, extend
 
 Sites = Callable[..., list[Site]]
 Fill = Callable[..., None]

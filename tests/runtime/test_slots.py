@@ -10,7 +10,8 @@ from torch import Tensor
 
 from vericache_compile.compressors.spec import parse
 from vericache_compile.plan import Site, Tier
-from vericache_compile.runtime.caches import DraftKV, FullKV, compress
+from vericache_compile.runtime.caches import DraftKV, FullKV
+from vericache_compile.runtime.compression import compress
 from vericache_compile.runtime.slots import Incoming, PagedIncoming, Ring, incoming
 from vericache_compile.runtime.tiers import PagedKV
 from vericache_compile.runtime.transfers import Link

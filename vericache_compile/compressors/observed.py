@@ -60,12 +60,12 @@ def sample(model: Any, ids: Tensor, turned: Sequence[Rotation | None] = ()) -> M
 
 
 def last_hidden(model: Any, ids: Tensor, lend: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]) -> Tensor:
-    """Hidden states [N, T, *] before the last layer norm or after it, as the model gives them.
+    """Hidden states [N, T, *] that the model's head would read.
 
     `lend(layer, keys, values)` says what the layer attends to in place of its own keys and values.
     """
     with torch.no_grad():
-        states: Tensor = _forward(model, ids, lend, hidden=True).hidden_states[-1]
+        states: Tensor = _forward(model, ids, lend).last_hidden_state
         return states
 
 
@@ -75,9 +75,8 @@ def _forward(
     lend: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]],
     *,
     gradients: bool = False,
-    hidden: bool = False,
 ) -> Any:
-    """Run a model on ids [N, T] over a new cache; backwards too, for gradients."""
+    """Run a model without its head on ids [N, T] over a new cache; for gradients with it, and backwards too."""
     from transformers import DynamicCache
 
     cache = DynamicCache()
@@ -94,7 +93,7 @@ def _forward(
     inputs: dict[str, Any] = {"input_ids": ids}
     if gradients:
         inputs = {"inputs_embeds": model.get_input_embeddings()(ids).detach().requires_grad_(), "labels": ids}
-    out = model.forward(**inputs, past_key_values=cache, use_cache=True, output_hidden_states=hidden)
+    out = (model if gradients else model.base_model).forward(**inputs, past_key_values=cache, use_cache=True)
     if gradients:
         out.loss.backward()
     return out
