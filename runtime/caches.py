@@ -206,12 +206,19 @@ class DraftKV:
     """What the draft variant attends to: per site and row an immutable compressed region and an exact tail."""
 
     def __init__(
-        self, compressor: Compressor, layers: list[DraftLayer], made: Sequence[int], whole: bool = False
+        self,
+        compressor: Compressor,
+        layers: list[DraftLayer],
+        made: Sequence[int],
+        pads: Sequence[int],
+        whole: bool = False,
     ) -> None:
         self.compressor = compressor
         self.layers = layers
         self.made = list(made)
         """How long each row was when all of it was last compressed."""
+        self.pads = list(pads)
+        """Left padding of each row; no region holds any of it."""
         self.whole = whole
         """Whether some site keeps every token although the compressor drops some."""
         self.step: DraftStep | None = None

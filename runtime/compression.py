@@ -120,7 +120,7 @@ def compress(
         if layer in placed and not _keeps_all(regions):
             regions, whole = _keep_all(exact, list(zip(pads, columns, strict=True))), True
         layers.append(_place(regions, pads, exact, columns, room))
-    return DraftKV(compressor, layers, columns, whole)
+    return DraftKV(compressor, layers, columns, pads, whole)
 
 
 def extend(
@@ -160,7 +160,7 @@ def extend(
             exact, whole = Columns(*full.read(layer, 0, max(columns)), [0] * full.batch), True
             regions = _keep_all(exact, list(zip(pads, columns, strict=True)))
         layers.append(_place(regions, pads, exact, columns, room))
-    return DraftKV(before.compressor, layers, before.made, whole)
+    return DraftKV(before.compressor, layers, before.made, pads, whole)
 
 
 def _keeps_all(regions: Sequence[CompressedKV]) -> bool:

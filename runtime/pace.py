@@ -33,14 +33,11 @@ class Pace:
         self.seen: deque[Seen] = deque(maxlen=ROUNDS)
         self.resting = 0
         """Rounds still to come without drafts."""
-        self.rested = 0
-        """Rounds that went without."""
 
     def note(self, seen: Seen) -> None:
         """Count one round."""
         if self.resting:
             self.resting -= 1
-            self.rested += 1
         elif seen.drafted:
             self.seen.append(seen)
             if len(self.seen) == ROUNDS and not self.pays():

@@ -8,6 +8,7 @@ Shapes: K KV heads, P columns of a page, D head size, E value head size.
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import tempfile
@@ -35,11 +36,6 @@ class HostPage:
     values: Tensor
     shared: bool = False
     """Whether another sequence reads it too: then it is copied before it is written."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of both."""
-        return self.keys.nbytes + self.values.nbytes
 
 
 @dataclass
@@ -89,6 +85,8 @@ class PageFile:
         try:
             self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - open as long as it is used
         except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EROFS):
+                raise  # a full disk, say: the caller goes on without
             fix = "name a folder that can be written to with kv_folder"
             raise VericacheError(f"no file for KV pages: {error.strerror}", self.where, fix) from error
 

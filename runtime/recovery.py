@@ -31,6 +31,7 @@ class Call:
     """Cache tensors as shapes without data."""
     column: int
     count: int
+    """Those of its columns that still stand: fewer where the cache was cropped into it."""
 
 
 def record(sequence: Sequence, plan: CapturedPlan, inputs: Rows[Any], column: int, count: int) -> None:
@@ -39,7 +40,7 @@ def record(sequence: Sequence, plan: CapturedPlan, inputs: Rows[Any], column: in
     for site in plan.sites:
         for index in site.past or ():
             kept[index] = inputs[index].new_zeros(()).expand(inputs[index].shape)
-    sequence.calls = [call for call in sequence.calls if call.column < column]
+    sequence.cut_calls(column)
     sequence.calls.append(Call(plan, kept, column, count))
 
 
@@ -67,8 +68,8 @@ def recover(
     for call in sequence.calls:
         _verify_up_to(sequence, replica, call.column, verify)
         run_call(replica, call)
-        for row in replica.rows:
-            row.length = call.column + call.count
+        for row, known in zip(replica.rows, sequence.rows, strict=True):
+            row.length = min(call.column + call.count, known.length)
     _verify_up_to(sequence, replica, max(row.length for row in sequence.rows), verify)
     sequence.full, sequence.draft, sequence.early = replica.full, None, None
 

@@ -120,11 +120,11 @@ def run_round(
 def usable_draft(
     draft: DraftKV | None, start: Start, compressor: Compressor, plan: DecodePlan, counts: Counts
 ) -> DraftKV | None:
-    """A draft cache as far as it can still be used: not another compressor's or of other windows, cut into, or due to
-    be refreshed."""
+    """A draft cache as far as it can still be used: not another compressor's, of other windows or paddings, cut into,
+    or due to be refreshed."""
     if draft is None or draft.compressor is not compressor or draft.reaches != _reaches(plan):
         return None
-    if not draft.valid(start.columns):
+    if not draft.valid(start.columns) or draft.pads != start.pads:
         return None
     if 0 < compressor.refresh <= draft.age(start.columns):
         counts.refreshes += 1

@@ -6,7 +6,7 @@ import itertools
 import weakref
 from collections import deque
 from collections.abc import Sequence as Rows
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -144,7 +144,7 @@ class Sequence:
         self.live: dict[int, int] = {}
         """Storage pointers of the ghosts that are still alive, with the columns they show."""
         self.version = 0
-        """Of the weights that the last call saw: the sum of autograd's version counters."""
+        """Of the weights that the last call saw: where they lie, and autograd's version counters."""
         self.cut: set[int] = set()
         """Places (as ghosts spell them) of cache tensors that showed fewer columns than there were."""
         self.regular = True
@@ -169,11 +169,17 @@ class Sequence:
         ]
         return early.regions if min(spare) >= 0 and max(spare) <= CHUNK else None
 
+    def cut_calls(self, columns: int) -> None:
+        """What calls computed from column `columns` on no longer stands."""
+        held = (call for call in self.calls if call.column < columns)
+        self.calls = [replace(call, count=min(call.count, columns - call.column)) for call in held]
+
     def truncate(self, columns: int) -> None:
         """Forget every row's history from `columns` on."""
         for row in self.rows:
             row.truncate(columns)
         self.early = None
+        self.cut_calls(columns)
         self.epoch += 1
         while self.crops and self.crops[-1][1] >= columns:
             self.crops.pop()
@@ -254,6 +260,7 @@ class SequenceTable:
         """
         self.release_orphans()
         taken = sum(held.full.nbytes for held in self._by_number.values() if held.full.resident)
+        taken += sum(mirror.sequence.full.nbytes for mirror in self.mirrors.values())
         made = Sequence(next(self._numbers), (home or Home()).make(sites, batch, columns, device, taken))
         self._by_number[made.number] = made
         return made

@@ -119,10 +119,10 @@ class Session:
             for row in sequence.rows:
                 row.truncate(columns)
         sequence.full.reserve(columns + count, device)
-        draft, starts = sequence.draft, [columns] * batch
-        if draft is not None and (not draft.valid(starts) or draft.room(starts) < count):
-            sequence.draft = None
         pads = self._padding(sequence, roles, inputs)
+        draft, starts = sequence.draft, [columns] * batch
+        if draft is not None and (not draft.valid(starts) or draft.pads != pads or draft.room(starts) < count):
+            sequence.draft = None
         if "attention" not in self.compressor.wants:
             sequence.drawn = None
         elif columns == 0:
@@ -163,17 +163,16 @@ class Session:
         self, plan: DecodePlan, inputs: Rows[Any], sequence: Sequence, fed: list[tuple[int, int, int]], columns: int
     ) -> list[Tensor]:
         """The row outputs of a decode call, after a round where a row of the batch has none held."""
-        version = sum(inputs[i]._version for i in plan.captured.roles.weights if not inputs[i].is_inference())
+        weights = [inputs[i] for i in plan.captured.roles.weights]
+        version = hash(tuple((w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights))
         for row, (token, offset, pad) in zip(sequence.rows, fed, strict=True):
             if version != sequence.version:
                 row.truncate(columns)  # what was computed ahead is the old weights'
             row.feed(columns, token, offset, pad)
         sequence.version = version
         if any(not row.held for row in sequence.rows):
-            if self.last is None or self.last[0] is not plan:
-                weights = set(plan.captured.roles.weights)
-                self.last = (plan, [x if i in weights else None for i, x in enumerate(inputs)])
-            sequence.decode = self.last
+            own = set(plan.captured.roles.weights)  # those of this call: a model's parameters may have been replaced
+            sequence.decode = self.last = (plan, [x if i in own else None for i, x in enumerate(inputs)])
             self._run_round(sequence)
             self._tell_whole(sequence)
             self._note(sequence)
@@ -225,6 +224,7 @@ class Session:
         replica.decode = sequence.decode
 
         def run_call(replica: Sequence, call: Call) -> None:
+            replica.draft = None  # its tail need not have room for the call
             pads, shown = [row.pad for row in replica.rows], _columns_shown(call.plan, call.inputs)
             call.plan.module(Store(replica, call.column, 0, pads, shown), *call.inputs)
 
@@ -376,7 +376,12 @@ class Session:
             assert found is not None, "a ghost was recognised and then was not"
             (sequence, columns), real = found, list(inputs)
             for i, place in places.items():
-                held = sequence.full.read(place // 2, columns - inputs[i].shape[2], columns)
+                span = (place // 2, columns - inputs[i].shape[2], columns)
+                try:
+                    held = sequence.full.read(*span)
+                except PageLost as lost:
+                    self._recover(sequence, lost)
+                    held = sequence.full.read(*span)
                 real[i] = held[place % 2].clone()
             return tuple(real)
 

@@ -87,6 +87,7 @@ class PagedKV(FullKV):
     def reserve(self, columns: int, device: torch.device) -> None:
         """Say how many columns may be written; pages come as they are written to."""
         self.device = device
+        self.link.pinned(device)  # from here on it has its stream, for the first append too
         if not self.page:
             self.page = _page_columns(columns, self.sites, device)
         if columns > self.columns:
@@ -215,7 +216,7 @@ class PagedKV(FullKV):
                 "vericache: KV pages stay in host memory: %s\n  where: %s\n  fix: make room there, or name another "
                 "folder with kv_folder",
                 error.strerror,
-                self._files[size].where,
+                self.folder or "the folder for temporary files",
             )
         return not self._full_disk
 

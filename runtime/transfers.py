@@ -115,7 +115,7 @@ class Link:
             made = Transfer(job, None)
             made.run(None, self._stream)
             return made
-        if self._thread is None:
+        if self._thread is None or not self._thread.is_alive():  # a forked process has none of its parent's
             self._start()
         made = Transfer(job, self._thread)
         self._queue.put(made)
@@ -139,6 +139,7 @@ class Link:
             self._stream.synchronize()
 
     def _start(self) -> None:
+        self._queue = queue.SimpleQueue()
         arguments = (self._queue, self.gbps, self._stream)
         self._thread = threading.Thread(target=_drive, args=arguments, name="vericache-link", daemon=True)
         self._thread.start()

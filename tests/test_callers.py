@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -245,6 +246,44 @@ def test_rows_computed_ahead_are_dropped_when_weights_change() -> None:
     plain, ours, model = both(weights_that_change, "llama")
     assert torch.equal(ours, plain)
     assert stats(model)["rounds"] > 1
+
+
+@torch.no_grad()
+def weights_that_are_replaced(model: PreTrainedModel) -> Tensor:
+    """As `load_state_dict(assign=True)` does it: other parameters, in the same graphs."""
+    tokens = [greedy(model, prompt(), count=12)]
+    fresh = torch.randn(model.lm_head.weight.shape, generator=torch.Generator().manual_seed(1))
+    model.lm_head.weight = torch.nn.Parameter(fresh, requires_grad=model.lm_head.weight.requires_grad)
+    return torch.cat([*tokens, greedy(model, prompt(), count=12)], dim=1)
+
+
+def test_rounds_read_the_weights_that_the_model_has_now() -> None:
+    plain, ours, model = both(weights_that_are_replaced, "llama")
+    assert torch.equal(ours, plain)
+    assert stats(model)["rounds"] > 1
+
+
+@pytest.mark.parametrize("options", [{"compressor": "kivi"}, {"keep": 0.3, "placement": "host"}], ids=str)
+def test_padding_that_the_caller_stops_to_mask(options: dict[str, Any]) -> None:
+    """The draft cache was made for rows that begin later than they now do."""
+
+    @torch.no_grad()
+    def drive(model: Any) -> Tensor:
+        cache, ids, mask = DynamicCache(), prompt(tokens=400), torch.ones(1, 400, dtype=torch.int64)
+        mask[:, :250] = 0
+        tokens = []
+        for step in range(150):
+            shown = {"attention_mask": mask} if step < 4 else {}
+            positions = torch.tensor([[400 + step - 1]]) if step else torch.arange(400)[None]
+            out = model(input_ids=ids, position_ids=positions, past_key_values=cache, **shown)
+            ids, mask = out.logits[:, -1:].argmax(-1), torch.cat([mask, mask.new_ones(1, 1)], 1)
+            tokens.append(ids)
+        return torch.cat(tokens, 1)
+
+    model = make_tiny("llama")
+    plain = drive(model)
+    model.compile(backend="vericache", options={"inductor": False, "window": 8, **options})
+    assert torch.equal(drive(model), plain)
 
 
 def test_a_mask_that_gets_no_rounds_says_so_once(caplog: pytest.LogCaptureFixture) -> None:

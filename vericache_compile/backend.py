@@ -70,11 +70,12 @@ class ModelState:
 
     def compilation(self, config: Config) -> Compilation:
         """The compilation for a configuration, made on first use."""
-        if config not in self.compilations:
-            self.compilations[config] = Compilation(config, self._session(config), self.compiled)
-        self.latest = self.compilations[config]
-        self.latest.session.trace_to(config.trace)  # no part of what makes configurations equal
-        return self.latest
+        with self.lock:
+            if config not in self.compilations:
+                self.compilations[config] = Compilation(config, self._session(config), self.compiled)
+            made = self.latest = self.compilations[config]
+            made.session.trace_to(config.trace)  # no part of what makes configurations equal
+            return made
 
     def _session(self, config: Config) -> Session:
         tier = None if config.placement == AUTO else Tier(config.placement)

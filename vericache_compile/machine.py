@@ -30,6 +30,10 @@ class Bandwidths:
     link_gbps: float
 
 
+UNKNOWN = Bandwidths(1000.0, 20.0)
+"""Of an accelerator without room to measure."""
+
+
 def bandwidths(device: torch.device) -> Bandwidths:
     """The bandwidths of a device of this machine: from the file, else measured (less than a second) and put there."""
     path = cache_root() / FILE
@@ -38,7 +42,11 @@ def bandwidths(device: torch.device) -> Bandwidths:
     try:
         return Bandwidths(**known[name])
     except (KeyError, TypeError):
+        pass
+    try:
         measured = measure(device)
+    except torch.OutOfMemoryError:
+        return UNKNOWN  # not kept: there may be room next time
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(f"{FILE}.{os.getpid()}")

@@ -99,3 +99,30 @@ def test_without_its_tokens_a_lost_page_is_an_error() -> None:
     damage(newest(model), layer=1, row=0, index=0)
     with pytest.raises(PageLost, match=r"(?s)not what was written.*where.*fix"):
         model.generate(longer, max_new_tokens=30, **settings | {"attention_mask": torch.ones_like(longer)})
+
+
+def test_a_crop_into_the_prompt_is_remembered() -> None:
+    """What was decoded after the crop comes back, not the prompt that stood there before; a long turn as well."""
+    model, ids = make_tiny("llama"), make_prompt(700)["input_ids"]
+    model.compile(backend="vericache", options=OPTIONS)
+
+    def drive(fault: bool) -> Tensor:
+        cache, rows = DynamicCache(), []
+        with torch.no_grad():
+            model(ids[:, :600], past_key_values=cache)
+            cache.crop(-300)
+            given = ids[:, :1]
+            for step in range(60):
+                if fault and step == 50:
+                    damage(newest(model), layer=1, row=0, index=0)
+                out = model(given, past_key_values=cache)
+                rows.append(out.logits[:, -1])
+                given = out.logits[:, -1:].argmax(-1)
+            model(ids[:, :400], past_key_values=cache)
+            if fault:
+                full = newest(model)
+                assert full.tier == "host"
+            rows.append(model(given, past_key_values=cache).logits[:, -1])
+        return torch.stack(rows)
+
+    assert torch.equal(drive(True), drive(False))
