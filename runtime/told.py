@@ -31,9 +31,8 @@ class Telling:
         row, full = self.sequence.rows[b], self.sequence.full
         drawn = self.sequence.drawn if "attention" in self.wants else None
         repeated = self.sequence.repeated if "repeated" in self.wants else None
-        scores = (
-            tuple(repeated.of(site, b, begin, end) for site in range(len(full.sites))) if repeated is not None else ()
-        )
+        scores = [] if repeated is None else [repeated.of(i, b, begin, end) for i in range(len(full.sites))]
+        compressed = [site.layer for site in self.plan.captured.sites if site.window is None]
         return Facts(
             layer=layer,
             token=begin - row.pad,
@@ -42,7 +41,7 @@ class Telling:
             rotation=self.rotations.of(self.plan, self.inputs, layer) if "pre_rope" in self.wants else None,
             attention=drawn.of(layer, b, begin, end) if drawn is not None else None,
             repeated=scores[layer] if scores else None,
-            everywhere=scores,
+            everywhere=tuple(scores[i] for i in compressed) if scores else (),
             read=reader(full, layer, b, row.pad) if "read" in self.wants else None,
             shared=self.shared.setdefault(b, {}) if "shared" in self.wants else None,
         )

@@ -68,8 +68,8 @@ CALL = (
     0.5,
     1,
 )
-CHANGED = (*CALL, draw(4, seed=5), 2.0, [0.5, 0.25, 0.125, 0.0625], torch.bfloat16, True)
-"""The same with sinks, a soft cap and biases by distance."""
+CHANGED = (*CALL, 3, draw(4, seed=5), 2.0, [0.5, 0.25, 0.125, 0.0625], torch.bfloat16, True)
+"""The same with a window, sinks, a soft cap and biases by distance."""
 PRODUCT = (draw(2, 3, 8), draw(5, 8, seed=1), draw(5, seed=2))
 
 
@@ -95,7 +95,8 @@ def test_fake_results_have_the_strides_of_real_ones(transposed: bool) -> None:
 def test_scores_are_capped_biased_and_sunk_in_that_order(relative: bool) -> None:
     q, k, v, past_k, past_v, lengths, pads, scale, layer = CALL
     sinks, cap, slopes = draw(4, seed=5), 2.0, [0.5, 0.25, 0.125, 0.0625]
-    made = attend(q, k, v, past_k, past_v, lengths, pads, scale, layer, sinks, cap, slopes, torch.float32, relative)
+    scores = (sinks, cap, slopes, torch.float32, relative)
+    made = attend(q, k, v, past_k, past_v, lengths, pads, scale, layer, None, *scores)
     for b, (length, pad) in enumerate(zip(lengths.tolist(), pads.tolist(), strict=True)):
         for t in range(q.shape[2]):
             for h in range(4):

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from vericache_compile import stats
+from vericache_compile.backend import state_of
 from vericache_compile.sweep_models import make_model
 
 
@@ -144,3 +145,17 @@ def test_a_draft_attends_to_the_whole_window_of_a_sliding_layer() -> None:
     found = stats(model)
     assert found["drafted"] == found["accepted"] > 0
     assert SLIDING_WINDOW < 40 and SLIDING["mistral"]["num_hidden_layers"] == found["sites"]
+
+
+def test_a_budget_for_all_layers_is_shared_by_those_that_are_compressed() -> None:
+    """KVzip ranks keys over layers; those of sliding layers take no part in that."""
+    model = make_tiny("gemma3_text")
+    model.compile(backend="vericache", options={**OPTIONS, "compressor": "kvzip", "keep": 0.2})
+    model.generate(**make_prompt(150), max_new_tokens=4, do_sample=False)
+    state = state_of(list(model.parameters()))
+    assert state is not None and state.latest is not None and state.latest.session.newest is not None
+    draft = state.latest.session.newest.draft
+    assert draft is not None and stats(model)["seconds"]["repeat"] > 0
+    [region] = draft.layers[1].regions
+    kept = sum(region.head_slots or (region.slots,) * 2) / 2 / region.covered
+    assert 0.15 < kept < 0.25, "keep is 0.2"

@@ -56,10 +56,10 @@ def test_transfers_are_in_every_file(tmp_path: Path) -> None:
     import networkx
 
     folder = dump_of(tmp_path, staging=Staging(2 * 64 * 256, 64))
-    assert {"09_spell_products.py", "10_insert_transfers.py", "11_hoist_prefetch.py"} <= {
+    assert {"10_spell_products.py", "11_insert_transfers.py", "12_hoist_prefetch.py"} <= {
         p.name for p in stages(folder)
     }
-    assert "vericache.prefetch" in (folder / "11_hoist_prefetch.diff").read_text()
+    assert "vericache.prefetch" in (folder / "12_hoist_prefetch.diff").read_text()
     program = json.loads((folder / "program.json").read_text())
     placed = [(row["layer"], row["asked_for_in"], row["after_attention"]) for row in program["transfers"]]
     assert placed == [(0, "draft", None), (1, "draft", None), (2, "verify", 0)]
