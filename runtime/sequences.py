@@ -218,6 +218,9 @@ class Sequence:
             if queries is not None:
                 counts = [queries.counts[r] for r in rows]
                 made.queries[layer] = Queries(queries.tensor[list(rows)], counts)
+        if list(rows) == list(range(len(self.rows))):
+            made.calls, made.decode = list(self.calls), self.decode
+            made.cut_calls(columns)
         made.drawn = self.drawn.select(rows) if self.drawn is not None else None
         made.repeated = self.repeated.select(rows) if self.repeated is not None else None
         return made

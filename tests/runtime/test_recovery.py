@@ -16,6 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 from vericache_compile import stats
 from vericache_compile.api import _compilation
 from vericache_compile.errors import PageLost
+from vericache_compile.plan import Tier
 from vericache_compile.runtime.pages import FilePage
 from vericache_compile.runtime.tiers import PagedKV
 
@@ -87,18 +88,33 @@ def test_a_second_turn_over_a_lost_page() -> None:
     assert torch.equal(turns(model, True), turns(model, False))
 
 
-def test_without_its_tokens_a_lost_page_is_an_error() -> None:
-    """A fork does not know how its pages came about."""
+def test_a_copy_recovers_as_the_original_does() -> None:
     model, prompt = make_tiny("llama"), make_prompt(300)
+    plain = model.generate(**prompt, max_new_tokens=40, do_sample=False)
     model.compile(backend="vericache", options=OPTIONS)
     cache = DynamicCache()
     first = model.generate(**prompt, max_new_tokens=4, do_sample=False, past_key_values=cache)
     fork = copy.deepcopy(cache)
-    settings = {"do_sample": False, "past_key_values": fork, "attention_mask": None}
-    longer = model.generate(first, max_new_tokens=2, **settings | {"attention_mask": torch.ones_like(first)})
+    settings = {"do_sample": False, "past_key_values": fork}
+    longer = model.generate(first, max_new_tokens=2, attention_mask=torch.ones_like(first), **settings)
     damage(newest(model), layer=1, row=0, index=0)
+    ours = model.generate(longer, max_new_tokens=34, attention_mask=torch.ones_like(longer), **settings)
+    assert torch.equal(ours, plain)
+
+
+def test_without_its_tokens_a_lost_page_is_an_error() -> None:
+    """A cache whose rows were put in another order does not know how its pages came about."""
+    model, prompt = make_tiny("llama"), make_prompt(300, 2)
+    model.compile(backend="vericache", options=OPTIONS)
+    cache, settings = DynamicCache(), {"do_sample": False, "max_new_tokens": 4}
+    first = model.generate(**prompt, past_key_values=cache, **settings)[[1, 0]]
+    mask = torch.cat([prompt["attention_mask"], torch.ones(2, 4, dtype=torch.int64)], 1)[[1, 0]]
+    cache.reorder_cache(torch.tensor([1, 0]))
+    longer = model.generate(first, attention_mask=mask, past_key_values=cache, **settings)
+    damage(newest(model), layer=1, row=0, index=0)
+    mask = torch.cat([mask, torch.ones(2, 4, dtype=torch.int64)], 1)
     with pytest.raises(PageLost, match=r"(?s)not what was written.*where.*fix"):
-        model.generate(longer, max_new_tokens=30, **settings | {"attention_mask": torch.ones_like(longer)})
+        model.generate(longer, attention_mask=mask, past_key_values=cache, do_sample=False, max_new_tokens=30)
 
 
 def test_a_crop_into_the_prompt_is_remembered() -> None:
@@ -120,8 +136,7 @@ def test_a_crop_into_the_prompt_is_remembered() -> None:
                 given = out.logits[:, -1:].argmax(-1)
             model(ids[:, :400], past_key_values=cache)
             if fault:
-                full = newest(model)
-                assert full.tier == "host"
+                assert newest(model).tier is Tier.HOST
             rows.append(model(given, past_key_values=cache).logits[:, -1])
         return torch.stack(rows)
 
