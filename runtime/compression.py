@@ -188,12 +188,8 @@ def _method(compressor: Compressor, layer: int, sites: Sequence[Site], reaches: 
     own = compressor.for_layer(layer, len(sites))
     if own.donor is None:
         return own
-    alike = _shape(sites[layer]) == _shape(sites[own.donor])
+    alike = sites[layer].shape == sites[own.donor].shape
     return own if alike and _reach(reaches, own.donor) is None else NoCompression()
-
-
-def _shape(site: Site) -> tuple[int, int, int]:
-    return site.kv_heads, site.head_size, site.value_size
 
 
 def _window_starts(pads: Sequence[int], columns: Sequence[int], reach: int) -> list[int]:

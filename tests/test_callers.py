@@ -166,7 +166,7 @@ def test_other_row_outputs_come_from_rounds_too() -> None:
 
 
 @pytest.mark.parametrize("call", LEFT, ids=lambda call: call.__name__)
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_caller_outside_the_fast_path_gets_plain_tokens(name: str, call: Caller) -> None:
     plain, ours, _ = both(call, name)
     assert torch.equal(ours, plain)
