@@ -56,7 +56,7 @@ def test_tiny_models_give_plain_tokens(
     assert set(stats(model)["not_taken"]) <= LEFT.get(name, set())
 
 
-@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("name", MODELS)
 def test_inductor_segments_give_plain_tokens(name: str, batch: int, plain_tokens: Any) -> None:
     """The same with compiled segments."""
