@@ -44,27 +44,39 @@ CASES = (
 )
 
 
-def generate(model: Any, inputs: dict[str, torch.Tensor], compiled: Any) -> tuple[torch.Tensor, list[dict[str, Any]]]:
+@dataclass
+class Side:
+    """The model's compiled call under some options, and how many rounds it has done."""
+
+    compiled: Any
+    rounds: int
+    """`stats` speaks of the side that ran last, so each side keeps its own count."""
+
+
+def generate(model: Any, inputs: dict[str, torch.Tensor], side: Side) -> tuple[torch.Tensor, list[dict[str, Any]]]:
     """Tokens of one generate call, and its rounds that drafted a whole window; the first of them warms up."""
-    model._compiled_call_impl = compiled
-    before = stats(model)["rounds"] if hasattr(next(model.parameters()), "_vericache") else 0
+    model._compiled_call_impl = side.compiled
     out = model.generate(**inputs, max_new_tokens=NEW, do_sample=False)
     made = stats(model)
-    latest = made["latest_rounds"][-max(made["rounds"] - before, 1) :]
-    return out, [each for each in latest if each["drafted"] == WINDOW - 1][1:]
+    count, side.rounds = made["rounds"] - side.rounds, made["rounds"]
+    latest = made["latest_rounds"][-count:] if count else []
+    whole = [each for each in latest if each["drafted"] == WINDOW - 1]
+    return out, whole[1:]
 
 
-def compiled_with(model: Any, inputs: dict[str, torch.Tensor], options: dict[str, Any]) -> Any:
-    """The model's compiled call under these options, warm."""
+def compiled_with(model: Any, inputs: dict[str, torch.Tensor], options: dict[str, Any]) -> Side:
+    """The model under these options, warm."""
     model._compiled_call_impl = None
     model.compile(backend="vericache", options={**OPTIONS, **options})
     held = model._compiled_call_impl
     model.generate(**inputs, max_new_tokens=2 * WINDOW, do_sample=False)
-    return held
+    return Side(held, stats(model)["rounds"])
 
 
 def medians(rounds: list[dict[str, Any]]) -> dict[str, float]:
     """Milliseconds of a round, of its parts, and of the link; bytes that came over it."""
+    if not rounds:
+        raise SystemExit("no call had two rounds that drafted a whole window: nothing to take a median of")
 
     def middle(*path: str) -> float:
         values = [each[path[0]] if len(path) == 1 else each[path[0]][path[1]] for each in rounds]
@@ -93,14 +105,14 @@ def measure(model: Any, case: Case, inputs: dict[str, torch.Tensor], repeats: in
     staging = (sites + 0.5) * site / 2**20
     options = {"draft_dtype": case.draft_dtype, "placement": "host", "link_gbps": gbps, "staging_mb": staging}
     sides = {"device": resident, "host": compiled_with(model, inputs, options)}
-    made: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+    made: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
     identical, held = True, {}
     for _ in range(repeats):
         outs = []
-        for side, compiled in sides.items():
-            out, rounds = generate(model, inputs, compiled)
-            made[side] += rounds
-            held[side] = stats(model)["bytes"]
+        for name, side in sides.items():
+            out, rounds = generate(model, inputs, side)
+            made[name] += rounds
+            held[name] = stats(model)["bytes"]
             outs.append(out)
         identical &= torch.equal(*outs)
     device, host = (medians(made[side]) for side in ("device", "host"))

@@ -102,7 +102,7 @@ def compress(
             exact = Columns(*full.read(layer, begin, max(columns)), [begin] * full.batch)
             layers.append(_place_window(exact, pads, columns, room, reach))
             continue
-        own = _method(compressor, layer, len(full.sites), reaches)
+        own = _method(compressor, layer, full.sites, reaches)
         ready = None
         if (
             early is not None
@@ -141,7 +141,7 @@ def extend(
         if held.reach is not None:
             layers.append(_place_window(exact, pads, columns, room, held.reach))
             continue
-        donor = _method(before.compressor, layer, len(full.sites), before.reaches).donor
+        donor = _method(before.compressor, layer, full.sites, before.reaches).donor
         regions: list[CompressedKV] = []
         for b, (region, start, column) in enumerate(zip(held.regions, held.starts, columns, strict=True)):
             end = max(start, column - EXACT)
@@ -182,10 +182,14 @@ def _reach(reaches: Reaches, layer: int) -> int | None:
     return reaches[layer] if reaches else None
 
 
-def _method(compressor: Compressor, layer: int, layers: int, reaches: Reaches) -> Compressor:
-    """The method of a site; none where it would borrow from a sliding layer, which holds its window alone."""
-    own = compressor.for_layer(layer, layers)
-    return NoCompression() if own.donor is not None and _reach(reaches, own.donor) is not None else own
+def _method(compressor: Compressor, layer: int, sites: Sequence[Site], reaches: Reaches) -> Compressor:
+    """The method of a site; none where it would borrow from a site of another shape, or from a sliding layer, which
+    holds its window alone."""
+    own = compressor.for_layer(layer, len(sites))
+    if own.donor is None:
+        return own
+    alike = sites[layer].shape == sites[own.donor].shape
+    return own if alike and _reach(reaches, own.donor) is None else NoCompression()
 
 
 def _window_starts(pads: Sequence[int], columns: Sequence[int], reach: int) -> list[int]:

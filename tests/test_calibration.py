@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from vericache_compile import calibrate, stats
+from vericache_compile.backend import state_of
 from vericache_compile.calibration import read
 from vericache_compile.cli import main
 from vericache_compile.compressors.kvquant import KVQuant
@@ -23,8 +24,11 @@ from vericache_compile.compressors.low_rank import Bases
 from vericache_compile.compressors.observed import observe, sample
 from vericache_compile.compressors.recalkv import ReCalKV
 from vericache_compile.compressors.rotation import Rotation
+from vericache_compile.compressors.spec import parse
 from vericache_compile.errors import OptionError, VericacheError
 from vericache_compile.learning import rows_of, turns_of
+from vericache_compile.plan import Site
+from vericache_compile.testing import storages
 
 METHODS = ("recalkv", "cskv", "cskv(bits=4)", "kvquant", "kvsharer(share=0.4)")
 FIX = "vericache calibrate --compressor"
@@ -126,6 +130,26 @@ def test_asking_how_keys_are_turned_leaves_no_statistics_behind(text: torch.Tens
         stats(model)
 
 
+def test_statistics_stay_the_users_where_asking_fails(
+    text: torch.Tensor, switched: tuple[PreTrainedModel, Switch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, switch = switched
+    switch.options = {"compressor": "none", "window": 4, "inductor": False}
+    model.generate(**make_prompt(20), max_new_tokens=8, do_sample=False)
+    state = state_of(list(model.parameters()))
+    assert state is not None
+    latest = state.latest
+
+    def fail(*args: Any, **more: Any) -> None:
+        state.latest = None
+        raise RuntimeError("in the middle")
+
+    monkeypatch.setattr(model, "generate", fail)
+    with pytest.raises(RuntimeError, match="in the middle"):
+        turns_of(model, text)
+    assert state.latest is latest
+
+
 def test_gradients_are_those_of_the_loss(text: torch.Tensor) -> None:
     """By a difference: a little more of one cached number, and the loss changes by its gradient times that."""
     from transformers import DynamicCache
@@ -183,6 +207,41 @@ def test_a_calibrated_region_lends_its_bases(files: dict[str, Path]) -> None:
         shares = method.shares(held, 1)
         ranks = sum(-(-int(share * 32) // 8) * 8 for share in shares)
         assert each.nbytes <= 4 * (each.covered * (ranks + 8) + 2 * 2 * 4 * 16)
+
+
+@pytest.mark.parametrize("method", ["recalkv", "cskv(bits=4)", "kvquant"])
+def test_a_file_of_another_dtype_serves(files: dict[str, Path], method: str) -> None:
+    """It was made of float32 weights; the cache here is in bfloat16."""
+    keys, values = torch.randn(2, 2, 300, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    made = parse(_spelled(method, files[method]), {}).for_layer(1, 3)
+    region = made.compress(keys, values, None)
+    longer = region.extend(keys[:, region.covered :], values[:, region.covered :], None)
+    for each in (region, longer):
+        assert each.covered > 0
+        assert all(read.dtype == torch.bfloat16 for read in each.materialize())
+
+
+@pytest.mark.parametrize("method", ["recalkv", "kvquant", "kvsharer(share=0.4)"])
+def test_a_method_outlives_its_file(files: dict[str, Path], tmp_path: Path, method: str) -> None:
+    path = tmp_path / "gone.safetensors"
+    path.write_bytes(files[method].read_bytes())
+    made = parse(_spelled(method, path), {})
+    path.unlink()
+    sites = [Site(layer, 4, 2, 16, 16, 0.25, torch.float32, None) for layer in range(3)]
+    made.check_model(sites, [])
+    assert [made.for_layer(layer, 3) for layer in range(3)] == [made.for_layer(layer, 3) for layer in range(3)]
+
+
+def test_a_given_fit_is_kept_where_it_is_not_lent(files: dict[str, Path]) -> None:
+    """As on another device than the file's: a copy, counted as the region's own, for the first tokens and after."""
+    made = ReCalKV(calibration=str(files["recalkv"])).for_layer(1, 3)
+    keys, values = torch.randn(2, 2, 100, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    empty = made.compress(keys[:, :5], values[:, :5], None)
+    assert empty.covered == 0
+    longer = empty.extend(keys, values, None)
+    for own, given in zip(longer.fit, made.given, strict=True):  # type: ignore[attr-defined]
+        assert torch.equal(own, given.to(own.dtype))
+    assert not storages(empty).keys() & storages(longer).keys() - {0}
 
 
 def test_kvquant_weighs_by_fisher_information(
@@ -252,7 +311,7 @@ def test_another_methods_file_is_refused(files: dict[str, Path]) -> None:
     with pytest.raises(OptionError, match="it is of method 'cskv', not 'recalkv'"):
         ReCalKV(calibration=str(files["cskv"]))
     with pytest.raises(OptionError, match="16 levels for bits=2"):
-        KVQuant(bits=2, calibration=str(files["kvquant"])).for_layer(0, 3)
+        KVQuant(bits=2, calibration=str(files["kvquant"]))
     with pytest.raises(OptionError, match="calibration=3"):
         ReCalKV(calibration=3)  # type: ignore[arg-type]
 

@@ -150,8 +150,22 @@ LEFT: list[Caller] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("call", TAKEN, ids=lambda call: call.__name__)
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+LEARNED: list[Caller] = [greedy_generate, second_turn, crop_and_go_on, padded_batch_that_ends_early, static_cache]
+"""What learned positions could go wrong in; gpt2's other callers are slow tests."""
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        *(pytest.param("llama", call, id=f"llama-{call.__name__}") for call in TAKEN),
+        *(pytest.param("gpt2", call, id=f"gpt2-{call.__name__}") for call in LEARNED),
+        *(
+            pytest.param("gpt2", call, id=f"gpt2-{call.__name__}", marks=pytest.mark.slow)
+            for call in TAKEN
+            if call not in LEARNED
+        ),
+    ],
+)
 def test_caller_gets_plain_tokens_from_rounds(name: str, call: Caller) -> None:
     plain, ours, model = both(call, name)
     assert torch.equal(ours, plain)
@@ -167,7 +181,7 @@ def test_other_row_outputs_come_from_rounds_too() -> None:
 
 
 @pytest.mark.parametrize("call", LEFT, ids=lambda call: call.__name__)
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_caller_outside_the_fast_path_gets_plain_tokens(name: str, call: Caller) -> None:
     plain, ours, _ = both(call, name)
     assert torch.equal(ours, plain)

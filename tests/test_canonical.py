@@ -75,7 +75,7 @@ def test_rows_do_not_depend_on_what_a_compressor_asks_for(compressor: str) -> No
     assert torch.equal(expected, logits_of(model, switch, inputs, 30, compressor=compressor, window=8, inductor=False))
 
 
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize(("name", "window"), [("llama", 2), ("llama", 8), ("llama", 16), ("qwen3", 16), ("gpt2", 16)])
 def test_rows_are_bit_equal_on_tiny_models(name: str, batch: int, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = make_tiny(name), make_prompt(520 - window, batch)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -26,3 +28,10 @@ SITE = Site(0, 4, 2, 16, 16, 0.25, torch.float32, (0, 1))
 def test_bytes_are_a_share_of_the_full_cache(text: str, share: float) -> None:
     """A method that covers nothing of any length leaves all in the exact tail."""
     assert compressed_bytes(parse(text, {}), [SITE]) == pytest.approx(share * SITE.bytes_per_token, rel=0.02)
+
+
+def test_only_sites_of_one_shape_share() -> None:
+    sites = [replace(SITE, layer=layer, value_size=size) for layer, size in enumerate((8, 16, 16, 16))]
+    full = sum(site.bytes_per_token for site in sites)
+    shared = compressed_bytes(parse("kvsharer(share=0.5)", {}), sites)
+    assert shared == pytest.approx(full - SITE.bytes_per_token, rel=0.02), "site 3 reads site 2, site 1 nothing"

@@ -17,6 +17,15 @@ LEFT = {"gpt2": {"a mask or position that depends on tokens"}}
 """Known refusals: gpt2 reads the shape of its tokens once Dynamo has made the batch symbolic."""
 
 
+QUICK = {("none", 4), ("streaming", 16), ("snapkv", 8), ("snapkv", 32), ("kivi", 2)}
+"""Each compressor and each window once; the others of the grid are slow."""
+GRID = [
+    pytest.param(compressor, window, marks=() if (compressor, window) in QUICK else pytest.mark.slow)
+    for compressor in COMPRESSORS
+    for window in WINDOWS
+]
+
+
 @pytest.fixture(autouse=True)
 def fresh_dynamo() -> None:
     """Not here: each small model is captured once for its whole grid."""
@@ -32,12 +41,11 @@ def switched(request: pytest.FixtureRequest) -> Iterator[tuple[str, PreTrainedMo
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("compressor", COMPRESSORS)
+@pytest.mark.parametrize(("compressor", "window"), GRID)
 def test_tiny_models_give_plain_tokens(
     switched: tuple[str, PreTrainedModel, Switch], compressor: str, window: int, plain_tokens: Any
 ) -> None:
-    """The whole grid on small models: batch 1 and a padded batch of 3, prompts of 1 to 3,000 tokens."""
+    """The grid on small models: batch 1 and a padded batch of 3, prompts of 1 to 3,000 tokens."""
     name, model, switch = switched
     switch.options = {**COMPRESSORS[compressor], "window": window, "inductor": False}
     for batch in BATCHES:
@@ -48,7 +56,7 @@ def test_tiny_models_give_plain_tokens(
     assert set(stats(model)["not_taken"]) <= LEFT.get(name, set())
 
 
-@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("name", MODELS)
 def test_inductor_segments_give_plain_tokens(name: str, batch: int, plain_tokens: Any) -> None:
     """The same with compiled segments."""

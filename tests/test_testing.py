@@ -58,6 +58,8 @@ class Sharing(UncompressedKV):
             self.keys.add_(1)
         if self.wrong == "covered":
             self.covered += 1
+        if self.wrong == "writes":
+            keys.zero_()
         longer = super().extend(keys, values, queries)
         if self.wrong == "shared" and self.keys.shape[1]:
             longer.values = self.values
@@ -88,6 +90,7 @@ class Wrong(NoCompression):
         ("covered", "tokens are covered|changed the old region"),
         ("shared", "shares memory|materialize gives"),
         ("dtype", "materialize gives torch.float64"),
+        ("writes", "are written to"),
     ],
 )
 def test_a_wrong_region_is_found_out(wrong: str, message: str) -> None:

@@ -22,7 +22,8 @@ def compressed_bytes(compressor: Compressor, sites: Sequence[Site]) -> float:
     total = 0.0
     for site in sites:
         method = compressor.for_layer(site.layer, len(sites))
-        if method.donor is not None:
+        if method.donor is not None:  # one of another shape lends nothing
+            total += 0 if sites[method.donor].shape == site.shape else site.bytes_per_token
             continue
         shape = (repr(method), site.heads, site.kv_heads, site.head_size, site.value_size)
         if shape not in measured:

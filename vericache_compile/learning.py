@@ -47,12 +47,15 @@ def turns_of(model: Any, ids: Tensor) -> list[Rotation | None]:
     latest = None if before is None else before.latest
     compiled: Any = torch.compile(model, backend="vericache", options=options)
     few = {"input_ids": ids[:1, :8], "attention_mask": torch.ones_like(ids[:1, :8])}
-    with torch.no_grad(), calls_compiled(compiled):
-        model.generate(**few, min_new_tokens=3, max_new_tokens=3, do_sample=False)
-    state = state_of(list(model.parameters()))
-    last = None if state is None or state.latest is None else state.latest.session.last
-    if state is not None:
-        state.latest = latest  # `stats` speaks of what the user ran
+    last = None
+    try:
+        with torch.no_grad(), calls_compiled(compiled):
+            model.generate(**few, min_new_tokens=3, max_new_tokens=3, do_sample=False)
+    finally:
+        state = state_of(list(model.parameters()))
+        if state is not None:
+            last = None if state.latest is None else state.latest.session.last
+            state.latest = latest  # `stats` speaks of what the user ran
     if last is None:
         fix = "`vericache explain` says why; a method that it does not run has no use for a calibration"
         raise VericacheError("no decode step of it is taken", f"the model {type(model).__name__}", fix)

@@ -65,6 +65,11 @@ class Site:
     """Whether the cache tensors have room for every column, and are written in place."""
 
     @property
+    def shape(self) -> tuple[int, int, int]:
+        """KV heads, head size, value head size: alike where one site can read another's cache."""
+        return self.kv_heads, self.head_size, self.value_size
+
+    @property
     def is_plain(self) -> bool:
         """Whether nothing but the scale is done to the products of queries and keys."""
         return self.soft_cap is None and not self.sinks and self.alibi is None

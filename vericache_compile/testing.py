@@ -105,8 +105,9 @@ def check_region(method: Compressor, keys: Tensor, values: Tensor, queries: Tens
     """Compress the first `tokens` of keys [K, S, D] and values [K, S, Dv], then let the others join.
 
     Sizes, types and coverage are as the interface says, bytes are those allocated, nothing is shared with the cache or
-    between regions, and the first region stays as it was to the bit.
+    between regions, what was given is not written to, and the first region stays as it was to the bit.
     """
+    untouched = raw_bytes((keys, values, queries))
     region = method.compress(keys[:, :tokens], values[:, :tokens], queries)
     held, covered = raw_bytes(region), region.covered
     assert 0 <= covered <= tokens, f"{covered} tokens are covered of {tokens}"
@@ -121,6 +122,8 @@ def check_region(method: Compressor, keys: Tensor, values: Tensor, queries: Tens
     assert not (storages(region).keys() & storages(longer).keys()) - {0}, "extend shares memory with the old region"
     assert region.covered == covered, "extend changed the old region"
     assert all(map(torch.equal, raw_bytes(region), held)), "extend changed the old region's bytes"
+    now = raw_bytes((keys, values, queries))
+    assert all(map(torch.equal, now, untouched)), "keys, values or queries are written to: they are the full cache's"
 
 
 def _check_sizes(region: CompressedKV, keys: Tensor, values: Tensor) -> None:
@@ -242,6 +245,6 @@ def storages(region: CompressedKV) -> dict[int, int]:
     return {x.data_ptr(): x.nbytes() for x in (tensor.untyped_storage() for tensor in find_tensors(region))}
 
 
-def raw_bytes(region: CompressedKV) -> list[Tensor]:
-    """A copy of every byte of a region."""
-    return [tensor.contiguous().view(torch.uint8).clone() for tensor in find_tensors(region) if tensor.numel()]
+def raw_bytes(value: object) -> list[Tensor]:
+    """A copy of every byte of the tensors in a region or a tuple."""
+    return [tensor.contiguous().view(torch.uint8).clone() for tensor in find_tensors(value) if tensor.numel()]

@@ -76,7 +76,7 @@ def test_a_wrong_parameter_says_what_where_and_how_to_fix_it(
 
 
 @METHODS
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(**SIZES, dtype=DTYPES)
 def test_regions_are_what_they_say(name: str, tokens: int, more: int, dtype: torch.dtype) -> None:
     check_region(make_compressor(name), *random_row(tokens + more, dtype=dtype), tokens)
@@ -99,7 +99,7 @@ def test_a_whole_owned_row_is_copied_too(name: str, dtype: torch.dtype) -> None:
 
 
 @DROPPING
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(**SIZES, dtype=DTYPES)
 def test_keeping_all_is_the_full_cache(name: str, tokens: int, more: int, dtype: torch.dtype) -> None:
     check_whole(make_compressor(name, keep=1.0), *random_row(tokens + more, dtype=dtype), tokens)

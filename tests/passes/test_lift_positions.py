@@ -12,7 +12,7 @@ from vericache_compile.errors import UnsupportedGraph
 from vericache_compile.passes.lift_positions import lift_positions
 
 
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize(("loop", "rule"), [("generate", "given"), ("plain", "column"), ("masked", "column")])
 @pytest.mark.parametrize(("name", "limit"), [("llama", None), ("gpt2", 4096)])
 def test_the_rule_of_real_models(name: str, limit: int | None, loop: str, rule: str, batch: int) -> None:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from vericache_compile.compressors.base import Compressor
+from vericache_compile.compressors.borrowed import BorrowedKV, Borrower
 from vericache_compile.compressors.chain import Chain
 from vericache_compile.compressors.dense import DenseKV
 from vericache_compile.compressors.kivi import Kivi
 from vericache_compile.compressors.none import NoCompression
+from vericache_compile.compressors.per_layer import PerLayer
 from vericache_compile.compressors.snapkv import SnapKV
 from vericache_compile.compressors.streaming import Streaming
 from vericache_compile.plan import Site
@@ -362,6 +364,25 @@ def test_a_sliding_site_keeps_its_window_exactly_and_no_region(make_sites: Sites
     assert later == Visible(((9, 9), (0, 0)), (25, 8)), "the window moves on through the tail"
     assert sliding.valid([60, 97]), "padding is before any window"
     assert not sliding.valid([59, 100]), "a window that starts before the tail does"
+
+
+def test_a_site_borrows_from_one_of_its_own_shape_alone(make_sites: Sites, fill: Fill) -> None:
+    """The lender of the third site has other values than it; that of the last one is like it."""
+    sites = [replace(site, value_size=16 if site.layer else 8) for site in make_sites(4)]
+    sites = [replace(site, value_size=12 if site.layer == 1 else site.value_size) for site in sites]
+    full = FullKV(sites, 1)
+    fill(full, 0, 80)
+    unseen: list[list[Tensor | None]] = [[None]] * 4
+    method = PerLayer(((range(2), NoCompression()), (range(2, 3), Borrower(1)), (None, Borrower(2))))
+    draft = compress(method, full, [0], [80], unseen, 20)
+    for _ in range(2):
+        lent = [isinstance(layer.regions[0], BorrowedKV) for layer in draft.layers]
+        assert lent == [False, False, False, True]
+        assert [layer.values.shape[3] for layer in draft.layers] == [8, 12, 16, 16]
+        assert torch.equal(
+            draft.layers[2].regions[0].materialize()[1], full.values[2][0, :, : draft.layers[2].starts[0]]
+        )
+        draft = extend(draft, full, [0], [80], unseen, 20)
 
 
 def test_tokens_out_of_a_window_take_no_slot() -> None:

@@ -57,7 +57,8 @@ class CompressedKV(ABC):
     def extend(self, keys: Tensor, values: Tensor, queries: Tensor | None) -> Self:
         """A new region that also covers the next S tokens: keys [K, S, D], values [K, S, Dv].
 
-        May cover fewer than S of them (see `Compressor.compress`). Queries [H, w, D] are the latest.
+        May cover fewer than S of them (see `Compressor.compress`). Queries [H, w, D] are the latest. All may be views
+        of the full cache, which verify reads: they must not be written to.
         """
 
     def select(self, query: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,5 +138,6 @@ class Compressor(ABC):
     def compress(self, keys: Tensor, values: Tensor, queries: Tensor | None) -> CompressedKV:
         """Compress keys [K, S, D] and values [K, S, Dv] (post-RoPE, as cached) by the last queries [H, w, D].
 
-        Returns a region with `covered` <= S; tokens [covered, S) stay exact in the tail.
+        Returns a region with `covered` <= S; tokens [covered, S) stay exact in the tail. All may be views of the full
+        cache, which verify reads: they must not be written to.
         """

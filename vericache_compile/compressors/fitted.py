@@ -76,13 +76,16 @@ class FittedKV(CompressedKV):
         tokens = keys.shape[1] // self.method.multiple * self.method.multiple
         more = self.method.encode(self.method.as_stored(keys[:, :tokens], self.covered), values[:, :tokens], self.fit)
         codes = (join(self.codes[0], more[0]), join(self.codes[1], more[1]))
-        fit = self.fit if self.lent else tuple(part.clone() for part in self.fit)
         covered = self.covered + tokens
-        return type(self)(Pair(*_owned(self.sinks)), codes, covered, self.method, fit, lent=self.lent)
+        return type(self)(Pair(*_owned(self.sinks)), codes, covered, self.method, self._passed_on(), lent=self.lent)
 
     def _begin(self, keys: Tensor, values: Tensor, queries: Tensor | None) -> Self:
-        given = self.fit if self.lent else None
+        given = self._passed_on() or None
         return type(self)(*self.method.start(keys, values, queries, given, residual=0), lent=self.lent)
+
+    def _passed_on(self) -> Fit:
+        """The fit for a region that follows this one."""
+        return self.fit if self.lent else tuple(part.clone() for part in self.fit)
 
 
 class Fitted(Compressor):
@@ -156,6 +159,8 @@ class Learner(Compressor):
 
     calibration: str | None = None
     """A file that `vericache calibrate` wrote for this method and model."""
+    held: Calibration | None = None
+    """What the file held when the method was made (`load`): what becomes of it later does no harm."""
 
     @abstractmethod
     def learn(self, model: Any, ids: Tensor, turned: Sequence[Rotation | None]) -> dict[str, Tensor]:
@@ -164,15 +169,15 @@ class Learner(Compressor):
         `turned` says how each layer's keys are turned by position.
         """
 
-    def check_file(self) -> None:
-        """Raise OptionError unless the file, where one is named, can be read and is this method's."""
+    def load(self) -> None:
+        """Read the file, where one is named; raise OptionError where it cannot be read, or is another method's."""
         if self.calibration is not None:
-            read(self.calibration, self.name)
+            vars(self)["held"] = read(self.calibration, self.name)
 
     def check_model(self, sites: Sequence[Site], parameters: Iterable[Sequence[int]]) -> None:
         """Raise OptionError where the file is of another model, by its sites or the shapes of its `parameters`."""
-        if self.calibration is not None:
-            read(self.calibration, self.name).check_model(sites, parameters)
+        if self.held is not None:
+            self.held.check_model(sites, parameters)
 
 
 class Learned(Learner, Fitted):
@@ -182,11 +187,18 @@ class Learned(Learner, Fitted):
     def given(self, held: Calibration, layer: int, layers: int) -> Fit:
         """The fit that a file holds for site `layer` of `layers`."""
 
+    def typed(self, fit: Fit, dtype: torch.dtype) -> Fit:
+        """A given fit for a cache of this dtype: a file may have been made of the model in another."""
+        return tuple(part.to(dtype) if part.is_floating_point() else part for part in fit)
+
     def for_layer(self, layer: int, layers: int) -> Compressor:
         """The method as it is at site `layer` of `layers`: with the file's fit, where there is a file."""
-        if self.calibration is None:
+        if self.held is None:
             return self
-        return Calibrated(self, layer, self.given(read(self.calibration, self.name), layer, layers))
+        fits: dict[tuple[int, int], Fit] = vars(self).setdefault("fits", {})
+        if (layer, layers) not in fits:
+            fits[layer, layers] = self.given(self.held, layer, layers)
+        return Calibrated(self, layer, fits[layer, layers])
 
 
 @dataclass(frozen=True)
@@ -195,7 +207,7 @@ class Calibrated(Compressor):
 
     name: ClassVar[str] = "calibrated"
 
-    method: Fitted
+    method: Learned
     layer: int
     given: Fit = field(repr=False, compare=False)
 
@@ -214,8 +226,8 @@ class Calibrated(Compressor):
         return replace(self, method=self.method.knowing(facts))
 
     def compress(self, keys: Tensor, values: Tensor, queries: Tensor | None) -> FittedKV:
-        """As the method does, but by the fit that is given: lent where it lies on the device of the cache already."""
-        given = tuple(part.to(keys.device) for part in self.given)
+        """As the method does, but by the fit that is given: lent where it has the device and dtype of the cache."""
+        given = tuple(part.to(keys.device) for part in self.method.typed(self.given, keys.dtype))
         lent = all(part is own for part, own in zip(given, self.given, strict=True))
         return FittedKV(*self.method.start(keys, values, queries, given, self.method.residual), lent=lent)
 

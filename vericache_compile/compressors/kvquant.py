@@ -98,7 +98,9 @@ class KVQuant(Learned):
         if not isinstance(self.outliers, int | float) or not 0 < self.outliers < 1:
             fix = "give a fraction between 0 and 1"
             raise OptionError(f"outliers={self.outliers!r}", f"compressor {self.name!r}", fix)
-        self.check_file()
+        self.load()
+        if self.held is not None:
+            self.given(self.held, 0, len(self.held.model["sites"]))
 
     @property
     def multiple(self) -> int:
@@ -116,6 +118,11 @@ class KVQuant(Learned):
             fix = f"calibrate again with kvquant(bits={self.bits})"
             raise OptionError(f"{len(made.key_levels)} levels for bits={self.bits}", held.where, fix)
         return made
+
+    def typed(self, fit: Fit, dtype: torch.dtype) -> Fit:
+        """The ranges in the dtype of the cache; levels stay float32."""
+        ranges = Ranges(*fit)
+        return ranges._replace(low=ranges.low.to(dtype), high=ranges.high.to(dtype))
 
     def learn(self, model: Any, ids: Tensor, turned: Sequence[Rotation | None]) -> dict[str, Tensor]:
         """Ranges and levels of every layer, by up to 2,048 of the tokens ids [N, T]."""

@@ -5,7 +5,8 @@ between their mean caches over some text, the LEAST alike first (their finding);
 the earlier one's cache, if the model's last hidden state stays within a cosine of 0.5 of its own, until enough layers
 share. That order is calibrated: `vericache calibrate --compressor kvsharer` keeps the pairs that were accepted.
 
-Without a file, layers are paired with the one below, from the last one down: a start, not the paper's.
+Without a file, layers are paired with the one below, from the last one down: a start, not the paper's. A layer whose
+cache has another shape than its lender's does not borrow.
 
 Layers that do not share keep every token as it is. A borrowed region takes no bytes; a draft step reads it again.
 """
@@ -19,7 +20,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from vericache_compile.calibration import read
 from vericache_compile.compressors.base import CompressedKV, Compressor
 from vericache_compile.compressors.borrowed import Borrower
 from vericache_compile.compressors.fitted import Learner
@@ -48,7 +48,7 @@ class KVSharer(Learner):
         if not isinstance(self.share, int | float) or not 0 <= self.share < 1:
             fix = "give a fraction from 0 up, below 1"
             raise OptionError(f"share={self.share!r}", f"compressor {self.name!r}", fix)
-        self.check_file()
+        self.load()
 
     def for_layer(self, layer: int, layers: int) -> Compressor:
         """A borrower, or no compression."""
@@ -57,10 +57,10 @@ class KVSharer(Learner):
 
     def donors(self, layers: int) -> dict[int, int]:
         """Which layer borrows from which."""
-        if self.calibration is None:
+        if self.held is None:
             pairs = [(layer, layer - 1) for layer in range(layers - 1, 0, -2)]
         else:
-            pairs = [(a, b) for a, b in read(self.calibration, self.name).part("pairs").tolist()]
+            pairs = [(a, b) for a, b in self.held.part("pairs").tolist()]
         return dict(pairs[: round(self.share * layers)])
 
     def compress(self, keys: Tensor, values: Tensor, queries: Tensor | None) -> CompressedKV:

@@ -64,7 +64,7 @@ class LowRank(Learned):
             raise OptionError(f"rank={self.rank!r}", f"compressor {self.name!r}", fix)
         check_count("sinks", self.sinks, 0, self.name)
         check_count("residual", self.residual, 0, self.name)
-        self.check_file()
+        self.load()
 
     @abstractmethod
     def order(self, moment: Tensor, heads: int) -> tuple[Tensor, int]:
