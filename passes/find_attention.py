@@ -194,10 +194,11 @@ def _match(finder: Finder, layer: int, call: Attention) -> tuple[SiteNodes, Appe
 
 
 def _check_types(call: Node, *parts: Node) -> None:
-    """Kernels read queries, keys and values as cached, and take one type for all three."""
-    query, key, value = (str(example(node).dtype).removeprefix("torch.") for node in parts)
-    if not query == key == value:
-        found = f"queries of {query} over cached keys of {key} and values of {value}"
+    """Kernels take one type: that of the keys, which is also the queries' and holds all numbers of the values'."""
+    query, key, value = (example(node).dtype for node in parts)
+    if query is not key or torch.promote_types(key, value) is not key:
+        names = [str(dtype).removeprefix("torch.") for dtype in (query, key, value)]
+        found = "queries of {} over cached keys of {} and values of {}".format(*names)
         raise unsupported(found, call, "cache keys and values in the type of the queries")
 
 

@@ -154,7 +154,7 @@ def _replace_attention(program: Program, node_of: dict[Node, Node], nodes: SiteN
     with attention.graph.inserting_before(attention):
         if before.dim() != 4:  # [B * H, T, E]
             made = attention.graph.call_method("flatten", (made, 0, 1))
-        if before.dtype is not example(nodes.query).dtype:  # the model attends in a wider type than it caches
+        if nodes.spelled and before.dtype is not example(nodes.query).dtype:  # wider than what is cached
             made = attention.graph.call_method("to", (made, before.dtype))
     attention.replace_all_uses_with(made)
 

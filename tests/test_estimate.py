@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from vericache_compile.compressors.spec import parse
-from vericache_compile.estimate import compressed_bytes
+from vericache_compile.estimate import bytes_read, compressed_bytes
 from vericache_compile.plan import Site
 
 SITE = Site(0, 4, 2, 16, 16, 0.25, torch.float32, (0, 1))
@@ -26,3 +28,11 @@ SITE = Site(0, 4, 2, 16, 16, 0.25, torch.float32, (0, 1))
 def test_bytes_are_a_share_of_the_full_cache(text: str, share: float) -> None:
     """A method that covers nothing of any length leaves all in the exact tail."""
     assert compressed_bytes(parse(text, {}), [SITE]) == pytest.approx(share * SITE.bytes_per_token, rel=0.02)
+
+
+def test_a_sliding_window_is_kept_whole_and_read_no_further() -> None:
+    sliding = replace(SITE, layer=1, window=100)
+    method, size = parse("streaming(keep=0.25)", {}), SITE.bytes_per_token
+    assert compressed_bytes(method, [SITE, sliding]) == pytest.approx(1.25 * size, rel=0.02)
+    assert bytes_read(method, [SITE, sliding], 1000) == (1100 * size, pytest.approx(350 * size, rel=0.02))
+    assert bytes_read(method, [sliding], 10) == (10 * size, 10 * size)

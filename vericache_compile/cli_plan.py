@@ -126,7 +126,7 @@ def _sites(model: Any, dtype: Any) -> list[Site]:
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     site = Site(0, heads, kv_heads, size, size, size**-0.5, dtype, None)
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    windows = [config.sliding_window if kind == "sliding_attention" else None for kind in kinds]
+    windows = [getattr(config, "sliding_window", None) if kind == "sliding_attention" else None for kind in kinds]
     return [replace(site, layer=layer, window=window) for layer, window in enumerate(windows)]
 
 

@@ -149,3 +149,9 @@ def test_a_window_puts_all_rows_to_their_experts_together(axis: int) -> None:
     assert torch.equal(made.flatten(0, 1), ops.experts_mm(x, weight, chosen, ops.EXPERT_ROWS))
     with pytest.raises(NotImplementedError, match="a weight differs over the window"):
         torch.func.vmap(lambda w: ops.experts_mm(x, w, chosen, 0))(weight[None])
+
+
+def test_a_program_with_experts_says_that_it_waits_for_the_host() -> None:
+    for model, waits in ((Toy(), False), (Experts(), True)):
+        program = run_until(toy_decode(model), "lower")
+        assert [each.waits_for_host for each in program.segmented.values()] == [waits, waits]
