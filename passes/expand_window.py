@@ -96,7 +96,7 @@ class _Linears(Interpreter):
     def run_node(self, n: Node) -> Any:
         try:
             return super().run_node(n)
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, TypeError, ValueError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise unsupported(f"a call that a window cannot be put through ({reason})", n, FIX) from error
 

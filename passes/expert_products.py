@@ -10,7 +10,7 @@ would read weights once per token of a window.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,20 +32,23 @@ class ExpertProducts:
         """The value of a call that is such a product, or that counts the rows of each expert; None for any other."""
         name = target if isinstance(target, str) else getattr(target, "__name__", "").split(".")[0]
         if name in GROUPED:
-            return self._grouped(*args, **kwargs)
+            given = _given(("x", "weight", "offs"), args, kwargs)
+            return None if given is None else self._grouped(*given)
         if target is torch.bmm:
-            return self._batched(*args)
+            given = _given(("input", "mat2"), args, kwargs)
+            return None if given is None else self._batched(*given)
         if target is torch.histc:
-            return _count(*args, **kwargs)
+            given = _given(("input", "bins", "min", "max"), args, kwargs)
+            return None if given is None else _count(*given)
         if target is operator.getitem and _is_pick(*args):
             weights, experts = args
             self._picked.append((weights[experts], weights, experts))
             return self._picked[-1][0]
         return None
 
-    def _grouped(self, x: Tensor, weight: Tensor, offs: Tensor) -> Tensor | None:
+    def _grouped(self, x: Tensor, weight: Tensor, offs: Tensor | None) -> Tensor | None:
         """x [S, in] in the order of experts, weight [E, in, out], offs [E]: where each expert's rows end."""
-        if x.dim() != 2 or weight.dim() != 3:
+        if offs is None or x.dim() != 2 or weight.dim() != 3:
             return None
         row = torch.arange(x.shape[0], device=x.device)
         return _product(x, weight, (offs[:, None] <= row).sum(0))
@@ -58,6 +61,13 @@ class ExpertProducts:
             if picked is right and left.shape[-2] == 1:
                 return _product(left.squeeze(-2), weights, experts).unsqueeze(-2)
         return None
+
+
+def _given(names: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any] | None:
+    """The arguments of a call in this order; None where one is missing, or there are others."""
+    given = dict(zip(names, args, strict=False)) | dict(kwargs)
+    exact = len(args) <= len(names) and given.keys() == set(names)
+    return [given[name] for name in names] if exact else None
 
 
 def _product(x: Tensor, weight: Tensor, experts: Tensor) -> Tensor:
@@ -76,6 +86,6 @@ def _is_pick(weights: Any, experts: Any) -> bool:
 
 def _count(x: Tensor, bins: int, min: int, max: int) -> Tensor | None:
     """Of whole numbers x [S] how many are 0, 1, ..., bins - 1 (histc has no rule for a window)."""
-    if (min, max) != (0, bins - 1):
+    if x.dim() != 1 or (min, max) != (0, bins - 1):
         return None
     return (x[:, None] == torch.arange(bins, device=x.device)).sum(0).to(x.dtype)

@@ -169,6 +169,8 @@ def _match(finder: Finder, layer: int, call: Attention) -> tuple[SiteNodes, Appe
     for side in (keys, values):
         if not as_it_is and not _repeats_heads(finder, side, heads // kv_heads):
             raise unsupported("keys or values change between cache and attention", result, "attend to them as cached")
+    if not as_it_is:
+        _check_types(result, query, keys.new, values.new)
     head_size, value_size = (int(example(node).shape[3]) for node in (query, values.new))
     if (keys.kept, keys.recent) != (values.kept, values.recent):
         raise unsupported("keys cut to other columns than values", result, "cut both alike")
@@ -189,6 +191,15 @@ def _match(finder: Finder, layer: int, call: Attention) -> tuple[SiteNodes, Appe
     )
     given = (call.mask, call.sides, call.products, call.sinks, call.spelled)
     return SiteNodes(site, result, query, keys.new, values.new, *given), keys, values
+
+
+def _check_types(call: Node, *parts: Node) -> None:
+    """Kernels take one type: that of the keys, which is also the queries' and holds all numbers of the values'."""
+    query, key, value = (example(node).dtype for node in parts)
+    if query is not key or torch.promote_types(key, value) is not key:
+        names = [str(dtype).removeprefix("torch.") for dtype in (query, key, value)]
+        found = "queries of {} over cached keys of {} and values of {}".format(*names)
+        raise unsupported(found, call, "cache keys and values in the type of the queries")
 
 
 def _append(finder: Finder, call: Node, query: Node, used: Node) -> Appended:

@@ -15,7 +15,7 @@ from torch._guards import tracing
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 
-from vericache_compile.ops import ATTEND, PREFETCH, WAIT
+from vericache_compile.ops import ATTEND, EXPERTS_MM, PREFETCH, WAIT
 from vericache_compile.passes.program import Compiled, Program, SegmentGraph, placeholders, returned
 from vericache_compile.plan import Act, SegmentedProgram, Step
 
@@ -139,4 +139,5 @@ def _lay_out(mode: str, variant: GraphModule, steps: list[NodeStep], distinct: i
         weights=tuple((slot[node], node.meta["captured_input"], node.meta.get("cast")) for node in weights),
         outputs=slots(rows),
         distinct=distinct,
+        waits_for_host=any(node.target is EXPERTS_MM for node in variant.graph.nodes),
     )

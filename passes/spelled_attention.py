@@ -127,18 +127,18 @@ def _refuse_dropout(call: Node) -> None:
 
 def _leave_out_sinks(logits: Any, sunk: bool) -> tuple[Node, Node | None]:
     """What the softmax reads before its maximum is taken off and a column appended, and that column's weight."""
-    if call_name(logits) == "sub" and _is_maximum(logits.args[1], logits.args[0]):
+    if call_name(logits) == "sub" and len(logits.args) == 2 and _is_maximum(logits.args[1], logits.args[0]):
         logits = logits.args[0]
     appends = logits.target in APPENDS
     if appends is not sunk:
         raise unsupported("a softmax of which other than one appended column is dropped", logits, "append sinks last")
     if not appends:
         return logits, None
-    parts, dim = logits.args[0], logits.kwargs.get("dim", logits.args[-1])
-    own, last = parts
-    rank = example(own).dim()
-    if len(parts) != 2 or rank != 4 or dim not in (-1, rank - 1):
+    given: dict[str, Any] = dict(zip(("tensors", "dim"), logits.args, strict=False)) | logits.kwargs
+    parts = given["tensors"]
+    if len(parts) != 2 or example(parts[0]).dim() != 4 or given.get("dim") not in (-1, 3):
         raise unsupported("sinks that are not one column after all others", logits, "append sinks last")
+    own, last = parts
     while call_name(last) in SHAPES | {"expand", "unsqueeze"}:
         last = last.args[0]
     if not is_weight(last) or example(last).shape != (example(own).shape[1],):
@@ -193,8 +193,9 @@ def _leads(node: Node) -> bool:
 def _factors(product: Node) -> dict[str, Any]:
     """Query and key of a product, what is added to it (or None), and the number it is multiplied by."""
     if call_name(product) != "baddbmm":
-        query, key = product.args
-        return {"query": query, "key": key, "added": None, "alpha": 1.0}
+        second = "mat2" if "mat2" in product.kwargs else "other"
+        pair = dict(zip(("input", second), product.args, strict=False)) | product.kwargs
+        return {"query": pair["input"], "key": pair[second], "added": None, "alpha": 1.0}
     given: dict[str, Any] = dict(zip(("input", "batch1", "batch2"), product.args, strict=False)) | product.kwargs
     alpha = float(given.get("alpha", 1))
     return {"query": given["batch1"], "key": given["batch2"], "added": given["input"], "alpha": alpha}

@@ -150,13 +150,13 @@ def _replace_attention(program: Program, node_of: dict[Node, Node], nodes: SiteN
         arguments = (*parts, *cache, nodes.site.scale, nodes.site.layer, nodes.site.window, *_scores(nodes, node_of))
         call = attention.graph.call_function(ATTEND, arguments)
     call.meta.update(attention.meta)
-    shape = example(nodes.attention).shape
-    if len(shape) == 4:
-        attention.replace_all_uses_with(call)
-    else:  # [B * H, T, E]
-        with attention.graph.inserting_after(call):
-            shaped = attention.graph.call_method("flatten", (call, 0, 1))
-        attention.replace_all_uses_with(shaped)
+    before, made = example(nodes.attention), call
+    with attention.graph.inserting_before(attention):
+        if before.dim() != 4:  # [B * H, T, E]
+            made = attention.graph.call_method("flatten", (made, 0, 1))
+        if nodes.spelled and before.dtype is not example(nodes.query).dtype:  # wider than what is cached
+            made = attention.graph.call_method("to", (made, before.dtype))
+    attention.replace_all_uses_with(made)
 
 
 def _scores(nodes: SiteNodes, node_of: dict[Node, Node]) -> tuple[Any, ...]:

@@ -30,7 +30,9 @@ Bound = list[Tensor | None]
 
 def serves(device: torch.device, plan: DecodePlan, draft: DraftKV) -> bool:
     """Whether draft steps run with their lengths on the device: where kernels read lengths there, no bias has to be
-    made for a length, and no region chooses by the query what is read."""
+    made for a length, no region chooses by the query what is read, and no segment reads numbers back."""
+    if plan.draft.waits_for_host:
+        return False
     regions = (region for layer in draft.layers for region in layer.regions)
     if any(type(region).select is not CompressedKV.select for region in regions):
         return False

@@ -276,3 +276,33 @@ def test_compressors_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compressors"]) == 0
     shown = capsys.readouterr().out
     assert all(name in shown for name in COMPRESSORS)
+
+
+@pytest.mark.parametrize(
+    ("words", "variable", "file"),
+    [
+        ([], "", "vericache-trace.json"),
+        ([], "from-variable.json", "from-variable.json"),
+        (["--trace", "given.json"], "from-variable.json", "given.json"),
+    ],
+)
+def test_a_trace_goes_where_the_options_say(
+    words: list[str], variable: str, file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VERICACHE_TRACE", variable)
+    monkeypatch.setattr(cli_commands, "run", lambda args: ({}, 0))
+    args = make_parser().parse_args(["trace", "--prompt-file", "f", *words])
+    assert cli_commands.trace(args) == ({"trace": file}, 0)
+
+
+def test_a_file_that_cannot_be_written_is_found_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "missing" / "file")
+    assert main(["sweep", "llama", "--markdown", out]) == 2
+    assert main(["calibrate", "--compressor", "kvquant", "--text", "none", "--out", out]) == 2
+    assert capsys.readouterr().err.count(f"{out} cannot be written") == 2
+
+
+@pytest.mark.parametrize("option", ["--rows", "--tokens"])
+def test_a_calibration_is_on_some_tokens(option: str) -> None:
+    with pytest.raises(SystemExit):
+        main(["calibrate", "--compressor", "kvquant", "--text", "f", "--out", "f", option, "0"])

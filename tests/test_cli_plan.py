@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Qwen2Config, T5Config
 
 from vericache_compile.cli import main
 
@@ -71,3 +72,40 @@ def test_a_cpu_needs_a_size(model: str, capsys: pytest.CaptureFixture[str]) -> N
     bandwidths = ["--memory-bandwidth", "20", "--link-bandwidth", "5"]
     assert main(["plan", "--model", model, "--context", "4000", "--device", "cpu", *bandwidths]) == 2
     assert "--device-memory" in capsys.readouterr().err
+
+
+def test_a_size_of_the_ring_is_planned_with(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--model", model, "--context", "128000", "--batch", "5", "--staging-mb", "16384", "--json"]
+    made = {each["name"]: each for each in json.loads(plan(capsys, *words, *GPU))["choices"]}
+    assert made["swapped verify"]["staging_bytes"] == 16 << 30
+
+
+def test_sliding_windows_are_planned_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kinds = ["sliding_attention", "full_attention"]
+    sizes = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32}
+    config = Qwen2Config(num_hidden_layers=2, layer_types=kinds, sliding_window=100, use_sliding_window=True, **sizes)
+    config.save_pretrained(tmp_path)
+    words = ["--model", str(tmp_path), "--context", "1000", "--dtype", "float32", "--compressor", "none", "--json"]
+    load = json.loads(plan(capsys, *words, *GPU))["load"]
+    assert load["kv"] == load["draft_kv"] == pytest.approx(1.1 * 2 * 2 * 32 * 4)
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["--model", "{folder}/none"], "the model's configuration cannot be read"),
+        (["--model", "{folder}"], "the model's configuration cannot be read"),
+        (["--device", "foo"], "no such device"),
+        (["--device", "foo", "--window", "7"], "window=7"),
+    ],
+)
+def test_wrong_input_is_said_in_three_parts(
+    words: list[str], found: str, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    T5Config().save_pretrained(tmp_path)
+    given = [word.format(folder=tmp_path) for word in words]
+    assert main(["plan", "--model", model, "--context", "1000", *GPU, *given]) == 2
+    said = capsys.readouterr().err
+    assert found in said
+    assert "where: " in said
+    assert "fix: " in said

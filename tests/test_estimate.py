@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vericache_compile.compressors.spec import parse
-from vericache_compile.estimate import compressed_bytes
+from vericache_compile.estimate import bytes_read, compressed_bytes
 from vericache_compile.plan import Site
 
 SITE = Site(0, 4, 2, 16, 16, 0.25, torch.float32, (0, 1))
@@ -35,3 +35,11 @@ def test_only_sites_of_one_shape_share() -> None:
     full = sum(site.bytes_per_token for site in sites)
     shared = compressed_bytes(parse("kvsharer(share=0.5)", {}), sites)
     assert shared == pytest.approx(full - SITE.bytes_per_token, rel=0.02), "site 3 reads site 2, site 1 nothing"
+
+
+def test_a_sliding_window_is_kept_whole_and_read_no_further() -> None:
+    sliding = replace(SITE, layer=1, window=100)
+    method, size = parse("streaming(keep=0.25)", {}), SITE.bytes_per_token
+    assert compressed_bytes(method, [SITE, sliding]) == pytest.approx(1.25 * size, rel=0.02)
+    assert bytes_read(method, [SITE, sliding], 1000) == (1100 * size, pytest.approx(350 * size, rel=0.02))
+    assert bytes_read(method, [sliding], 10) == (10 * size, 10 * size)

@@ -10,9 +10,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from graphs import Toy, toy_decode
+from torch.fx import GraphModule
 
+from vericache_compile import backend
 from vericache_compile.config import Config
+from vericache_compile.errors import UnsupportedGraph
 from vericache_compile.observers import dump_root, make_observers
+from vericache_compile.passes.program import Program, is_weight, placeholders
 
 PROGRAM = """
 import torch
@@ -92,3 +98,34 @@ def test_dumps_go_where_the_option_says_else_to_torchs_folder(monkeypatch: pytes
     monkeypatch.setenv("TORCH_COMPILE_DEBUG", "1")
     assert dump_root(Config(dump="here")) == "here"
     assert str(dump_root(Config())).endswith("vericache")
+
+
+def test_a_refusal_for_a_later_batch_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+
+    class Told:
+        def after(self, name: str, count: int, program: Program) -> None: ...
+
+        def done(self, program: Program) -> None: ...
+
+        def refused(self, module: GraphModule, reason: UnsupportedGraph) -> None:
+            told.append(reason.found)
+
+    def refuse(*_: object) -> None:
+        raise UnsupportedGraph("this batch", "here", "another")
+
+    monkeypatch.setattr(backend, "make_observers", lambda *_: (Told(),))
+    call = toy_decode(Toy())
+    nodes = placeholders(call.module)
+    inputs = [torch.nn.Parameter(x) if is_weight(node) else x for node, x in zip(nodes, call.inputs, strict=True)]
+    with torch.no_grad():
+        run = backend.vericache(call.module, inputs, options={"inductor": False, "strict": True})
+        monkeypatch.setattr(backend, "plan_capture", refuse)
+        more = [x.expand(3, *x.shape[1:]) if getattr(x, "dtype", None) is torch.int64 else x for x in inputs]
+        for _ in range(2):
+            with pytest.raises(UnsupportedGraph, match="this batch"):
+                run(*more)
+        assert told == ["this batch"]
+        with pytest.raises(UnsupportedGraph):
+            backend.vericache(call.module, inputs, options={"inductor": False, "strict": True})
+    assert told == ["this batch"] * 2

@@ -181,6 +181,8 @@ def _take(
                 plans[key] = plan_capture(gm, batch, window, inductor, made.compiled, *how)
             except UnsupportedGraph as reason:
                 plans[key] = reason
+                for observer in () if first else watching:  # a refusal of the first is told by `vericache`
+                    observer.refused(gm, reason)
         planned = plans[key]
         if isinstance(planned, UnsupportedGraph):
             raise planned.with_traceback(None)

@@ -16,7 +16,7 @@ from typing import Any
 import vericache_compile
 from vericache_compile.cli_calibrate import add_arguments as add_calibration
 from vericache_compile.cli_calibrate import calibrate
-from vericache_compile.cli_commands import bench, check, compressors, run, trace
+from vericache_compile.cli_commands import bench, check, compressors, positive, run, trace
 from vericache_compile.cli_explain import explain
 from vericache_compile.cli_plan import plan
 from vericache_compile.doctor import doctor
@@ -77,8 +77,8 @@ def make_parser() -> argparse.ArgumentParser:
 
     made = commands.add_parser("bench", help="time plain generate and vericache in turn; medians")
     _add_model(made, max_new_tokens=128)
-    made.add_argument("--repeat", type=_positive, default=3, help="runs of each (default %(default)s)")
-    made.add_argument("--batch", type=_positive, default=1, help="copies of the prompt (default %(default)s)")
+    made.add_argument("--repeat", type=positive, default=3, help="runs of each (default %(default)s)")
+    made.add_argument("--batch", type=positive, default=1, help="copies of the prompt (default %(default)s)")
     _finish(made, bench)
 
     made = commands.add_parser("compressors", help="the compression methods: parameters, what they need, the paper")
@@ -127,7 +127,7 @@ def _add_model(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
     model = parser.add_argument_group("model and prompt")
     model.add_argument("--model", default="demo", metavar="demo|PATH|HUB_ID", help="default %(default)s")
     model.add_argument("--prompt-file", required=True, metavar="F", help="the prompt; - reads stdin")
-    model.add_argument("--max-new-tokens", type=_positive, default=max_new_tokens, metavar="N")
+    model.add_argument("--max-new-tokens", type=positive, default=max_new_tokens, metavar="N")
     _add_device(model)
     chat = "put the prompt into the model's chat template (default: when it has one)"
     model.add_argument("--chat", action=argparse.BooleanOptionalAction, help=chat)
@@ -158,8 +158,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="demo", metavar="demo|PATH|HUB_ID", help="its config.json is enough")
-    parser.add_argument("--context", type=_positive, required=True, metavar="TOKENS", help="of each sequence")
-    parser.add_argument("--batch", type=_positive, default=1, help="sequences (default %(default)s)")
+    parser.add_argument("--context", type=positive, required=True, metavar="TOKENS", help="of each sequence")
+    parser.add_argument("--batch", type=positive, default=1, help="sequences (default %(default)s)")
     _add_device(parser)
     machine = parser.add_argument_group("the machine", "Those not given are measured here, once.")
     machine.add_argument("--device-memory", type=float, metavar="GB", help="memory of the device")
@@ -168,13 +168,6 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     rate = "that verify confirms, of a window of W (default: 7/8 of W; `vericache run` says what it is on your text)"
     parser.add_argument("--tokens-per-round", type=float, metavar="N", help=rate)
     _add_options(parser)
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return number
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from vericache_compile.cli_commands import load, read_text
+from vericache_compile.cli_commands import check_folder, load, positive, read_text
 from vericache_compile.terminal import phase, print_table
 
 ROWS, TOKENS = 16, 512
@@ -18,8 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compressor", required=True, help="kvquant, recalkv, cskv or kvsharer, with parameters")
     parser.add_argument("--text", required=True, metavar="FILE", help="what the model reads; - reads stdin")
     parser.add_argument("--out", required=True, metavar="F.safetensors", help="where what it learns goes")
-    parser.add_argument("--rows", type=int, default=ROWS, help="pieces of the text (default %(default)s)")
-    parser.add_argument("--tokens", type=int, default=TOKENS, help="tokens of each piece (default %(default)s)")
+    parser.add_argument("--rows", type=positive, default=ROWS, help="pieces of the text (default %(default)s)")
+    parser.add_argument("--tokens", type=positive, default=TOKENS, help="tokens of each piece (default %(default)s)")
 
 
 def calibrate(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
@@ -28,6 +28,7 @@ def calibrate(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
     from vericache_compile.learning import learner, rows_of
 
     learner(args.compressor)
+    check_folder(args.out, "--out")
     text = read_text(args.text, "--text")
     model, tokenizer = load(args, "AutoTokenizer")
     ids = rows_of(tokenizer(text, return_tensors="pt").input_ids[0], args.rows, args.tokens).to(model.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 from collections.abc import Mapping
@@ -48,8 +49,8 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
 
 
 def trace(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
-    """As `run`, with a trace, in `vericache-trace.json` where no --trace is given."""
-    args.trace = args.trace or "vericache-trace.json"
+    """As `run`, with a trace: in --trace, else $VERICACHE_TRACE, else `vericache-trace.json`."""
+    args.trace = args.trace or os.environ.get("VERICACHE_TRACE") or "vericache-trace.json"
     result, code = run(args)
     print(f"the trace is in {args.trace}: open it in https://ui.perfetto.dev or chrome://tracing", file=sys.stderr)
     return {**result, "trace": args.trace}, code
@@ -148,6 +149,22 @@ def read_text(file: str, option: str) -> str:
     return text
 
 
+def positive(text: str) -> int:
+    """A parser's type: a whole number above 0."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return number
+
+
+def check_folder(file: str, option: str) -> None:
+    """Raise VericacheError where a file could not be written, before anything slow makes what goes into it."""
+    folder = Path(file).parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK) or Path(file).is_dir():
+        found = f"{file} cannot be written"
+        raise VericacheError(found, f"{option} {file}", "name a file in a folder that is there and can be written to")
+
+
 def model_path(args: argparse.Namespace) -> str:
     """The folder or name that --model stands for; fetches the demo model where it is missing."""
     from vericache_compile.demo_model import demo_model_path
@@ -166,18 +183,19 @@ def load(args: argparse.Namespace, companion: str = "AutoConfig") -> tuple[Any, 
         beside = getattr(transformers, companion).from_pretrained(path)
         model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=args.dtype).eval()
     except (OSError, ValueError) as error:
-        found = f"the model cannot be loaded: {_first_line(error)}"
+        found = f"the model cannot be loaded: {first_line(error)}"
         fix = "name `demo`, a folder with config.json, weights and tokenizer, or a model of the hub"
         raise VericacheError(found, f"--model {args.model}", fix) from error
     try:
         return model.to(device), beside
     except (RuntimeError, AssertionError) as error:
-        found = f"the model does not go to {device}: {_first_line(error)}"
+        found = f"the model does not go to {device}: {first_line(error)}"
         fix = "`vericache doctor` lists the devices; try --device cpu, or --dtype bfloat16"
         raise VericacheError(found, f"--model {args.model}", fix) from error
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

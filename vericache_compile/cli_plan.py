@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from vericache_compile.errors import OptionError
+from vericache_compile.cli_commands import first_line, model_path, options_of
+from vericache_compile.errors import OptionError, VericacheError
 from vericache_compile.terminal import format_bytes, phase, print_columns
 
 if TYPE_CHECKING:
+    import torch
+
+    from vericache_compile.config import Config
     from vericache_compile.plan import Site
     from vericache_compile.runtime.planner import Choice, Load, Machine
 
 
 def plan(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
     """Exit code 1 where no way to decode fits."""
+    from vericache_compile.backend import MIB
+    from vericache_compile.config import make_config
     from vericache_compile.runtime.planner import choices, choose
 
-    load, machine = find_load(args), find_machine(args)
-    made = choices(load, machine)
+    options = make_config(options_of(args))
+    load, machine = find_load(args, options), find_machine(args)
+    made = choices(load, machine, None if options.staging_mb is None else options.staging_mb * MIB)
     best = choose(made)
     if not args.json:
         _show(load, machine, made, best)
@@ -39,11 +48,11 @@ def find_machine(args: argparse.Namespace) -> Machine:
     from vericache_compile.machine import bandwidths
     from vericache_compile.runtime.planner import Machine
 
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _device(args)
     given = (args.memory_bandwidth, args.link_bandwidth)
     memory, link = given
     if None in given:
-        with phase("measuring bandwidths, or reading what was measured"):
+        with phase("measuring bandwidths, or reading what was measured"), _reaching(args):
             measured = bandwidths(device)
         memory, link = memory or measured.memory_gbps, link or measured.link_gbps
     if args.device_memory is not None:
@@ -51,35 +60,54 @@ def find_machine(args: argparse.Namespace) -> Machine:
     if device.type != "cuda":
         fix = "give --device-memory in GB"
         raise OptionError("no memory size to plan for", "a CPU, whose memory is the host's as well", fix)
-    return Machine(torch.cuda.mem_get_info(device)[1], memory, link)
+    with _reaching(args):
+        return Machine(torch.cuda.mem_get_info(device)[1], memory, link)
 
 
-def find_load(args: argparse.Namespace) -> Load:
+def _device(args: argparse.Namespace) -> torch.device:
+    import torch
+
+    with _reaching(args):
+        return torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+@contextmanager
+def _reaching(args: argparse.Namespace) -> Iterator[None]:
+    """Whatever torch says of a device that is not there, in three parts."""
+    try:
+        yield
+    except (RuntimeError, AssertionError) as error:
+        fix = "`vericache doctor` lists the devices; for another give its memory and both bandwidths"
+        raise OptionError(f"no such device: {first_line(error)}", f"--device {args.device}", fix) from error
+
+
+def find_load(args: argparse.Namespace, options: Config) -> Load:
     """Bytes from the model's configuration alone; no weights are read."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from vericache_compile.cli_commands import model_path, options_of
-    from vericache_compile.config import make_config
-    from vericache_compile.estimate import compressed_bytes
+    from vericache_compile.estimate import bytes_read
     from vericache_compile.runtime.planner import Load
 
-    path = model_path(args)
-    config = AutoConfig.from_pretrained(path)
-    dtype = getattr(torch, args.dtype) if args.dtype != "auto" else (config.dtype or torch.bfloat16)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    device, path = _device(args), model_path(args)
+    try:
+        config = AutoConfig.from_pretrained(path)
+        dtype = getattr(torch, args.dtype) if args.dtype != "auto" else (config.dtype or torch.bfloat16)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except (OSError, ValueError) as error:
+        fix = "name `demo`, a folder with the config.json of a causal language model, or one of the hub"
+        found = f"the model's configuration cannot be read: {first_line(error)}"
+        raise VericacheError(found, f"--model {args.model}", fix) from error
     weights = sum(parameter.nbytes for parameter in model.parameters())
-    options = make_config(options_of(args))
     sites = _sites(model, dtype)
-    kv = float(sum(site.bytes_per_token for site in sites))
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    full, draft = bytes_read(options.make_compressor(), sites, args.context)
     low = options.draft_dtype_on(device)
     return Load(
         weights=float(weights),
         draft_weights=weights * (1.0 if low is None else low.itemsize / dtype.itemsize),
-        kv=kv,
-        draft_kv=compressed_bytes(options.make_compressor(), sites),
+        kv=full / args.context,
+        draft_kv=draft / args.context,
         sites=len(sites),
         context=args.context,
         batch=args.batch,
@@ -97,7 +125,9 @@ def _sites(model: Any, dtype: Any) -> list[Site]:
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     site = Site(0, heads, kv_heads, size, size, size**-0.5, dtype, None)
-    return [replace(site, layer=layer) for layer in range(config.num_hidden_layers)]
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    windows = [getattr(config, "sliding_window", None) if kind == "sliding_attention" else None for kind in kinds]
+    return [replace(site, layer=layer, window=window) for layer, window in enumerate(windows)]
 
 
 def _show(load: Load, machine: Machine, made: list[Choice], best: Choice | None) -> None:

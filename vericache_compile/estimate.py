@@ -18,18 +18,34 @@ PROBES = (1024, 16384)
 
 def compressed_bytes(compressor: Compressor, sites: Sequence[Site]) -> float:
     """Bytes per token that the compressor takes at all sites together, measured on a region of zeros."""
+    return sum(_draft_bytes(compressor, sites))
+
+
+def bytes_read(compressor: Compressor, sites: Sequence[Site], tokens: int) -> tuple[float, float]:
+    """Bytes of one sequence's KV that a full step and a draft step read over so many tokens, at all sites together."""
+    columns = [site.columns_read(tokens) for site in sites]
+    full = sum(site.bytes_per_token * read for site, read in zip(sites, columns, strict=True))
+    draft = sum(size * read for size, read in zip(_draft_bytes(compressor, sites), columns, strict=True))
+    return float(full), draft
+
+
+def _draft_bytes(compressor: Compressor, sites: Sequence[Site]) -> list[float]:
+    """Bytes per token of draft's cache at each site; sliding windows are kept as they are."""
     measured: dict[tuple[object, ...], float] = {}
-    total = 0.0
+    found: list[float] = []
     for site in sites:
         method = compressor.for_layer(site.layer, len(sites))
-        if method.donor is not None:  # one of another shape lends nothing
-            total += 0 if sites[method.donor].shape == site.shape else site.bytes_per_token
-            continue
         shape = (repr(method), site.heads, site.kv_heads, site.head_size, site.value_size)
-        if shape not in measured:
-            measured[shape] = _bytes_per_token(method, site)
-        total += measured[shape]
-    return total
+        if site.window is not None:
+            found.append(float(site.bytes_per_token))
+        elif method.donor is not None:
+            lends = sites[method.donor].shape == site.shape  # one of another shape lends nothing
+            found.append(0.0 if lends else float(site.bytes_per_token))
+        else:
+            if shape not in measured:
+                measured[shape] = _bytes_per_token(method, site)
+            found.append(measured[shape])
+    return found
 
 
 def _bytes_per_token(method: Compressor, site: Site) -> float:

@@ -11,10 +11,11 @@ import torch
 from torch.fx import GraphModule
 
 from vericache_compile.backend import buffers_of, check_parameters, check_sites, parameters_of, staging_of
+from vericache_compile.compressors.base import Compressor
 from vericache_compile.config import Config, make_config
 from vericache_compile.dump.describe import describe_segments, describe_sites
 from vericache_compile.errors import UnsupportedGraph
-from vericache_compile.estimate import compressed_bytes, weight_bytes
+from vericache_compile.estimate import bytes_read, compressed_bytes, weight_bytes
 from vericache_compile.observers import make_observers
 from vericache_compile.passes import pipeline
 from vericache_compile.passes.bind_scalars import scalar_inputs
@@ -144,7 +145,7 @@ class _Recorder:
             compressed = compressed_bytes(self.config.make_compressor(), sites)
             made.cache_bytes_per_token = {"full": full, "compressed": compressed}
         if self.decode is not None:
-            _add_variants(made, self.decode)
+            _add_variants(made, self.decode, self.config.make_compressor())
         elif not made.not_taken:
             made.not_taken = [_row(None, _no_decode(model))]
         return made
@@ -163,7 +164,7 @@ def take(
     return program
 
 
-def _add_variants(made: Explanation, program: Program) -> None:
+def _add_variants(made: Explanation, program: Program, compressor: Compressor) -> None:
     variants, weights = program.variants, program.found_roles.weights
     made.nodes = {"captured": len(program.module.graph.nodes)}
     made.nodes |= {name: len(module.graph.nodes) for name, module in variants.items()}
@@ -171,7 +172,8 @@ def _add_variants(made: Explanation, program: Program) -> None:
         keys = [segment["key"] for segment in describe_segments(program, name)]
         made.segments[name] = {"total": len(keys), "distinct": len(set(keys))}
     read = {name: weight_bytes(module, weights) for name, module in variants.items()}
-    full, compressed = (AT_TOKENS * program.batch * size for size in made.cache_bytes_per_token.values())
+    cached = bytes_read(compressor, [nodes.site for nodes in program.sites], AT_TOKENS)
+    full, compressed = (program.batch * size for size in cached)
     written = program.batch * int(made.cache_bytes_per_token["full"])
     made.bytes_per_step = {
         "at_tokens": AT_TOKENS,

@@ -127,6 +127,7 @@ def has_onednn(weight: Tensor) -> bool:
 
 @linear.register_fake
 def _linear_fake(x, weight, bias):  # type: ignore[no-untyped-def]
+    assert x.dtype is weight.dtype, f"{x.dtype} by a weight of {weight.dtype}"
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
@@ -213,5 +214,7 @@ WAIT = torch.ops.vericache.wait.default
 """The node target of a wait for one side, keys or values, of a site's full KV."""
 OUTSIDE = (ATTEND, PREFETCH, WAIT)
 """What runs between segments, not in them."""
+EXPERTS_MM = torch.ops.vericache.experts_mm.default
+"""The node target of a product with the weights of chosen experts; it waits for the host, which reads the choice."""
 LINEAR = torch.ops.vericache.linear.default
 """The node target of a product with a weight."""

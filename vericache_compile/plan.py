@@ -79,6 +79,10 @@ class Site:
         """Bytes of full KV that one token of one sequence takes at this site."""
         return self.kv_heads * (self.head_size + self.value_size) * self.dtype.itemsize
 
+    def columns_read(self, tokens: int) -> int:
+        """Of so many cached tokens those that a step reads at this site."""
+        return tokens if self.window is None else min(tokens, self.window)
+
 
 class Tier(StrEnum):
     """Where full KV lives."""
@@ -241,6 +245,8 @@ class SegmentedProgram:
     """Slots of the row outputs, in captured order, then (draft only) of the next token [B, 1]."""
     distinct: int
     """Distinct compiled segments."""
+    waits_for_host: bool = False
+    """Whether a segment reads numbers back to the host (`vericache.experts_mm`): it cannot be recorded on a GPU."""
 
 
 @dataclass(frozen=True)

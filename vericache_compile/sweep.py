@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vericache_compile.cli_commands import check_folder
 from vericache_compile.sweep_models import LAYERS, VOCABULARY, attentions_of, check_names, make_model
 from vericache_compile.terminal import print_columns, progress
 
@@ -56,11 +57,13 @@ def sweep(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
     """Exit code 1 where any token differs."""
     pairs = [(name, attention) for name in check_names(args.names) for attention in attentions_of(name)]
     labels = [f"{name}, {attention}" for name, attention in pairs]
+    if args.markdown:
+        check_folder(args.markdown, "--markdown")
     with _quiet():
         found = [try_model(*pairs[i], inductor=args.inductor) for i in progress(labels, "trying small models")]
     print_columns("vericache sweep", COLUMNS, [each.row for each in found])
     if args.markdown:
-        Path(args.markdown).write_text(as_markdown(found, args.inductor))
+        Path(args.markdown).write_text(as_markdown(found, args.inductor), encoding="utf-8")
     return as_dict(found, args.inductor), 0 if all(each.identical for each in found) else 1
 
 

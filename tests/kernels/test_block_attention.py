@@ -40,3 +40,10 @@ def test_float32_on_the_cpu_is_served() -> None:
     assert block_attention.serves(torch.zeros(1, 1, 1, 16))
     assert not block_attention.serves(torch.zeros(1, 1, 1, 16, dtype=torch.bfloat16))
     assert not block_attention.serves(torch.zeros(1, 1, 1, 16, device="meta"))
+
+
+@pytest.mark.parametrize("odd", range(3))
+def test_other_types_are_not_read_as_float32(odd: int) -> None:
+    parts = [torch.zeros(1, 1, 256, 16, dtype=torch.bfloat16 if i == odd else torch.float32) for i in range(3)]
+    with pytest.raises(AssertionError, match="float32"):
+        block_attention.attend(parts[0][:, :, :1], parts[1], parts[2], [0], [[0]], 1.0)

@@ -8,7 +8,8 @@ from graphs import Toy, run_until, run_variant, take_steps, toy_decode
 from torch import Tensor, nn
 
 from vericache_compile import ops
-from vericache_compile.passes.expand_window import find_gemms
+from vericache_compile.errors import UnsupportedGraph
+from vericache_compile.passes.expand_window import expand_window, find_gemms
 from vericache_compile.passes.expert_products import ExpertProducts
 
 EXPERTS, CHOSEN = 5, 2
@@ -78,6 +79,35 @@ def test_what_is_no_product_with_experts_is_left_alone() -> None:
     assert spell(torch.add, (x, x), {}) is None
 
 
+@pytest.mark.parametrize(
+    ("args", "kwargs"),
+    [((), {}), ((8,), {}), ((), {"bins": 8}), ((), {"bins": 8, "min": 0, "max": 9}), ((8, 0, 7), {"out": None})],
+)
+def test_other_counts_are_left_alone(args: tuple[int, ...], kwargs: dict[str, int]) -> None:
+    assert ExpertProducts().spell(torch.histc, (torch.zeros(3), *args), kwargs) is None
+
+
+def test_products_in_other_forms_are_left_alone() -> None:
+    spell, x = ExpertProducts().spell, torch.zeros(2, 3, 4)
+    assert spell(torch.bmm, (), {"input": x, "mat2": x.mT}) is None
+    assert spell(torch._grouped_mm, (x, x.mT), {}) is None
+    assert spell(torch._grouped_mm, (x, x.mT), {"out_dtype": torch.float32}) is None
+    offsets = torch.tensor([1, 3], dtype=torch.int32)
+    assert spell(torch._grouped_mm, (x[0], x.mT, offsets), {"bias": x[0]}) is None
+
+
+def test_a_call_of_a_wrong_type_is_refused_with_its_line() -> None:
+    class Wrong(Toy):
+        def finish(self, x: Tensor, past: Tensor, *more: Tensor) -> Tensor:
+            return self.to_logits(x)
+
+    program = run_until(toy_decode(Wrong()), "split_modes")
+    call = next(node for node in program.variants["draft"].graph.nodes if node.target is torch.nn.functional.linear)
+    call.args = (call.args[0], 3)
+    with pytest.raises(UnsupportedGraph, match="a call that a window cannot be put through"):
+        expand_window(program)
+
+
 def random_call(rows: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
     """x [rows, 24], weights [5, 24, 16] stored as [5, 16, 24], experts [rows]."""
     generator = torch.Generator().manual_seed(rows)
@@ -119,3 +149,9 @@ def test_a_window_puts_all_rows_to_their_experts_together(axis: int) -> None:
     assert torch.equal(made.flatten(0, 1), ops.experts_mm(x, weight, chosen, ops.EXPERT_ROWS))
     with pytest.raises(NotImplementedError, match="a weight differs over the window"):
         torch.func.vmap(lambda w: ops.experts_mm(x, w, chosen, 0))(weight[None])
+
+
+def test_a_program_with_experts_says_that_it_waits_for_the_host() -> None:
+    for model, waits in ((Toy(), False), (Experts(), True)):
+        program = run_until(toy_decode(model), "lower")
+        assert [each.waits_for_host for each in program.segmented.values()] == [waits, waits]

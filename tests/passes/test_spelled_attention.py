@@ -9,6 +9,7 @@ from graphs import Captured, Toy, run_until, run_variant, take_steps, toy_decode
 from torch import Tensor, nn
 
 from vericache_compile.errors import UnsupportedGraph
+from vericache_compile.ops import ATTEND
 from vericache_compile.plan import Alibi
 
 
@@ -222,3 +223,66 @@ def test_other_spellings_are_refused_with_their_source_line(model: type[Toy], fo
         run_until(toy_decode(model()), "prove_mask")
     assert error.value.found == found
     assert line in error.value.where
+
+
+class Widened(Spelled):
+    """Attends in float32 over a cache of a smaller type."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *more: Tensor) -> Tensor:
+        k, v = (x.repeat_interleave(2, dim=1).float() for x in (k, v))
+        return ((q.float() @ k.mT * 0.3).softmax(-1) @ v).to(q.dtype)
+
+
+class Scaled(Widened):
+    """Scales the widened queries, which are then no cast of what is cached."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *more: Tensor) -> Tensor:
+        k, v = (x.repeat_interleave(2, dim=1).float() for x in (k, v))
+        return (((q.float() * 0.3) @ k.mT).softmax(-1) @ v).to(q.dtype)
+
+
+class Left(Widened):
+    """Goes on in float32 after attention."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *more: Tensor) -> Tensor:
+        k, v = (x.repeat_interleave(2, dim=1).float() for x in (k, v))
+        return ((q.float() @ k.mT * 0.3).softmax(-1) @ v).mul(0.5).to(q.dtype)
+
+
+@pytest.mark.parametrize("model", [Widened, Left])
+def test_attention_in_a_wider_type_keeps_the_type_of_its_result(model: type[Toy]) -> None:
+    program = run_until(toy_decode(model().bfloat16()), "expand_window")
+    [attend] = [node for node in program.variants["draft"].graph.nodes if node.target is ATTEND]
+    assert attend.meta["val"].dtype is torch.bfloat16
+    assert {user.meta["val"].dtype for user in attend.users} == {torch.float32}
+
+
+def test_queries_of_another_type_than_the_cache_are_refused() -> None:
+    with pytest.raises(UnsupportedGraph) as error:
+        run_until(toy_decode(Scaled().bfloat16()), "find_attention")
+    assert error.value.found == "queries of float32 over cached keys of bfloat16 and values of bfloat16"
+
+
+class Named(Spelled):
+    """Products with their operands' names."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *more: Tensor) -> Tensor:
+        k, v = (x.repeat_interleave(2, dim=1) for x in (k, v))
+        return (torch.matmul(other=k.mT, input=q) * 0.3).softmax(-1) @ v
+
+
+def test_operands_may_be_named() -> None:
+    assert run_until(toy_decode(Named()), "prove_mask").sites[0].site.scale == pytest.approx(0.3)
+
+
+class Doubled(Sunk):
+    """Two columns of sinks."""
+
+    def share(self, scores: Tensor) -> Tensor:
+        sinks = self.sinks.reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], -1)
+        return torch.cat([scores[..., 1:], sinks, sinks], dim=-1).softmax(-1)[..., :-1]
+
+
+def test_more_than_one_appended_column_is_refused() -> None:
+    with pytest.raises(UnsupportedGraph, match="sinks that are not one column after all others"):
+        run_until(toy_decode(Doubled()), "find_attention")

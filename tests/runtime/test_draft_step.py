@@ -7,16 +7,21 @@ from __future__ import annotations
 
 import gc
 import weakref
-from typing import Any
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
+from graphs import Toy, toy_decode
 from models import VOCABULARY, make_prompt, make_tiny
 from test_canonical import compiled, logits_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from vericache_compile.kernels import draft_attention, verify_attention
+from vericache_compile.kernels import draft_attention, launch, verify_attention
+from vericache_compile.passes.pipeline import plan_capture
+from vericache_compile.plan import DecodePlan
 from vericache_compile.runtime import draft_step, rounds, slots
 from vericache_compile.runtime.caches import DraftKV
 from vericache_compile.runtime.draft_step import DraftStep
@@ -215,3 +220,14 @@ def test_rows_on_triton_kernels_do_not_depend_on_the_draft(batch: int, tiny: Pre
     first = logits_of(tiny, switch, inputs, 10, compressor="none", window=4, **OPTIONS)
     for name in ("streaming", "kivi", "turboquant"):
         assert torch.equal(logits_of(tiny, switch, inputs, 10, **METHODS[name], window=4, **OPTIONS), first), name
+
+
+def test_a_step_that_waits_for_the_host_is_launched_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products with experts do: no recording holds them."""
+    monkeypatch.setattr(launch, "takes", lambda *_: True)
+    plan = plan_capture(toy_decode(Toy()).module, 1, 4, False, {})
+    assert isinstance(plan, DecodePlan)
+    draft, device = SimpleNamespace(layers=[]), torch.device("cpu")
+    assert draft_step.serves(device, plan, cast("DraftKV", draft))
+    waiting = replace(plan, draft=replace(plan.draft, waits_for_host=True))
+    assert not draft_step.serves(device, waiting, cast("DraftKV", draft))

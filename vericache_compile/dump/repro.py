@@ -32,6 +32,7 @@ def repro(program: Program, mode: str) -> str:
         "BATCH": program.batch,
         "VOCABULARY": _vocabulary(program),
         "CONSTANTS": constants,
+        "IN_PLACE": any(nodes.site.in_place for nodes in program.sites),
         "INPUTS": [_variant_input(node) for node in placeholders(variant)],
         "CAPTURED": list(_captured_inputs(program)),
         "RETURNED": list(_returned(program)),

@@ -90,6 +90,7 @@ def attend(
     """
     library = load()
     assert library is not None, "ask `serves` first"
+    assert q.dtype is keys.dtype is values.dtype is torch.float32, "the kernel reads float32 numbers"
     assert keys.stride(-1) == values.stride(-1) == 1, "numbers of a key, and of a value, lie side by side"
     if q.stride(-1) != 1:
         q = q.contiguous()
