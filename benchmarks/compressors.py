@@ -29,10 +29,11 @@ from settings import choose
 from torch.fx import GraphModule
 
 from vericache_compile import calibrate, demo_model_path
-from vericache_compile.backend import state_of, vericache
+from vericache_compile.backend import vericache
 from vericache_compile.compressors.fitted import Learner
 from vericache_compile.compressors.table import find_method, method_names
 from vericache_compile.learning import rows_of
+from vericache_compile.model_state import state_of
 
 TOKENS = 3000
 """Of each prompt, at most."""

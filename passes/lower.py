@@ -16,8 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 
 from vericache_compile.ops import ATTEND, EXPERTS_MM, PREFETCH, WAIT
-from vericache_compile.passes.program import Compiled, Program, SegmentGraph, placeholders, returned
-from vericache_compile.plan import Act, SegmentedProgram, Step
+from vericache_compile.passes.program import Program, SegmentGraph, placeholders, returned
+from vericache_compile.plan import Act, Compiled, SegmentedProgram, Step
 
 
 @dataclass(frozen=True)

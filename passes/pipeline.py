@@ -24,11 +24,11 @@ from vericache_compile.passes.insert_transfers import insert_transfers
 from vericache_compile.passes.lift_positions import lift_positions
 from vericache_compile.passes.lower import lower
 from vericache_compile.passes.partition import partition
-from vericache_compile.passes.program import Compiled, Program, copy_module
+from vericache_compile.passes.program import Program, copy_module
 from vericache_compile.passes.prove_mask import prove_mask
 from vericache_compile.passes.spell_products import spell_products
 from vericache_compile.passes.split_modes import is_decode, split_captured, split_modes
-from vericache_compile.plan import CapturedPlan, DecodePlan, Staging
+from vericache_compile.plan import CapturedPlan, Compiled, DecodePlan, Staging
 
 log = logging.getLogger(__name__)
 

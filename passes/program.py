@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,9 +11,8 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from vericache_compile.errors import UnsupportedGraph
-from vericache_compile.plan import Output, OutputRole, Roles, Rope, SegmentedProgram, Site
+from vericache_compile.plan import Compiled, Output, OutputRole, Roles, Rope, SegmentedProgram, Site
 
-Compiled = Callable[[list[Tensor]], Sequence[Tensor]]
 IN_PLACE = {"iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "setitem"}
 """Operators that change their first argument; functions and methods that do so end in an underscore."""
 

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from vericache_compile.plan import CapturedPlan
-from vericache_compile.runtime.sequences import Sequence, SequenceTable
+from vericache_compile.runtime.sequence_table import SequenceTable
+from vericache_compile.runtime.sequences import Sequence
 
 Stamps = tuple[tuple[int, int], ...]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from vericache_compile.compressors.base import Compressor
 from vericache_compile.compressors.facts import KINDS
 from vericache_compile.errors import GhostError, PageLost
-from vericache_compile.plan import CapturedPlan, DecodePlan, Output, OutputRole, Roles, Site, Tier
+from vericache_compile.plan import CapturedPlan, DecodePlan, Output, OutputRole, Roles, Tier
 from vericache_compile.runtime import rounds
 from vericache_compile.runtime.counts import Counts
 from vericache_compile.runtime.drawn import Drawn
@@ -24,7 +24,9 @@ from vericache_compile.runtime.executor import WeightCasts, bind_weights
 from vericache_compile.runtime.mirrors import find_mirror, has_versions, paddings, write_back
 from vericache_compile.runtime.recovery import Call, record, recover
 from vericache_compile.runtime.rotations import Rotations
-from vericache_compile.runtime.sequences import Early, Row, Sequence, SequenceTable
+from vericache_compile.runtime.sequence_table import SequenceTable
+from vericache_compile.runtime.sequences import Early, Row, Sequence
+from vericache_compile.runtime.sliding import columns_after, columns_of, columns_shown, is_short
 from vericache_compile.runtime.slots import Ring
 from vericache_compile.runtime.store import Store
 from vericache_compile.runtime.tiers import Home, PagedKV
@@ -130,7 +132,7 @@ class Session:
         early = not columns and not sequence.full.resident and not self.compressor.wants & KINDS
         compresses = early and all(site.alibi is None for site in plan.sites)
         sequence.early = Early(self.compressor, pads, []) if compresses else None
-        shown = _columns_shown(plan, inputs)
+        shown = columns_shown(plan, inputs)
         try:
             made = plan.module(Store(sequence, columns, self.compressor.queries, pads, shown), *inputs)
         except PageLost as lost:
@@ -154,7 +156,7 @@ class Session:
                 return self._run_in_place(plan, inputs)
             sequence, columns = self._sequence(plan.captured, inputs)
             fed = self._fed(plan, inputs, self._padding(sequence, roles, inputs), columns)
-            if fed is None or not sequence.regular or _is_short(plan.captured, inputs, columns):
+            if fed is None or not sequence.regular or is_short(plan.captured, inputs, columns):
                 return self._run_captured(plan.captured, inputs, sequence, columns)
             made = self._rows(plan, inputs, sequence, fed, columns)
             return self._assemble(plan.captured, made, sequence, inputs, columns + 1, marked=False)
@@ -225,7 +227,7 @@ class Session:
 
         def run_call(replica: Sequence, call: Call) -> None:
             replica.draft = None  # its tail need not have room for the call
-            pads, shown = [row.pad for row in replica.rows], _columns_shown(call.plan, call.inputs)
+            pads, shown = [row.pad for row in replica.rows], columns_shown(call.plan, call.inputs)
             call.plan.module(Store(replica, call.column, 0, pads, shown), *call.inputs)
 
         def verify(replica: Sequence, tokens: Tensor) -> None:
@@ -289,7 +291,7 @@ class Session:
 
     def _sequence(self, plan: CapturedPlan, inputs: Rows[Any]) -> tuple[Sequence, int]:
         past = [inputs[i] for site in plan.sites if site.past is not None for i in site.past]
-        columns = _columns(plan, inputs)
+        columns = columns_of(plan, inputs)
         return self.table.find(past, columns) or self._adopt(plan, inputs, columns)
 
     def _adopt(self, plan: CapturedPlan, inputs: Rows[Any], columns: int | None) -> tuple[Sequence, int]:
@@ -339,8 +341,8 @@ class Session:
     ) -> list[Any]:
         """The captured graph's outputs in order: rows where it returns rows, ghosts where it returns the cache."""
         tokens = inputs[plan.roles.tokens]
-        before = _columns_shown(plan, inputs)
-        shown = [_columns_after(site, width, tokens.shape[1]) for site, width in zip(plan.sites, before, strict=True)]
+        before = columns_shown(plan, inputs)
+        shown = [columns_after(site, width, tokens.shape[1]) for site, width in zip(plan.sites, before, strict=True)]
         pairs = self.table.mint(sequence, columns, tokens.device, shown)
         if marked:
             for site, width, pair in zip(plan.sites, shown, pairs, strict=True):
@@ -407,32 +409,3 @@ def _note_tokens(sequence: Sequence, tokens: Tensor, columns: int) -> None:
     for row, ids in zip(sequence.rows, tokens.tolist(), strict=True):
         if len(row.ids) >= columns:
             row.ids[columns:] = ids
-
-
-def _columns(plan: CapturedPlan, inputs: Rows[Any]) -> int | None:
-    """Columns that the caller's cache stands for; None where neither a counted length nor a tensor's shape says so."""
-    lengths = {int(inputs[i]) for i in plan.roles.lengths}
-    lengths |= {inputs[i].shape[2] for site in plan.sites if site.recent is None for i in site.past or ()}
-    if not lengths:
-        cut = {inputs[i].shape[2] for site in plan.sites for i in site.past or () if inputs[i].shape[2] < site.recent}
-        lengths = cut
-    if len(lengths) > 1:
-        found = f"cache tensors of different lengths ({sorted(lengths)})"
-        raise GhostError(found, "the cache of this call", "crop or build all layers alike")
-    return lengths.pop() if lengths else None
-
-
-def _columns_shown(plan: CapturedPlan, inputs: Rows[Any]) -> list[int]:
-    """Columns that each site's cache tensors show."""
-    return [inputs[site.past[0]].shape[2] if site.past is not None else 0 for site in plan.sites]
-
-
-def _columns_after(site: Site, before: int, count: int) -> int:
-    """Columns that a site's cache tensors show after `count` more tokens than `before`."""
-    return before + count if site.kept is None else min(before + count, site.kept)
-
-
-def _is_short(plan: CapturedPlan, inputs: Rows[Any], columns: int) -> bool:
-    """Whether a sliding layer's tensors show fewer columns than its window reaches back."""
-    cut = ((site, site.past) for site in plan.sites if site.window is not None and site.past is not None)
-    return any(inputs[past[0]].shape[2] < min(columns, (site.window or 1) - 1) for site, past in cut)

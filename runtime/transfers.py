@@ -21,6 +21,8 @@ from vericache_compile.errors import TransferError
 
 PULSE = 0.5
 """Seconds after which a waiter looks whether the thread is still alive."""
+NAP = 0.002
+"""The shortest sleep, in seconds, that holds a link back before a transfer's end: each costs its thread the GIL."""
 
 
 class Transfer:
@@ -30,27 +32,36 @@ class Transfer:
         self.job = job
         self.nbytes = 0
         self.began = 0.0
-        """When its first piece was begun, in seconds on `time.perf_counter`'s clock."""
+        """When the link took it up, in seconds on `time.perf_counter`'s clock."""
         self.seconds = 0.0
         self.error: BaseException | None = None
         self.event: torch.cuda.Event | None = None
+        self._asked = time.perf_counter()
         self._thread = thread
         self._done = threading.Event()
 
-    def run(self, gbps: float | None, stream: torch.cuda.Stream | None) -> None:
-        """Copy all pieces; an error is kept for whoever waits."""
-        self.began = time.perf_counter()
+    def run(self, gbps: float | None, stream: torch.cuda.Stream | None, free: float = 0.0) -> float:
+        """Copy all pieces; an error is kept for whoever waits.
+
+        A link held back to `gbps` takes up a transfer when that was asked for, or when it was `free` of those before,
+        however late its thread got to run; returns when it is free again.
+        """
+        self.began = end = time.perf_counter() if gbps is None else max(self._asked, free)
         try:
             with torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext(), torch.no_grad():
                 for nbytes in self.job:
                     self.nbytes += nbytes
                     if gbps is not None:
-                        time.sleep(max(self.began + self.nbytes / gbps / 1e9 - time.perf_counter(), 0))
+                        end += nbytes / gbps / 1e9
+                        _sleep_until(end, NAP)
+                if gbps is not None:
+                    _sleep_until(end, 0.0)
                 self.event = stream.record_event() if stream is not None else None
         except BaseException as error:  # noqa: BLE001 - it is raised where the data is waited for
             self.error = error
         self.seconds = time.perf_counter() - self.began
         self._done.set()
+        return end
 
     @property
     def done(self) -> bool:
@@ -148,6 +159,14 @@ class Link:
 
 def _drive(jobs: queue.SimpleQueue[Transfer | None], gbps: float | None, stream: torch.cuda.Stream | None) -> None:
     """The thread: knows the queue and not the link, so that a link that nobody holds ends it."""
+    free = 0.0
     while (transfer := jobs.get()) is not None:
-        transfer.run(gbps, stream)
+        free = transfer.run(gbps, stream, free)
         del transfer
+
+
+def _sleep_until(moment: float, least: float) -> None:
+    """Sleep up to a moment on `time.perf_counter`'s clock, if that is more than `least` seconds away."""
+    left = moment - time.perf_counter()
+    if left > least:
+        time.sleep(left)

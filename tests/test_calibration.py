@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from vericache_compile import calibrate, stats
-from vericache_compile.backend import state_of
 from vericache_compile.calibration import read
 from vericache_compile.cli import main
 from vericache_compile.compressors.kvquant import KVQuant
@@ -27,6 +26,7 @@ from vericache_compile.compressors.rotation import Rotation
 from vericache_compile.compressors.spec import parse
 from vericache_compile.errors import OptionError, VericacheError
 from vericache_compile.learning import rows_of, turns_of
+from vericache_compile.model_state import state_of
 from vericache_compile.plan import Site
 from vericache_compile.testing import storages
 

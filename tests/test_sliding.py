@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from vericache_compile import stats
-from vericache_compile.backend import state_of
+from vericache_compile.model_state import state_of
 from vericache_compile.sweep_models import make_model
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vericache_compile.backend import Compilation, ModelState, state_of
 from vericache_compile.config import Config, make_config
 from vericache_compile.errors import VericacheError
+from vericache_compile.model_state import Compilation, ModelState, state_of
 from vericache_compile.optimized_module import calls_compiled
 
 

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
-import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,81 +13,22 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from vericache_compile import optimized_module
-from vericache_compile.config import AUTO, Config, make_config
+from vericache_compile.config import Config, make_config
 from vericache_compile.errors import UnsupportedGraph
 from vericache_compile.estimate import compressed_bytes
 from vericache_compile.kernels.block_attention import start_build, takes
 from vericache_compile.machine import bandwidths
+from vericache_compile.model_state import ATTRIBUTE, MIB, Compilation, ModelState, state_of
 from vericache_compile.observers import make_observers
 from vericache_compile.passes.bind_scalars import scalar_inputs
 from vericache_compile.passes.pipeline import Observer, plan_capture
-from vericache_compile.passes.program import Compiled, batch_of, is_weight
-from vericache_compile.plan import CapturedPlan, DecodePlan, Site, Staging, Tier
-from vericache_compile.runtime.executor import WeightCasts
+from vericache_compile.passes.program import batch_of, is_weight
+from vericache_compile.plan import CapturedPlan, DecodePlan, Site, Staging
 from vericache_compile.runtime.ghosts import can_spell
 from vericache_compile.runtime.planner import Machine, ring_bytes
-from vericache_compile.runtime.sequences import SequenceTable
 from vericache_compile.runtime.session import Session
-from vericache_compile.runtime.tiers import Home
-from vericache_compile.runtime.transfers import Link
 
 log = logging.getLogger("vericache_compile")
-MIB = 1 << 20
-ATTRIBUTE = "_vericache"
-"""Where a model's state hangs: on the parameters that the caller's model holds."""
-
-
-@dataclass
-class Compilation:
-    """What was compiled for one model under one configuration."""
-
-    config: Config
-    session: Session
-    compiled: dict[str, Compiled]
-    graphs: dict[str, int] = field(default_factory=lambda: {"captured": 0, "decode": 0, "not taken": 0})
-    reasons: list[str] = field(default_factory=list)
-    seconds: float = 0.0
-    sites: tuple[Site, ...] = ()
-    told: bool = False
-    dumps_failed: set[str] = field(default_factory=set)
-    """Dump folders that could not be written to, each said once."""
-
-
-class ModelState:
-    """All that is kept for one model; found again through its parameters, and never pickled with them."""
-
-    def __init__(self) -> None:
-        self.table = SequenceTable()
-        self.casts = WeightCasts()
-        self.lock = threading.RLock()
-        self.compilations: dict[Config, Compilation] = {}
-        self.compiled: dict[str, Compiled] = {}
-        """Compiled segments by structure, shared by all configurations."""
-        self.latest: Compilation | None = None
-
-    def compilation(self, config: Config) -> Compilation:
-        """The compilation for a configuration, made on first use."""
-        with self.lock:
-            if config not in self.compilations:
-                self.compilations[config] = Compilation(config, self._session(config), self.compiled)
-            made = self.latest = self.compilations[config]
-            made.session.trace_to(config.trace)  # no part of what makes configurations equal
-            return made
-
-    def _session(self, config: Config) -> Session:
-        tier = None if config.placement == AUTO else Tier(config.placement)
-        memory = None if config.device_memory_mb is None else int(config.device_memory_mb * MIB)
-        home = Home(tier, memory, config.kv_folder, Link(config.link_gbps))
-        return Session(self.table, config.make_compressor(), self.casts, self.lock, home)
-
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        """Saved with a parameter it becomes an empty dictionary, which `torch.load(weights_only=True)` reads."""
-        return OrderedDict, ()
-
-
-def state_of(tensors: Sequence[Any]) -> ModelState | None:
-    """The state that hangs on one of these parameters, if any."""
-    return next((held for t in tensors if isinstance(held := getattr(t, ATTRIBUTE, None), ModelState)), None)
 
 
 def vericache(

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 def plan(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
     """Exit code 1 where no way to decode fits."""
-    from vericache_compile.backend import MIB
     from vericache_compile.config import make_config
+    from vericache_compile.model_state import MIB
     from vericache_compile.runtime.planner import choices, choose
 
     options = make_config(options_of(args))

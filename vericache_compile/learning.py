@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vericache_compile.backend import state_of
 from vericache_compile.calibration import write
 from vericache_compile.compressors.fitted import Learner
 from vericache_compile.compressors.observed import observe
@@ -16,6 +15,7 @@ from vericache_compile.compressors.rotation import Rotation
 from vericache_compile.compressors.spec import parse
 from vericache_compile.compressors.table import find_method, method_names
 from vericache_compile.errors import OptionError, VericacheError
+from vericache_compile.model_state import state_of
 from vericache_compile.optimized_module import calls_compiled
 from vericache_compile.runtime.rotations import Rotations
 

@@ -12,6 +12,8 @@ from torch.fx import GraphModule
 
 GROUP = 32
 """Inputs of a weight that share the scale of their int8 codes."""
+Compiled = Callable[[list[Tensor]], Sequence[Tensor]]
+"""A compiled segment."""
 
 
 class Output(StrEnum):
@@ -217,7 +219,7 @@ class Step:
     """One step of a segmented program."""
 
     act: Act
-    run: Callable[[list[Tensor]], Sequence[Tensor]] | None
+    run: Compiled | None
     """The compiled segment of a RUN step."""
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]

@@ -9,7 +9,7 @@ import torch
 from graphs import Toy, Twin, run_segmented, run_until, take_steps, tiny_decode, toy_decode
 
 from vericache_compile.passes.lower import lower
-from vericache_compile.passes.program import Compiled
+from vericache_compile.plan import Compiled
 
 
 def test_steps_are_segments_and_attentions_in_turn() -> None:

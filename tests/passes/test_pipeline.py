@@ -12,8 +12,8 @@ from torch import Tensor
 from vericache_compile.errors import UnsupportedGraph
 from vericache_compile.passes import pipeline
 from vericache_compile.passes.pipeline import plan_capture
-from vericache_compile.passes.program import Compiled, Program, copy_module
-from vericache_compile.plan import CapturedPlan, DecodePlan
+from vericache_compile.passes.program import Program, copy_module
+from vericache_compile.plan import CapturedPlan, Compiled, DecodePlan
 
 MODELS = ["llama", "qwen3", "gpt2"]
 ROWS = {"atol": 1e-4, "rtol": 1e-4}

@@ -18,7 +18,8 @@ from torch import Tensor
 from vericache_compile.errors import GhostError
 from vericache_compile.plan import Site
 from vericache_compile.runtime.caches import FullKV
-from vericache_compile.runtime.sequences import Held, Queries, Row, Sequence, SequenceTable
+from vericache_compile.runtime.sequence_table import SequenceTable
+from vericache_compile.runtime.sequences import Held, Queries, Row, Sequence
 
 CPU = torch.device("cpu")
 AHEAD = 3

@@ -13,11 +13,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from vericache_compile import stats
-from vericache_compile.backend import state_of
 from vericache_compile.compressors import table
 from vericache_compile.compressors.base import CompressedKV
 from vericache_compile.compressors.facts import KINDS, Facts
 from vericache_compile.compressors.none import NoCompression
+from vericache_compile.model_state import state_of
 from vericache_compile.runtime import repeat, rounds
 from vericache_compile.runtime.drawn import attention_drawn
 from vericache_compile.runtime.sequences import Sequence
