@@ -276,7 +276,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="*", default=known, metavar="M", help=f"of {', '.join(known)}")
     parser.add_argument("--prompts", nargs="*", default=["code", "question", "summary"])
-    parser.add_argument("--bytes", nargs="*", type=float, default=[0.1, 0.2, 0.4], help="shares of the full cache's")
+    parser.add_argument("--bytes", nargs="*", type=float, default=[0.125, 0.25, 0.5], help="shares of the full cache's")
     parser.add_argument("--new", type=int, default=64, help="tokens to decode (default %(default)s)")
     parser.add_argument("--draft-dtype", default="same", help="type that drafts read weights in (default %(default)s)")
     parser.add_argument("--json", type=Path, help="where results go, and come from when the run is taken up again")
