@@ -128,7 +128,11 @@ def check_region(method: Compressor, keys: Tensor, values: Tensor, queries: Tens
 
 def _check_sizes(region: CompressedKV, keys: Tensor, values: Tensor) -> None:
     assert region.slots <= region.covered, f"{region.slots} slots for {region.covered} tokens"
+    exact = region.exact
+    assert 0 <= exact <= region.slots, f"{exact} exact tokens in {region.slots} slots"
     for read, x in zip(region.materialize(), (keys, values), strict=True):
+        newest = x[:, region.covered - exact : region.covered]
+        assert torch.equal(read[:, region.slots - exact :], newest), f"its last {exact} tokens are not as they were"
         assert read.shape == (x.shape[0], region.slots, x.shape[2]), f"materialize gives {tuple(read.shape)}"
         assert read.dtype == x.dtype, f"materialize gives {read.dtype} for a cache of {x.dtype}"
 
