@@ -243,7 +243,7 @@ def verify_window(
     def note(layer: int, q: Tensor, k: Tensor, v: Tensor, keys: Tensor) -> None:
         draft.layers[layer].write(k, v, start.columns)
         if keep:
-            queries[layer] = Queries(q, [0] * batch)
+            queries[layer] = Queries(q.clone(), [0] * batch)  # a recording writes to the same place again
 
     return verify_tokens(coming, start.pads, plan, bound, tokens, start.positions, note, start.bounds), queries
 

@@ -22,6 +22,7 @@ from vericache_compile.runtime.counts import Counts
 from vericache_compile.runtime.drawn import Drawn
 from vericache_compile.runtime.executor import WeightCasts, bind_weights
 from vericache_compile.runtime.mirrors import find_mirror, has_versions, paddings, write_back
+from vericache_compile.runtime.pieces import Recordings
 from vericache_compile.runtime.recovery import Call, record, recover
 from vericache_compile.runtime.rotations import Rotations
 from vericache_compile.runtime.sequence_table import SequenceTable
@@ -83,6 +84,7 @@ class Session:
         self._told = self._told_whole = False
         self._lock = lock
         self._rotations = Rotations()
+        self._recordings = Recordings()
 
     def trace_to(self, path: str | None) -> None:
         """Write calls and rounds down in this file from now on, or nowhere."""
@@ -202,8 +204,11 @@ class Session:
     def _run_round(self, sequence: Sequence, known: Tensor | None = None, counts: Counts | None = None) -> None:
         """A round of a sequence that is being decoded; where a page of its full KV is lost, after that came back."""
         assert sequence.decode is not None, "set by the decode call"
+        plan, inputs = sequence.decode
+        device = inputs[plan.captured.roles.weights[0]].device
         arguments = (
-            *sequence.decode,
+            self._recordings.of(plan, device),
+            inputs,
             self.compressor,
             counts or self.counts,
             self.casts,

@@ -240,4 +240,5 @@ def incoming(
     if not isinstance(full, PagedKV):
         return Incoming(full, columns)
     ring.fit(full, staging_bytes)
+    full.link.catch_up()
     return PagedIncoming(full, draft, ring, columns, pads, reaches)

@@ -155,6 +155,11 @@ class Link:
         for source in sources:
             source.record_stream(self._stream)
 
+    def catch_up(self) -> None:
+        """What is launched from here on comes after what the link was given, so it may write to what that reads."""
+        if self._stream is not None:
+            torch.cuda.current_stream().wait_stream(self._stream)
+
     def synchronize(self) -> None:
         """Return once what was put on the link's stream has happened, so that the host may read it."""
         if self._stream is not None:

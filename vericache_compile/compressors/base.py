@@ -41,9 +41,9 @@ class CompressedKV(ABC):
 
     @property
     def exact(self) -> int:
-        """So many of its last tokens, [covered - exact, covered), lie in its last slots as they were cached, in all heads.
+        """So many of its last tokens, [covered - exact, covered), lie in its last slots as they were cached.
 
-        What full KV need not bring to the device again; 0 unless the method is certain of it.
+        In all heads: full KV need not bring them to the device again. 0 unless the method is certain of it.
         """
         return 0
 
