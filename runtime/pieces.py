@@ -17,6 +17,8 @@ from vericache_compile.kernels import launch
 from vericache_compile.plan import Act, Compiled, DecodePlan, Step
 from vericache_compile.runtime.capture import Captured, Pool
 
+Bound = list[Tensor | None]
+"""Slots of the verify program with its weights in place."""
 LATEST = 4
 """Plans whose recordings are kept."""
 
@@ -30,17 +32,21 @@ class Recordings:
     """Decode plans with recorded segments, by the plans that they were made from."""
 
     def __init__(self) -> None:
-        self._held: dict[int, tuple[DecodePlan, DecodePlan]] = {}
+        self._held: dict[int, tuple[DecodePlan, list[int], DecodePlan]] = {}
 
-    def of(self, plan: DecodePlan, device: torch.device) -> DecodePlan:
-        """The plan, its verify in recorded pieces where that serves; always the same one for the same plan."""
-        if not serves(device, plan):
-            return plan
-        if id(plan) not in self._held:
+    def of(self, plan: DecodePlan, device: torch.device, bound: Bound) -> DecodePlan:
+        """The plan with its verify in pieces: always the same one, until its weights are elsewhere.
+
+        Recordings read them where they are. As pieces share memory, all are recorded anew then, in their order.
+        """
+        places = [tensor.data_ptr() for tensor in bound if tensor is not None]
+        held = self._held.get(id(plan))
+        if held is None or held[1] != places:
+            self._held.pop(id(plan), None)
             while len(self._held) >= LATEST:
                 del self._held[next(iter(self._held))]
-            self._held[id(plan)] = plan, in_pieces(plan, device)
-        return self._held[id(plan)][1]
+            held = self._held[id(plan)] = plan, places, in_pieces(plan, device)
+        return held[2]
 
 
 def in_pieces(plan: DecodePlan, device: torch.device) -> DecodePlan:
@@ -78,14 +84,13 @@ class Piece:
     def __init__(self, run: Compiled, own: Sequence[bool], leave: Sequence[bool], shared: _Shared) -> None:
         """`own` says which inputs are no weights, `leave` which outputs are the program's."""
         self._run, self._own, self._leave, self._shared = run, own, leave, shared
-        self._weights: list[int] = []
+        self._warm = False
         self._inputs: list[Tensor] | None = None
-        self._captured = self._capture()
+        self._captured: Captured[Sequence[Tensor]] = Captured(shared.device, "a part of verify", shared.pool)
 
     def __call__(self, inputs: list[Tensor]) -> Sequence[Tensor]:
-        weights = [given.data_ptr() for given, own in zip(inputs, self._own, strict=True) if not own]
-        if weights != self._weights:  # a recording reads them where they were
-            self._weights, self._inputs, self._captured = weights, None, self._capture()
+        if not self._warm:
+            self._warm = True
             return self._captured(lambda: self._run(inputs))
         if self._inputs is None:
             self._inputs = [self._place(given) if own else given for given, own in zip(inputs, self._own, strict=True)]
@@ -97,9 +102,6 @@ class Piece:
         if self._captured.replays:
             self._shared.made[id(self)] = made
         return [each.clone() if leaves else each for each, leaves in zip(made, self._leave, strict=True)]
-
-    def _capture(self) -> Captured[Sequence[Tensor]]:
-        return Captured(self._shared.device, "a part of verify", self._shared.pool)
 
     def _place(self, given: Tensor) -> Tensor:
         if any(given is each for made in self._shared.made.values() for each in made):

@@ -17,12 +17,11 @@ from vericache_compile.compressors.base import Compressor
 from vericache_compile.compressors.facts import KINDS
 from vericache_compile.errors import GhostError, PageLost
 from vericache_compile.plan import CapturedPlan, DecodePlan, Output, OutputRole, Roles, Tier
-from vericache_compile.runtime import rounds
+from vericache_compile.runtime import pieces, rounds
 from vericache_compile.runtime.counts import Counts
 from vericache_compile.runtime.drawn import Drawn
 from vericache_compile.runtime.executor import WeightCasts, bind_weights
 from vericache_compile.runtime.mirrors import find_mirror, has_versions, paddings, write_back
-from vericache_compile.runtime.pieces import Recordings
 from vericache_compile.runtime.recovery import Call, record, recover
 from vericache_compile.runtime.rotations import Rotations
 from vericache_compile.runtime.sequence_table import SequenceTable
@@ -84,7 +83,7 @@ class Session:
         self._told = self._told_whole = False
         self._lock = lock
         self._rotations = Rotations()
-        self._recordings = Recordings()
+        self._recordings = pieces.Recordings()
 
     def trace_to(self, path: str | None) -> None:
         """Write calls and rounds down in this file from now on, or nowhere."""
@@ -206,8 +205,10 @@ class Session:
         assert sequence.decode is not None, "set by the decode call"
         plan, inputs = sequence.decode
         device = inputs[plan.captured.roles.weights[0]].device
+        if pieces.serves(device, plan):
+            plan = self._recordings.of(plan, device, bind_weights(plan.verify, inputs, self.casts))
         arguments = (
-            self._recordings.of(plan, device),
+            plan,
             inputs,
             self.compressor,
             counts or self.counts,
