@@ -6,6 +6,7 @@ The one host wait of a round is here, after verify.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ from vericache_compile.runtime.caches import DraftKV
 from vericache_compile.runtime.clock import moment, seconds_between
 from vericache_compile.runtime.compression import CHUNK, compress, extend
 from vericache_compile.runtime.counts import Counts, Round
+from vericache_compile.runtime.drawn import Asked
 from vericache_compile.runtime.executor import Attend, WeightCasts, bind_weights, execute
 from vericache_compile.runtime.pace import Seen
 from vericache_compile.runtime.repeat import repeat_once
@@ -99,7 +101,7 @@ def run_round(
         else:
             drafted = known[:, : plan.window].to(device)
         drafted_at = moment(device)
-        outputs, queries = verify_window(coming, draft, plan, verify, start, drafted)
+        outputs, queries = verify_window(coming, draft, plan, verify, start, drafted, _late(sequence, start))
         greedy = outputs[plan.logits][:, :, -1].argmax(-1).t()
         verified_at = moment(device)
         predicted = greedy.tolist()  # the round's host wait
@@ -229,12 +231,18 @@ def _drafting(draft: DraftKV, plan: DecodePlan, start: Start, step: int) -> Atte
 
 
 def verify_window(
-    coming: Incoming, draft: DraftKV, plan: DecodePlan, bound: list[Tensor | None], start: Start, drafted: Tensor
+    coming: Incoming,
+    draft: DraftKV,
+    plan: DecodePlan,
+    bound: list[Tensor | None],
+    start: Start,
+    drafted: Tensor,
+    show: Callable[[int, Tensor], None] | None = None,
 ) -> tuple[tuple[Tensor, ...], list[Queries | None]]:
     """Verify always W rows per sequence, short drafts padded, so that shapes and bits stay the same.
 
-    Writes the window's keys and values to the full cache and, exact, to the draft's tail. Returns the row outputs, each
-    [W, B, ...], and the window's queries per site.
+    Writes the window's keys and values to the full cache and, exact, to the draft's tail, and shows each site's full
+    keys. Returns the row outputs, each [W, B, ...], and the window's queries per site.
     """
     batch, have = drafted.shape
     tokens = torch.zeros((plan.window, batch, 1), dtype=torch.int64, device=drafted.device)
@@ -244,6 +252,8 @@ def verify_window(
 
     def note(layer: int, q: Tensor, k: Tensor, v: Tensor, keys: Tensor) -> None:
         draft.layers[layer].write(k, v, start.columns)
+        if show is not None:
+            show(layer, keys)
         if keep:
             queries[layer] = Queries(q.clone(), [0] * batch)  # a recording writes to the same place again
 
@@ -289,23 +299,18 @@ def _commit(
                 held.counts[b] = kept
     if any(held is not None and all(held.counts) for held in queries):
         sequence.queries = queries
-    if sequence.drawn is not None and sequence.full.resident:
-        _add_drawn(sequence, plan, start, queries)
+    if sequence.drawn is not None:
+        asked = Asked(start.columns, queries)
+        sequence.asked = None if sequence.full.resident else asked
+        if sequence.full.resident:
+            for layer, keys in enumerate(sequence.full.keys):
+                sequence.drawn.add_window(layer, asked, [row.length for row in sequence.rows], keys, start.pads)
     return made
 
 
-def _add_drawn(sequence: Sequence, plan: DecodePlan, start: Start, queries: list[Queries | None]) -> None:
-    """Add the attention of each row's accepted queries to what its tokens have drawn.
-
-    Only where full KV is on the device: elsewhere all keys would have to come in once more. Sliding layers are not
-    compressed, so nobody asks what their tokens have drawn.
-    """
-    assert sequence.drawn is not None
-    for layer, held in enumerate(queries):
-        if plan.captured.sites[layer].window is not None:
-            continue
-        for b, (column, pad) in enumerate(zip(start.columns, start.pads, strict=True)):
-            own = held.row(b) if held is not None else None
-            if own is not None:
-                keys = sequence.full.keys[layer][b, :, : column + own.shape[1]]
-                sequence.drawn.add(layer, b, own, keys, pad)
+def _late(sequence: Sequence, start: Start) -> Callable[[int, Tensor], None] | None:
+    """Where full KV lives outside the device, what adds the last round's attention while keys are there again."""
+    drawn, asked = sequence.drawn, sequence.asked
+    if drawn is None or asked is None:
+        return None
+    return lambda layer, keys: drawn.add_window(layer, asked, start.columns, keys, start.pads)
