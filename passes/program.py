@@ -75,6 +75,8 @@ class Program:
     rotations: list[Rope | None] = field(default_factory=list)
     """Per site, once find_rotation has run."""
     column_limit: int | None = None
+    in_step: bool = False
+    """Whether all rows of a batch are given one position."""
     captured: GraphModule | None = None
     """The graph as captured, handing new keys and values to a store."""
     variants: dict[str, GraphModule] = field(default_factory=dict)
@@ -133,9 +135,10 @@ def returned(module: GraphModule) -> list[Any]:
     return list(value) if isinstance(value, (tuple, list)) else [value]
 
 
-def batch_of(example_inputs: Sequence[Any]) -> int:
-    """Rows of the first two-dimensional integer input: the tokens' batch."""
-    shapes = (x.shape for x in example_inputs if isinstance(x, Tensor) and x.dim() == 2 and not x.is_floating_point())
+def batch_of(module: GraphModule, inputs: Sequence[Any]) -> int:
+    """Rows of the first two-dimensional integer input that is no buffer: the tokens' batch."""
+    given = [x for node, x in zip(placeholders(module), inputs, strict=True) if not is_weight(node)]
+    shapes = (x.shape for x in given if isinstance(x, Tensor) and x.dim() == 2 and not x.is_floating_point())
     return next((int(shape[0]) for shape in shapes), 1)
 
 

@@ -26,7 +26,7 @@ from vericache_compile.runtime.pace import Seen
 from vericache_compile.runtime.repeat import repeat_once
 from vericache_compile.runtime.rotations import Rotations
 from vericache_compile.runtime.scores import scores_of
-from vericache_compile.runtime.sequences import Held, Queries, Sequence
+from vericache_compile.runtime.sequences import Held, Queries, Row, Sequence
 from vericache_compile.runtime.slots import Incoming, Ring, incoming
 from vericache_compile.runtime.told import Telling
 from vericache_compile.runtime.verify import verify_tokens
@@ -258,13 +258,10 @@ def _commit(
     """Keep each row's accepted rows; what was written beyond them lies past its length and is overwritten later."""
     counts.rounds += 1
     counts.row_rounds += len(sequence.rows)
+    standing = [_standing(row, plan, *own) for row, *own in zip(sequence.rows, window, predicted, strict=True)]
     for b, row in enumerate(sequence.rows):
-        if len(row.held) >= plan.window or row.token is None:
-            continue
-        kept = accept(window[b], predicted[b], row.forced)
-        if plan.position_limit is not None:
-            kept = min(kept, max(plan.position_limit - (row.length + row.offset), 1))
-        if plan.column_limit is not None and (kept := min(kept, plan.column_limit - row.length)) <= 0:
+        kept = min(standing) if plan.in_step else standing[b]
+        if kept <= 0:
             continue
         own = outputs if len(sequence.rows) == 1 else tuple(output[:kept, b : b + 1].clone() for output in outputs)
         if len(row.ids) == row.length:
@@ -280,6 +277,16 @@ def _commit(
         sequence.queries = queries
     if sequence.drawn is not None and sequence.full.resident:
         _add_drawn(sequence, plan, start, queries)
+
+
+def _standing(row: Row, plan: DecodePlan, window: list[int], predicted: list[int]) -> int:
+    """How many rows of its window a row of the batch may keep; 0 or less where it takes no part in the round."""
+    if len(row.held) >= plan.window or row.token is None:
+        return 0
+    kept = accept(window, predicted, row.forced)
+    if plan.position_limit is not None:
+        kept = min(kept, max(plan.position_limit - (row.length + row.offset), 1))
+    return kept if plan.column_limit is None else min(kept, plan.column_limit - row.length)
 
 
 def _add_drawn(sequence: Sequence, plan: DecodePlan, start: Start, queries: list[Queries | None]) -> None:

@@ -173,6 +173,9 @@ class Session:
             row.feed(columns, token, offset, pad)
         sequence.version = version
         if any(not row.held for row in sequence.rows):
+            for row, (token, *_) in zip(sequence.rows, fed, strict=True) if plan.in_step else ():
+                row.truncate(columns)
+                row.token = token
             own = set(plan.captured.roles.weights)  # those of this call: a model's parameters may have been replaced
             sequence.decode = self.last = (plan, [x if i in own else None for i, x in enumerate(inputs)])
             self._run_round(sequence)
@@ -183,11 +186,14 @@ class Session:
     def _run_in_place(self, plan: DecodePlan, inputs: Rows[Any]) -> list[Any]:
         """A decode call over the caller's own buffers, which get what it appends."""
         captured = plan.captured
-        counted = torch.stack([inputs[i] for i in captured.roles.counters]).tolist()
-        columns = int(counted[0])
-        shown = captured.roles.shown
-        assert shown is not None, "a decode step over buffers is given a mask"
-        pads = paddings(inputs[shown], columns)
+        counted = torch.stack([inputs[i].flatten() for i in captured.roles.counters]).flatten().tolist()
+        columns, shown = int(counted[0]), captured.roles.shown
+        batch = inputs[captured.roles.tokens].shape[0]
+        pads: list[int] | None = [0] * batch
+        if shown is not None:
+            pads = paddings(inputs[shown], columns)
+        elif captured.roles.mask is not None:
+            pads = paddings(inputs[captured.roles.mask][:, None, None] != 0, columns)
         fed = self._fed(plan, inputs, pads, columns) if pads is not None and len(set(counted)) == 1 else None
         if fed is None or not has_versions(captured, inputs):
             return list(captured.module(*inputs))
