@@ -41,7 +41,7 @@ def turn(x: Tensor, turns: Tensor) -> Tensor:
     """RoPE: x [B, T, H, D] turned by cosines and sines [T, D / 2, 2]."""
     cos, sin = turns[:, None].unbind(-1)
     one, other = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([one * cos - other * sin, other * cos + one * sin], dim=-1).flatten(-2)
+    return torch.stack([one * cos - other * sin, other * cos + one * sin], dim=-1).flatten(-2).to(x.dtype)
 
 
 class Layer(nn.Module):

@@ -27,6 +27,16 @@ def test_models_of_ones_own_give_identical_tokens(
     assert "yes" in capsys.readouterr().out
 
 
+def test_rows_of_a_batch_whose_positions_are_one_vector_advance_in_step() -> None:
+    example = runpy.run_path(str(EXAMPLES / "plain_pytorch.py"))
+    torch.manual_seed(0)
+    model, ids = example["Decoder"](50, 64, heads=4, layers=2, places=80).eval(), torch.randint(50, (3, 40))
+    plain = example["decode"](model, ids, 40)
+    model.compile(backend="vericache", options={"inductor": False, "window": 8, "compressor": "none", "strict": True})
+    assert torch.equal(example["decode"](model, ids, 40), plain)
+    assert stats(model)["rounds"] > 0
+
+
 class Unmasked(nn.Module):
     """One attention over buffers of a fixed size, written in place at `input_pos`, all of which each token sees."""
 
