@@ -28,6 +28,7 @@ from vericache_compile.runtime.rotations import Rotations
 from vericache_compile.runtime.scores import scores_of
 from vericache_compile.runtime.sequences import Held, Queries, Row, Sequence
 from vericache_compile.runtime.slots import Incoming, Ring, incoming
+from vericache_compile.runtime.token_record import Judged
 from vericache_compile.runtime.told import Telling
 from vericache_compile.runtime.verify import verify_tokens
 
@@ -70,11 +71,11 @@ def run_round(
     rotations: Rotations,
     ring: Ring,
     known: Tensor | None = None,
-) -> None:
+) -> list[Judged]:
     """Draft, verify, accept and commit for every row of a sequence; rows already far ahead stay where they are.
 
     Full KV that lives outside the device comes in through `ring` meanwhile. An error leaves the sequence as it was.
-    Where tokens [B, n] are `known` they stand for what would have been drafted.
+    Where tokens [B, n] are `known` they stand for what would have been drafted. Returns what was made of each row.
     """
     device = inputs[plan.captured.roles.weights[0]].device
     before = (counts.compress_seconds, counts.drafted, counts.accepted)
@@ -105,7 +106,7 @@ def run_round(
     took = (drafted_at - began, time.perf_counter() - drafted_at)
     counts.draft_seconds += took[0]
     counts.verify_seconds += took[1]
-    _commit(sequence, plan, start, window, predicted, horizon, outputs, queries, counts)
+    kept = _commit(sequence, plan, start, window, predicted, horizon, outputs, queries, counts)
     for site in plan.captured.sites:
         sequence.full.settle(site.layer, [row.length for row in sequence.rows])
     now = (counts.compress_seconds, counts.drafted, counts.accepted)
@@ -115,6 +116,7 @@ def run_round(
     counts.rested += not horizon
     made = Round(called, compressing, began, *took, len(sequence.rows), int(more), int(stood), coming.traffic)
     counts.latest.append(made)
+    return [Judged(*each) for each in zip(start.columns, window, predicted, kept, strict=True)]
 
 
 def usable_draft(
@@ -254,14 +256,17 @@ def _commit(
     outputs: tuple[Tensor, ...],
     queries: list[Queries | None],
     counts: Counts,
-) -> None:
-    """Keep each row's accepted rows; what was written beyond them lies past its length and is overwritten later."""
+) -> list[int]:
+    """Keep each row's accepted rows; what was written beyond them lies past its length and is overwritten later.
+
+    Returns how many were kept of each.
+    """
     counts.rounds += 1
     counts.row_rounds += len(sequence.rows)
     standing = [_standing(row, plan, *own) for row, *own in zip(sequence.rows, window, predicted, strict=True)]
+    made = [max(min(standing) if plan.in_step else own, 0) for own in standing]
     for b, row in enumerate(sequence.rows):
-        kept = min(standing) if plan.in_step else standing[b]
-        if kept <= 0:
+        if not (kept := made[b]):
             continue
         own = outputs if len(sequence.rows) == 1 else tuple(output[:kept, b : b + 1].clone() for output in outputs)
         if len(row.ids) == row.length:
@@ -277,6 +282,7 @@ def _commit(
         sequence.queries = queries
     if sequence.drawn is not None and sequence.full.resident:
         _add_drawn(sequence, plan, start, queries)
+    return made
 
 
 def _standing(row: Row, plan: DecodePlan, window: list[int], predicted: list[int]) -> int:

@@ -31,9 +31,11 @@ from vericache_compile.runtime.slots import Ring
 from vericache_compile.runtime.store import Store
 from vericache_compile.runtime.tiers import Home, PagedKV
 from vericache_compile.runtime.timeline import Timeline
+from vericache_compile.runtime.token_record import Judged, TokenRecord
 from vericache_compile.runtime.told import Telling
 
 log = logging.getLogger(__name__)
+PAD = "pad on the left (tokenizer.padding_side = 'left')"
 FEW = 1
 """Columns up to which Dynamo specialises a length, so that marking it dynamic would be in vain."""
 
@@ -80,15 +82,21 @@ class Session:
         self._newest: weakref.ref[Sequence] | None = None
         self._timelines: dict[str, Timeline] = {}
         self._timeline: Timeline | None = None
-        self._told = self._told_whole = False
+        self._records: dict[str, TokenRecord] = {}
+        self._record: TokenRecord | None = None
+        self._told_whole = False
+        self._said: set[str] = set()
         self._lock = lock
         self._rotations = Rotations()
 
-    def trace_to(self, path: str | None) -> None:
-        """Write calls and rounds down in this file from now on, or nowhere."""
-        if path is not None and path not in self._timelines:
-            self._timelines[path] = Timeline(path)
-        self._timeline = None if path is None else self._timelines[path]
+    def write_to(self, trace: str | None, tokens: str | None) -> None:
+        """Write calls and rounds down in one file, and their tokens in another, from now on; or nowhere."""
+        if trace is not None and trace not in self._timelines:
+            self._timelines[trace] = Timeline(trace)
+        if tokens is not None and tokens not in self._records:
+            self._records[tokens] = TokenRecord(tokens)
+        self._timeline = None if trace is None else self._timelines[trace]
+        self._record = None if tokens is None else self._records[tokens]
 
     def run(self, plan: CapturedPlan | DecodePlan, inputs: Rows[Any]) -> list[Any]:
         """One call of a captured graph, by its plan."""
@@ -105,6 +113,7 @@ class Session:
         """Run a prefill, a second turn, or any call that no round can serve: as captured, on real KV."""
         with self._lock, torch.no_grad():
             if plan.in_place:
+                self._note_fed(plan, inputs, None, None)
                 return list(plan.module(*inputs))
             sequence, columns = self._sequence(plan, inputs) if plan.attends_to_past else (None, 0)
             return self._run_captured(plan, inputs, sequence, columns)
@@ -120,6 +129,7 @@ class Session:
         else:
             for row in sequence.rows:
                 row.truncate(columns)
+        self._note_fed(plan, inputs, sequence.number, columns)
         sequence.full.reserve(columns + count, device)
         pads = self._padding(sequence, roles, inputs)
         draft, starts = sequence.draft, [columns] * batch
@@ -178,7 +188,9 @@ class Session:
                 row.token = token
             own = set(plan.captured.roles.weights)  # those of this call: a model's parameters may have been replaced
             sequence.decode = self.last = (plan, [x if i in own else None for i, x in enumerate(inputs)])
-            self._run_round(sequence)
+            judged = self._run_round(sequence)
+            if self._record is not None:
+                self._record.round(sequence.number, judged)
             self._tell_whole(sequence)
             self._note(sequence)
         return self._take(sequence.rows)
@@ -188,14 +200,19 @@ class Session:
         captured = plan.captured
         counted = torch.stack([inputs[i].flatten() for i in captured.roles.counters]).flatten().tolist()
         columns, shown = int(counted[0]), captured.roles.shown
-        batch = inputs[captured.roles.tokens].shape[0]
-        pads: list[int] | None = [0] * batch
+        pads: list[int] | None = [0] * inputs[captured.roles.tokens].shape[0]
         if shown is not None:
             pads = paddings(inputs[shown], columns)
         elif captured.roles.mask is not None:
             pads = paddings(inputs[captured.roles.mask][:, None, None] != 0, columns)
+        if pads is None:
+            self._say_as_captured("a mask that is not causal with left padding", "the mask", PAD)
+        if not (counts := has_versions(captured, inputs)):
+            fix = "make the buffers outside of torch.inference_mode()"
+            self._say_as_captured("buffers whose changes are not counted", "the cache", fix)
         fed = self._fed(plan, inputs, pads, columns) if pads is not None and len(set(counted)) == 1 else None
-        if fed is None or not has_versions(captured, inputs):
+        if fed is None or not counts:
+            self._note_fed(captured, inputs, None, columns)
             return list(captured.module(*inputs))
         mirror = find_mirror(self.table, captured, inputs, columns)
         made = iter(self._rows(plan, inputs, mirror.sequence, fed, columns))
@@ -205,7 +222,7 @@ class Session:
         side = {Output.KEYS: 0, Output.VALUES: 1}
         return [inputs[past[r.layer][side[r.kind]]] if r.kind in side else next(made) for r in captured.outputs]
 
-    def _run_round(self, sequence: Sequence, known: Tensor | None = None, counts: Counts | None = None) -> None:
+    def _run_round(self, sequence: Sequence, known: Tensor | None = None, counts: Counts | None = None) -> list[Judged]:
         """A round of a sequence that is being decoded; where a page of its full KV is lost, after that came back."""
         assert sequence.decode is not None, "set by the decode call"
         arguments = (
@@ -218,10 +235,10 @@ class Session:
             known,
         )
         try:
-            rounds.run_round(sequence, *arguments)
+            return rounds.run_round(sequence, *arguments)
         except PageLost as lost:
             self._recover(sequence, lost)
-            rounds.run_round(sequence, *arguments)
+            return rounds.run_round(sequence, *arguments)
 
     def _recover(self, sequence: Sequence, lost: PageLost) -> None:
         """Compute the sequence's full KV again, into host memory; raises `lost` where that cannot be done."""
@@ -278,6 +295,11 @@ class Session:
         """The sequence that ran last, while it is held."""
         return self._newest() if self._newest is not None else None
 
+    def _note_fed(self, plan: CapturedPlan, inputs: Rows[Any], sequence: int | None, column: int | None) -> None:
+        """Write down the tokens of a call that runs as captured, for whoever asked for tokens."""
+        if self._record is not None:
+            self._record.fed(sequence, column, inputs[plan.roles.tokens].tolist())
+
     def _note(self, sequence: Sequence) -> None:
         draft = sequence.draft.nbytes if sequence.draft is not None else 0
         tokens = sum(row.length - row.pad for row in sequence.rows)
@@ -285,6 +307,18 @@ class Session:
         self.footprint = Footprint(full.nbytes, full.nbytes * full.resident, self.ring.nbytes, draft, tokens)
         self.placement = str(full.tier)
         self._newest = weakref.ref(sequence)
+
+    def _say_as_captured(self, found: str, where: str, fix: str) -> None:
+        """Say once why no round serves a cache."""
+        if found not in self._said:
+            self._said.add(found)
+            log.warning(
+                "vericache: no rounds for this cache, each step runs as captured: %s\n  where: %s of this call\n"
+                "  fix: %s",
+                found,
+                where,
+                fix,
+            )
 
     def _take(self, rows: list[Row]) -> list[Tensor]:
         """The rows to hand out, each as the captured graph would have shaped it; never shared with what is held."""
@@ -326,13 +360,8 @@ class Session:
         shown = inputs[roles.mask] != 0
         pads: list[int] = (shown.shape[1] - shown.sum(-1)).tolist()
         sequence.regular = not any(pads) or all(bool(shown[b, pad:].all()) for b, pad in enumerate(pads))
-        if not sequence.regular and not self._told:
-            self._told = True
-            log.warning(
-                "vericache: no rounds for this cache, each step runs as captured: a padding mask with holes or padding "
-                "on the right\n  where: the attention_mask of this call\n  fix: pad on the left "
-                "(tokenizer.padding_side = 'left')"
-            )
+        if not sequence.regular:
+            self._say_as_captured("a padding mask with holes or padding on the right", "the attention_mask", PAD)
         return pads if sequence.regular else [0] * len(pads)
 
     def _assemble(

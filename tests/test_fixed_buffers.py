@@ -118,6 +118,17 @@ def test_rows_are_bit_equal_whatever_drafts_do(batch: int, monkeypatch: pytest.M
     assert stats(model)["rounds"] > 0
 
 
+def test_buffers_whose_changes_nobody_counts_are_left_alone(caplog: pytest.LogCaptureFixture) -> None:
+    with torch.inference_mode(), caplog.at_level("WARNING", logger="vericache_compile"):
+        model = make()
+        model.compile(backend="vericache", options=OPTIONS)
+        assert torch.equal(tokens_of(model, prompt(), 12), tokens_of(make(), prompt(), 12))
+    assert stats(model)["rounds"] == 0
+    [said] = [record.getMessage() for record in caplog.records if "no rounds" in record.getMessage()]
+    assert "where: the cache" in said
+    assert "fix: make the buffers outside of torch.inference_mode()" in said
+
+
 class Given(nn.Module):
     """Buffers, column, mask and positions are all arguments; the column has no axis."""
 
