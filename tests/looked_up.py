@@ -49,8 +49,11 @@ class LookedUp(Toy):
         q, new_k, new_v = self.project(self.embed(ids) + self.place(input_pos))
         self.write(k, input_pos, new_k)
         self.write(v, input_pos, new_v)
-        attended = F.scaled_dot_product_attention(q, k, v, self.shown(input_pos), enable_gqa=True)
-        return self.to_logits(attended.transpose(1, 2).flatten(2))
+        return self.to_logits(self.attend(q, k, v, input_pos).transpose(1, 2).flatten(2))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *more: Tensor) -> Tensor:
+        """Attention [B, H, 1, D] over buffers, at input_pos [1]."""
+        return F.scaled_dot_product_attention(q, k, v, self.shown(*more), enable_gqa=True)
 
     def step(self, batch: int = 1) -> Captured:
         """One decode step with 6 columns filled."""

@@ -26,7 +26,16 @@ class Banded(LookedUp):
         self.seen &= torch.ones_like(self.seen).triu(-4)
 
 
-@pytest.mark.parametrize(("model", "window"), [(LookedUp, None), (Computed, None), (Banded, 5)])
+class Spelled(LookedUp):
+    """Spells attention out."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *more: Tensor) -> Tensor:
+        keys, values = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+        scores = (q @ keys.mT / 3).masked_fill(~self.shown(*more), float("-inf"))
+        return scores.softmax(-1) @ values
+
+
+@pytest.mark.parametrize(("model", "window"), [(LookedUp, None), (Computed, None), (Banded, 5), (Spelled, None)])
 def test_masks_over_buffers_are_proved_for_their_columns(model: type[LookedUp], window: int | None) -> None:
     program = model().program("prove_mask", batch=3)
     assert program.sites[0].site.window == window
@@ -35,6 +44,14 @@ def test_masks_over_buffers_are_proved_for_their_columns(model: type[LookedUp], 
 
 class Holed(LookedUp):
     """One token does not see one of those before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen[13, 2] = False
+
+
+class SpelledHoled(Spelled):
+    """The same, spelled out."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,7 +80,7 @@ class Unmasked(LookedUp):
         return None
 
 
-@pytest.mark.parametrize("model", [Holed, Peeking, Looking, Unmasked])
+@pytest.mark.parametrize("model", [Holed, SpelledHoled, Peeking, Looking, Unmasked])
 def test_other_masks_over_buffers_are_refused(model: type[LookedUp]) -> None:
     with pytest.raises(UnsupportedGraph, match="under no mask" if model is Unmasked else "not causal"):
         model().program("prove_mask")
