@@ -1,4 +1,5 @@
-"""Find every (append to cache, attend) pair: a site. Only this and `spelled_attention` know how models spell attention.
+"""Find every (append to cache, attend) pair: a site. How models spell attention is known here, and in
+`spelled_attention` and `flex_attention`.
 
     k = cat([past_k, k_new], -2)                 one Site:
     v = cat([past_v, v_new], -2)            ->     query q, key k_new, value v_new, mask, scale,
@@ -24,6 +25,7 @@ from torch.fx import Node
 from vericache_compile.errors import UnsupportedGraph
 from vericache_compile.passes.evaluate import concrete
 from vericache_compile.passes.find_writes import find_counters, find_write
+from vericache_compile.passes.flex_attention import is_flex, read_flex
 from vericache_compile.passes.program import (
     Program,
     SiteNodes,
@@ -109,6 +111,8 @@ def find_calls(program: Program) -> list[Attention]:
     for node in program.module.graph.nodes:
         if node.target is ATTENTION:
             calls.append(_read_call(node))
+        elif is_flex(node):
+            calls.append(read_flex(node))
         elif call_name(node) == "softmax" and (spelled := read_spelled(node)) is not None:
             calls.append(spelled)
     if not calls:
@@ -138,8 +142,6 @@ def _find_buffers(program: Program) -> None:
 
 def _no_attention(program: Program) -> UnsupportedGraph:
     found, fix = "no scaled_dot_product_attention call", "compile the whole model"
-    if flex := next((n for n in program.module.graph.nodes if target_name(n) == "flex_attention"), None):
-        return unsupported("FlexAttention", flex, "attend by scaled_dot_product_attention in decode steps")
     softmax = next((node for node in program.module.graph.nodes if call_name(node) == "softmax"), None)
     if softmax is not None:
         found = f"a softmax that is not read as attention, and {found}"

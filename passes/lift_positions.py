@@ -55,6 +55,7 @@ def _length_nodes(program: Program) -> set[Node]:
     cached, batch = program.cached, batch_symbols(program)
     mask = program.found_roles.mask
     padding = program.placeholders[mask] if mask is not None else None
+    unmoved = {*program.writes, *program.idle}
     counters = [program.placeholders[i] for i in program.found_roles.counters]
     lengths: set[Node] = set()
     other: set[Node] = set()
@@ -70,7 +71,7 @@ def _length_nodes(program: Program) -> set[Node]:
             other.add(node)
         elif any(i in lengths or i in cached for i in node.all_input_nodes):
             lengths.add(node)
-        if mutates(node) and node.args[0] not in other and node not in program.writes:
+        if mutates(node) and node.args[0] not in other and node not in unmoved:
             raise unsupported("an in-place change of a mask or position", node, "write it out of place")
     return lengths
 

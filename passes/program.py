@@ -106,6 +106,17 @@ class Program:
         return {inputs[i] for nodes in self.sites for i in nodes.site.past or ()}
 
     @property
+    def idle(self) -> set[Node]:
+        """Calls that change in place what the graph itself makes, and reads nowhere but in further arguments of an
+        attention (FlexAttention's block masks), once find_attention has run."""
+        parts = [n for nodes in self.sites for n in (nodes.query, nodes.key, nodes.value, *nodes.sides)]
+        results = {nodes.attention for nodes in self.sites}
+        read = set(ancestors([output_node(self.module), *parts], results))
+        read |= {node for node in self.module.graph.nodes if node.op in ("placeholder", "get_attr")}
+        changes = [node for node in self.module.graph.nodes if mutates(node)]
+        return {node for node in changes if read.isdisjoint(ancestors([node]))}
+
+    @property
     def rows(self) -> list[int]:
         """Outputs that are rows of the model's result, once find_attention has run."""
         kinds = (Output.LOGITS, Output.ROWS)

@@ -116,8 +116,8 @@ def _canonical(program: Program) -> GraphModule:
     _drop_idle_slices(graph)
     module = GraphModule(program.module, graph)
     _return_rows(program, module, node_of)
-    spelled = {node_of[node] for nodes in program.sites for node in nodes.spelled}
-    graph.eliminate_dead_code(lambda node: node not in spelled and (node.is_impure() or mutates(node)))
+    idle = {node_of[node] for node in (*program.idle, *(node for nodes in program.sites for node in nodes.spelled))}
+    graph.eliminate_dead_code(lambda node: node not in idle and (node.is_impure() or mutates(node)))
     _drop_unused_inputs(program, module, node_of)
     return module
 
