@@ -20,7 +20,7 @@ from torch.fx import Interpreter, Node
 
 from vericache_compile.passes.program import Program, ancestors, example, expression, mutates, target_name, unsupported
 
-FIX = "use transformers' DynamicCache (the default), or write each token by keys[:, :, input_pos] = k"
+FIX = "use transformers' DynamicCache (the default), or write each token by keys[:, :, input_pos] = k, input_pos [1]"
 TRIED = (0, 5, 300)
 """Past lengths that the column is computed for."""
 ALL = (slice(None), slice(None))
