@@ -19,6 +19,7 @@ from vericache_compile.runtime import draft_step
 from vericache_compile.runtime.acceptance import accept, next_horizon
 from vericache_compile.runtime.attention import Visible, attend_compressed
 from vericache_compile.runtime.caches import DraftKV
+from vericache_compile.runtime.clock import moment, seconds_between
 from vericache_compile.runtime.compression import CHUNK, compress, extend
 from vericache_compile.runtime.counts import Counts, Round
 from vericache_compile.runtime.executor import Attend, WeightCasts, bind_weights, execute
@@ -91,19 +92,21 @@ def run_round(
     horizon = _horizon(sequence, plan.window)
     low = bind_weights(plan.draft, inputs, casts)
     coming = incoming(sequence.full, draft, ring, plan.staging_bytes, start.columns, start.pads, _reaches(plan))
-    began = time.perf_counter()
+    launched, began = time.perf_counter(), moment(device)
     try:
         if known is None:
             drafted = draft_tokens(sequence, draft, plan, low, start, horizon, coming)
         else:
             drafted = known[:, : plan.window].to(device)
-        drafted_at = time.perf_counter()
+        drafted_at = moment(device)
         outputs, queries = verify_window(coming, draft, plan, verify, start, drafted)
-        predicted = outputs[plan.logits][:, :, -1].argmax(-1).t().tolist()  # the round's host wait
+        greedy = outputs[plan.logits][:, :, -1].argmax(-1).t()
+        verified_at = moment(device)
+        predicted = greedy.tolist()  # the round's host wait
     finally:
         coming.close()
     window = drafted.tolist()
-    took = (drafted_at - began, time.perf_counter() - drafted_at)
+    took = (seconds_between(began, drafted_at), seconds_between(drafted_at, verified_at))
     counts.draft_seconds += took[0]
     counts.verify_seconds += took[1]
     kept = _commit(sequence, plan, start, window, predicted, horizon, outputs, queries, counts)
@@ -111,10 +114,11 @@ def run_round(
         sequence.full.settle(site.layer, [row.length for row in sequence.rows])
     now = (counts.compress_seconds, counts.drafted, counts.accepted)
     compressing, more, stood = (after - then for after, then in zip(now, before, strict=True))
-    counts.add_transfers(coming.traffic, coming.spans)
-    sequence.pace.note(Seen(horizon, 1 + stood / len(sequence.rows), *took))
+    traffic, spans = coming.traffic()
+    counts.add_transfers(traffic, spans)
+    sequence.pace.note(Seen(horizon, 1 + stood / len(sequence.rows), *took, traffic.seconds))
     counts.rested += not horizon
-    made = Round(called, compressing, began, *took, len(sequence.rows), int(more), int(stood), coming.traffic)
+    made = Round(called, compressing, launched, *took, len(sequence.rows), int(more), int(stood), traffic)
     counts.latest.append(made)
     return [Judged(*each) for each in zip(start.columns, window, predicted, kept, strict=True)]
 
@@ -241,7 +245,7 @@ def verify_window(
     def note(layer: int, q: Tensor, k: Tensor, v: Tensor, keys: Tensor) -> None:
         draft.layers[layer].write(k, v, start.columns)
         if keep:
-            queries[layer] = Queries(q, [0] * batch)
+            queries[layer] = Queries(q.clone(), [0] * batch)  # a recording writes to the same place again
 
     return verify_tokens(coming, start.pads, plan, bound, tokens, start.positions, note, start.bounds), queries
 

@@ -17,7 +17,7 @@ from vericache_compile.compressors.base import Compressor
 from vericache_compile.compressors.facts import KINDS
 from vericache_compile.errors import GhostError, PageLost
 from vericache_compile.plan import CapturedPlan, DecodePlan, Output, OutputRole, Roles, Tier
-from vericache_compile.runtime import rounds
+from vericache_compile.runtime import pieces, rounds
 from vericache_compile.runtime.counts import Counts
 from vericache_compile.runtime.drawn import Drawn
 from vericache_compile.runtime.executor import WeightCasts, bind_weights
@@ -88,6 +88,7 @@ class Session:
         self._said: set[str] = set()
         self._lock = lock
         self._rotations = Rotations()
+        self._recordings = pieces.Recordings()
 
     def write_to(self, trace: str | None, tokens: str | None) -> None:
         """Write calls and rounds down in one file, and their tokens in another, from now on; or nowhere."""
@@ -225,8 +226,13 @@ class Session:
     def _run_round(self, sequence: Sequence, known: Tensor | None = None, counts: Counts | None = None) -> list[Judged]:
         """A round of a sequence that is being decoded; where a page of its full KV is lost, after that came back."""
         assert sequence.decode is not None, "set by the decode call"
+        plan, inputs = sequence.decode
+        device = inputs[plan.captured.roles.weights[0]].device
+        if pieces.serves(device, plan):
+            plan = self._recordings.of(plan, device, bind_weights(plan.verify, inputs, self.casts))
         arguments = (
-            *sequence.decode,
+            plan,
+            inputs,
             self.compressor,
             counts or self.counts,
             self.casts,
