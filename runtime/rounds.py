@@ -29,7 +29,7 @@ from vericache_compile.runtime.pace import Seen
 from vericache_compile.runtime.repeat import repeat_once
 from vericache_compile.runtime.rotations import Rotations
 from vericache_compile.runtime.scores import scores_of
-from vericache_compile.runtime.sequences import Held, Queries, Sequence
+from vericache_compile.runtime.sequences import Held, Queries, Row, Sequence
 from vericache_compile.runtime.slots import Incoming, Ring, incoming
 from vericache_compile.runtime.token_record import Judged
 from vericache_compile.runtime.told import Telling
@@ -277,21 +277,16 @@ def _commit(
     """
     counts.rounds += 1
     counts.row_rounds += len(sequence.rows)
-    made = [0] * len(sequence.rows)
+    standing = [_standing(row, plan, *own) for row, *own in zip(sequence.rows, window, predicted, strict=True)]
+    made = [max(min(standing) if plan.in_step else own, 0) for own in standing]
     for b, row in enumerate(sequence.rows):
-        if len(row.held) >= plan.window or row.token is None:
-            continue
-        kept = accept(window[b], predicted[b], row.forced)
-        if plan.position_limit is not None:
-            kept = min(kept, max(plan.position_limit - (row.length + row.offset), 1))
-        if plan.column_limit is not None and (kept := min(kept, plan.column_limit - row.length)) <= 0:
+        if not (kept := made[b]):
             continue
         own = outputs if len(sequence.rows) == 1 else tuple(output[:kept, b : b + 1].clone() for output in outputs)
         if len(row.ids) == row.length:
             row.ids += window[b][:kept]
         row.held.extend(Held(row.length + i, window[b][i], own, i) for i in range(kept))
         row.length += kept
-        made[b] = kept
         row.token = window[b][0] if row.forced else predicted[b][kept - 1]
         counts.add_row(plan.window, horizon, kept - 1)
         for held in queries:
@@ -306,6 +301,16 @@ def _commit(
             for layer, keys in enumerate(sequence.full.keys):
                 sequence.drawn.add_window(layer, asked, [row.length for row in sequence.rows], keys, start.pads)
     return made
+
+
+def _standing(row: Row, plan: DecodePlan, window: list[int], predicted: list[int]) -> int:
+    """How many rows of its window a row of the batch may keep; 0 or less where it takes no part in the round."""
+    if len(row.held) >= plan.window or row.token is None:
+        return 0
+    kept = accept(window, predicted, row.forced)
+    if plan.position_limit is not None:
+        kept = min(kept, max(plan.position_limit - (row.length + row.offset), 1))
+    return kept if plan.column_limit is None else min(kept, plan.column_limit - row.length)
 
 
 def _late(sequence: Sequence, start: Start) -> Callable[[int, Tensor], None] | None:
