@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Final, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vericache_compile.calibration import Calibration
@@ -36,6 +37,7 @@ from vericache_compile.errors import OptionError
 BLOCK: Final = 128
 SAMPLES: Final = 16384
 """Numbers, evenly spread over the tokens, that k-means looks at."""
+BINS: Final = 8192
 TURNS: Final = 20
 """Of k-means."""
 
@@ -159,8 +161,8 @@ def fit_ranges(
     keys: Tensor, values: Tensor, weights: tuple[Tensor, Tensor] | None, bits: int, outliers: float
 ) -> Ranges:
     """Ranges and levels of keys [K, S, D] and values [K, S, Dv], by weights shaped as they are, or none."""
-    ordered, skipped = keys.sort(dim=1).values, int(outliers / 2 * keys.shape[1])
-    low, high = (ordered[:, i, None].clone() for i in (skipped, keys.shape[1] - 1 - skipped))
+    channels, skipped = keys.transpose(1, 2).contiguous(), int(outliers / 2 * keys.shape[1])
+    low, high = (channels.topk(skipped + 1, dim=2, largest=way).values[..., -1][:, None] for way in (False, True))
     scaled = (scale_down(keys, low, high), split_values(values, outliers)[3])
     mass = (None, None) if weights is None else (weights[0], weights[1].transpose(0, 1).flatten(1).unsqueeze(0))
     levels = [k_means(x, own, 2**bits) for x, own in zip(scaled, mass, strict=True)]
@@ -189,22 +191,36 @@ def scale_up(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 
 def nearest(x: Tensor, levels: Tensor) -> Tensor:
-    """uint8 index of the level nearest to each number of x."""
-    return torch.bucketize(x, (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
+    """uint8 index of the level nearest to each number of x.
+
+    A search per number is slow on a CPU. There a table says how many bounds lie before each of many narrow bins of
+    [-1, 1], and one comparison whether the next is passed too; that is exact where no bin has two.
+    """
+    bounds = (levels[1:] + levels[:-1]) / 2
+    if x.device.type == "cpu" and x.numel() > BINS:
+        before = torch.bucketize(torch.arange(BINS + 1) * (2 / BINS) - 1, bounds)
+        if int(before.diff().max()) < 2:
+            bins = ((x.clamp(-1, 1) + 1) * (BINS / 2)).long().clamp_(max=BINS - 1)
+            following = F.pad(bounds, (0, 1), value=float("inf"))[before]
+            return before.to(torch.uint8).take(bins) + (x > following.take(bins))
+    return torch.bucketize(x, bounds).to(torch.uint8)
 
 
 def k_means(x: Tensor, weights: Tensor | None, count: int) -> Tensor:
     """`count` levels, float32 ascending, with the least weighted squared distance to the numbers of x within [-1, 1].
 
-    Lloyd's iteration, from quantiles; a level that no number is nearest to stays.
+    Lloyd's iteration, from quantiles; a level that no number is nearest to stays. A cell is a run of the numbers in
+    order, so its mean is a difference of running sums.
     """
     step = max(x.numel() // SAMPLES, 1)
-    numbers = x.reshape(-1)[::step].clamp(-1, 1)
-    mass = torch.ones_like(numbers) if weights is None else weights.reshape(-1)[::step].float()
+    numbers, order = x.reshape(-1)[::step].clamp(-1, 1).sort()
+    mass = torch.ones_like(numbers) if weights is None else weights.reshape(-1)[::step].float()[order]
+    sums = F.pad(torch.stack([mass, mass * numbers]).double().cumsum(dim=1), (1, 0))
     at = [(2 * i + 1) * len(numbers) // (2 * count) for i in range(count)]
-    levels = numbers.sort().values[torch.tensor(at, device=x.device)]
+    levels = numbers[torch.tensor(at, device=x.device)]
     for _ in range(TURNS):
-        cell = nearest(numbers, levels).long()
-        total, moment = (x.new_zeros(count).index_add_(0, cell, part) for part in (mass, mass * numbers))
-        levels = torch.where(total > 0, moment / total, levels)
+        ends = F.pad(torch.searchsorted(numbers, (levels[1:] + levels[:-1]) / 2, right=True), (1, 0))
+        ends = F.pad(ends, (0, 1), value=len(numbers))
+        total, moment = sums[:, ends].diff(dim=1)
+        levels = torch.where(total > 0, (moment / total).float(), levels)
     return levels
