@@ -66,7 +66,8 @@ class FullKV:
     @property
     def nbytes(self) -> int:
         """Bytes allocated, wherever they lie."""
-        return sum(x.untyped_storage().nbytes() for x in (*self.keys, *self.values))
+        held = zip(self.sites, self.keys, self.values, strict=True)
+        return sum(x.untyped_storage().nbytes() for site, *pair in held for x in pair[: site.sides])
 
     def reserve(self, columns: int, device: torch.device) -> None:
         """Make room for at least `columns` columns; what is held is kept."""
@@ -75,8 +76,10 @@ class FullKV:
         room = -(-(columns + (GROWTH if self.keys else BLOCK)) // BLOCK) * BLOCK
         for layer, site in enumerate(self.sites):
             like = torch.empty(0, dtype=site.dtype, device=device)
-            for held, size in ((self.keys, site.head_size), (self.values, site.value_size)):
-                grown = zeros_for((self.batch, site.kv_heads, room, size), like)
+            shape = (self.batch, site.kv_heads, room)
+            keys = zeros_for((*shape, site.head_size), like)
+            values = keys[..., : site.value_size] if site.latent else zeros_for((*shape, site.value_size), like)
+            for held, grown in ((self.keys, keys), (self.values, values)):
                 if self.columns:
                     grown[:, :, : self.columns] = held[layer]
                     held[layer] = grown
