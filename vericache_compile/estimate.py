@@ -8,6 +8,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from vericache_compile.compressors.base import Compressor
+from vericache_compile.compressors.dense import DenseKV
 from vericache_compile.compressors.facts import Facts, reader_of
 from vericache_compile.passes.program import example, placeholders
 from vericache_compile.plan import Site
@@ -37,10 +38,10 @@ def _draft_bytes(compressor: Compressor, sites: Sequence[Site]) -> list[float]:
         method = compressor.for_layer(site.layer, len(sites))
         shape = (repr(method), site.heads, site.kv_heads, site.head_size, site.value_size)
         if site.window is not None:
-            found.append(_exact_bytes(site))
+            found.append(float(site.bytes_per_token))
         elif method.donor is not None:
             lends = sites[method.donor].shape == site.shape  # one of another shape lends nothing
-            found.append(0.0 if lends else _exact_bytes(site))
+            found.append(0.0 if lends else float(site.bytes_per_token))
         else:
             if shape not in measured:
                 measured[shape] = _bytes_per_token(method, site)
@@ -56,13 +57,9 @@ def _bytes_per_token(method: Compressor, site: Site) -> float:
         facts = Facts(read=reader_of(keys, values))
         region = method.knowing(facts).compress(keys, values, queries)
         if region.covered:
-            return region.nbytes / region.covered
-    return _exact_bytes(site)  # all stay in the tail
-
-
-def _exact_bytes(site: Site) -> float:
-    """Bytes per token of a draft cache's exact tail, which holds keys and values apart whatever the site."""
-    return float(site.kv_heads * (site.head_size + site.value_size) * site.dtype.itemsize)
+            own = region.keys.nbytes if site.latent and isinstance(region, DenseKV) else region.nbytes
+            return own / region.covered
+    return float(site.bytes_per_token)  # all stay in the exact tail
 
 
 GATHERS = (torch.ops.aten.embedding.default, torch.ops.aten.index.Tensor, torch.ops.aten.index_select.default)
