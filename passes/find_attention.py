@@ -1,4 +1,5 @@
-"""Find every (append to cache, attend) pair: a site. Only this and `spelled_attention` know how models spell attention.
+"""Find every (append to cache, attend) pair: a site. Only this and its parts (`spelled_attention`, `latent_attention`,
+`find_writes`) know how models spell attention.
 
     k = cat([past_k, k_new], -2)                 one Site:
     v = cat([past_v, v_new], -2)            ->     query q, key k_new, value v_new, mask, scale,
