@@ -6,7 +6,8 @@
     o = attention(q, key, value)
 
 That is multi-head latent attention (arXiv 2405.04434). Data flow decides, not names: a product of one cache tensor and
-one weight, and how it is split, copied and put beside the other is run on numbers that say where they came from.
+one weight, and how it is split, copied and put beside the other is run, in decode steps, on numbers that say where they
+came from.
 """
 
 from __future__ import annotations
@@ -61,7 +62,25 @@ def find_expansion(program: Program, call: Attention, proved: dict[str, bool]) -
     [rotated] = (node for node in cached if node is not latent)
     calls = tuple(node for node in order if node.op != "placeholder" and node not in ends)
     found = Expansion(latent, rotated, weights[0], calls)
-    return found if _splits_by_head(program, call, found, products[0], proved) else None
+    if not _fits(call, found):
+        return None
+    taken = not _may_have_variants(program, found) or _splits_by_head(program, call, found, products[0], proved)
+    return found if taken else None
+
+
+def _fits(call: Attention, found: Expansion) -> bool:
+    """Whether the weight's rows are as many as heads take, and one key is cached for all of them."""
+    key, value, latent, rotated = (example(node).shape for node in (call.key, call.value, found.latent, found.rotated))
+    wanted = (key[1] * (key[3] - rotated[3] + value[3]), latent[3])
+    return latent[1] == rotated[1] == 1 and tuple(example(found.weight).shape) == wanted
+
+
+def _may_have_variants(program: Program, found: Expansion) -> bool:
+    """Whether the graph may be a decode step that is rewritten. Any other runs as captured, whatever its calls do, and
+    may be of so many columns that running them would take as much memory as a layer of prefill."""
+    columns = example(found.rotated).shape[2]
+    known = isinstance(columns, int) and found.rotated.op != "placeholder"
+    return program.found_roles.tokens_per_call == 1 and not known
 
 
 def _is_cache(node: Node, returned: list[Any]) -> bool:
@@ -93,17 +112,17 @@ def _splits_by_head(
     """Whether key and value are what they should be of the product and the rotated part, found by running the calls
     between on numbers that are all different."""
     env = _lengths(program)
-    batch, one, columns, rotated = (concrete(size, env) for size in example(found.rotated).shape)
+    batch, _, columns, rotated = (concrete(size, env) for size in example(found.rotated).shape)
     heads, size, value_size = (concrete(n, env) for n in (*example(call.key).shape[1::2], example(call.value).shape[3]))
     own = size - rotated
-    if one != 1 or example(found.weight).shape[0] != heads * (own + value_size):
-        return False
     text = f"{(batch, columns, heads, size, rotated, value_size)} {[_text(node, env) for node in found.calls]}"
     if text not in proved:
-        both = torch.arange(batch * columns * heads * (own + value_size)).view(batch, columns, heads, -1)
-        beside = -1 - torch.arange(batch * columns * rotated).view(batch, 1, columns, rotated)
+        both = torch.arange(batch * columns * heads * (own + value_size), dtype=torch.int32).view(
+            batch, columns, heads, -1
+        )
+        beside = -1 - torch.arange(batch * columns * rotated, dtype=torch.int32).view(batch, 1, columns, rotated)
         interpreter = Interpreter(program.module)
-        latent = torch.empty([concrete(n, env) for n in example(found.latent).shape], dtype=torch.int64)
+        latent = torch.empty([concrete(n, env) for n in example(found.latent).shape], dtype=torch.int32)
         interpreter.env |= {found.latent: latent, found.rotated: beside}
         interpreter.env[product] = both.view(batch, 1, columns, -1)
         key, value = _run(interpreter, found.calls, env, call.key, call.value)

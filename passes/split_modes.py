@@ -153,13 +153,13 @@ def _replace_attention(program: Program, node_of: dict[Node, Node], nodes: SiteN
         if nodes.weight is not None:
             parts = _absorbed(attention, node_of[nodes.weight], *parts)
         arguments = (*parts, *cache, nodes.site.scale, nodes.site.layer, nodes.site.window, *_scores(nodes, node_of))
-        call = attention.graph.call_function(ATTEND, arguments)
-    call.meta.update(attention.meta)
-    before, made = example(nodes.attention), call
-    with attention.graph.inserting_before(attention):
+        made = _call(attention, ATTEND, arguments)
         if nodes.weight is not None:
             size = example(nodes.query).shape[3] - nodes.site.cached_sizes[1]
-            made = _call(attention, expand, (call, node_of[nodes.weight], size))
+            made = _call(attention, expand, (made, node_of[nodes.weight], size))
+    made.meta.update(attention.meta)
+    before = example(nodes.attention)
+    with attention.graph.inserting_before(attention):
         if before.dim() != 4:  # [B * H, T, E]
             made = attention.graph.call_method("flatten", (made, 0, 1))
         if nodes.spelled and before.dtype is not example(nodes.query).dtype:  # wider than what is cached
