@@ -19,12 +19,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import transformers
 from decode import load, machine
+from frontier import markdown, plot, table
 from rich.console import Console
-from rich.table import Table
 from settings import choose
 from torch.fx import GraphModule
 
@@ -34,6 +35,7 @@ from vericache_compile.compressors.fitted import Learner
 from vericache_compile.compressors.table import find_method, method_names
 from vericache_compile.learning import rows_of
 from vericache_compile.model_state import state_of
+from vericache_compile.runtime.pace import Pace
 
 TOKENS = 3000
 """Of each prompt, at most."""
@@ -94,7 +96,8 @@ class Bench:
         self.plain = {name: self.generate(ids)[0, ids.shape[1] :].tolist() for name, ids in self.prompts.items()}
         self.model.compile(backend=self.switch)
         self.generate(next(iter(self.prompts.values()))[:, :WARM_UP], 24)
-        self.caches = {name: self.read(ids) for name, ids in self.prompts.items()}
+        self.read_seconds: dict[str, float] = {}
+        self.caches = {name: self.read(ids, name) for name, ids in self.prompts.items()}
 
     @property
     def made(self) -> Any:
@@ -111,18 +114,19 @@ class Bench:
         )
         return made
 
-    def read(self, ids: torch.Tensor) -> tuple[Any, Any]:
-        """A cache of all tokens but the last, and the sequence that it stands for."""
-        cache = transformers.DynamicCache()
+    def read(self, ids: torch.Tensor, name: str) -> tuple[Any, Any]:
+        """A cache of all tokens of a prompt but the last, and the sequence that it stands for."""
+        cache, began = transformers.DynamicCache(), time.perf_counter()
         with torch.no_grad():
             self.model(ids[:, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        self.read_seconds.setdefault(name, time.perf_counter() - began)
         return cache, self.made.session.newest
 
     def measure(self, compressor: str, prompt: str) -> dict[str, Any]:
         """One method on one prompt."""
         ids, plain = self.prompts[prompt], self.plain[prompt]
         self.switch.options = self.switch.options | {"compressor": compressor}
-        cache, sequence = self.read(ids) if compressor.partition("(")[0] in READERS else self.caches[prompt]
+        cache, sequence = self.read(ids, prompt) if compressor.partition("(")[0] in READERS else self.caches[prompt]
         began = time.perf_counter()
         tokens = self.generate(ids, past_key_values=copy.deepcopy(cache))[0, ids.shape[1] :].tolist()
         took = time.perf_counter() - began
@@ -135,7 +139,7 @@ class Bench:
             "compressor": re.sub(r"calibration='[^']*'(, )?", "", compressor),
             "prompt": prompt,
             "prompt_tokens": ids.shape[1],
-            "tokens_per_round": counts.served / counts.row_rounds,
+            "tokens_per_round": 1 + counts.accepted / counts.row_rounds,
             "acceptance_by_position": [accepted / drafted if drafted else None for accepted, drafted in pairs],
             "compress_seconds": counts.compress_seconds,
             "draft_step_ms": 1e3 * counts.draft_seconds / counts.drafted,
@@ -164,6 +168,7 @@ def measure_all(arguments: argparse.Namespace, report: dict[str, Any], folder: P
         return
     with console.status("reading the prompts, compiling"):
         bench = Bench(arguments.prompts, arguments.new, arguments.draft_dtype)
+    report["prefill_seconds"] = bench.read_seconds
     files: dict[str, str] = {}
     for method, share in wanted:
         name, _, calibrated = method.partition("+")
@@ -187,88 +192,6 @@ def save(report: dict[str, Any], path: Path | None) -> None:
         part.replace(path)
 
 
-def show(report: dict[str, Any], names: Sequence[str], console: Console) -> None:
-    """Print the table: best first at each share."""
-    table = Table(title=f"{report['machine']['device']}, {report['machine']['threads']} threads, W = 16")
-    columns = (
-        "at",
-        "method",
-        "setting",
-        "bytes",
-        *names,
-        "tokens per round",
-        "compress",
-        "draft step",
-        "alone",
-        "same",
-    )
-    for column in columns:
-        table.add_column(column)
-    for point in sorted(points(report), key=lambda each: (each["share"], -each["tokens_per_round"])):
-        runs = {run["prompt"]: run for run in point["runs"]}
-        alone = [
-            "never" if run["alone_diverges_at"] is None else str(run["alone_diverges_at"]) for run in runs.values()
-        ]
-        table.add_row(
-            f"{point['share']:.0%}",
-            point["method"],
-            point["runs"][0]["compressor"],
-            f"{point['bytes']:.0%}",
-            *(f"{runs[name]['tokens_per_round']:.1f}" if name in runs else "" for name in names),
-            f"{point['tokens_per_round']:.1f}",
-            f"{mean(run['compress_seconds'] for run in runs.values()):.2f} s",
-            f"{mean(run['draft_step_ms'] for run in runs.values()):.1f} ms",
-            " ".join(alone),
-            "yes" if all(run["identical"] for run in runs.values()) else "NO",
-        )
-    console.print(table)
-
-
-def points(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """A method at a share of the bytes: its runs, and their means."""
-    groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
-    for run in report["runs"]:
-        groups.setdefault((run["method"], run["share"]), []).append(run)
-    return [
-        {
-            "method": method,
-            "share": share,
-            "runs": runs,
-            "bytes": mean(run["bytes_per_token"] / run["full_bytes_per_token"] for run in runs),
-            "tokens_per_round": mean(run["tokens_per_round"] for run in runs),
-        }
-        for (method, share), runs in groups.items()
-    ]
-
-
-def mean(numbers: Any) -> float:
-    """Of at least one number."""
-    held = list(numbers)
-    return float(sum(held) / len(held))
-
-
-def plot(report: dict[str, Any], path: Path) -> None:
-    """Tokens per round against bytes per token; what no other method beats at fewer bytes is joined by a line."""
-    from matplotlib.figure import Figure
-
-    axes = (figure := Figure(figsize=(9, 6), layout="constrained")).subplots()
-    found = sorted(points(report), key=lambda each: (each["bytes"], -each["tokens_per_round"]))
-    lines: dict[str, list[dict[str, Any]]] = {}
-    for each in found:
-        lines.setdefault(each["method"], []).append(each)
-    for i, (method, line) in enumerate(lines.items()):
-        places = [each["bytes"] for each in line], [each["tokens_per_round"] for each in line]
-        axes.plot(*places, linestyle=":", marker="os^vD*Px"[i % 8], color=f"C{i % 10}", label=method, linewidth=0.7)
-    best = [
-        each for i, each in enumerate(found) if all(e["tokens_per_round"] < each["tokens_per_round"] for e in found[:i])
-    ]
-    frontier = [each["bytes"] for each in best], [each["tokens_per_round"] for each in best]
-    axes.step(*frontier, where="post", color="black", linewidth=1.2, label="frontier")
-    axes.set(xlabel="draft cache, fraction of the full cache's bytes", ylabel="tokens per round", xscale="log")
-    axes.legend(fontsize="small", ncols=2)
-    figure.savefig(path)
-
-
 def main() -> None:
     """Run the benchmark."""
     known = [name for name in method_names() if name != "none"]
@@ -276,11 +199,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="*", default=known, metavar="M", help=f"of {', '.join(known)}")
     parser.add_argument("--prompts", nargs="*", default=["code", "question", "summary"])
-    parser.add_argument("--bytes", nargs="*", type=float, default=[0.1, 0.2, 0.4], help="shares of the full cache's")
-    parser.add_argument("--new", type=int, default=64, help="tokens to decode (default %(default)s)")
+    parser.add_argument("--bytes", nargs="*", type=float, default=[0.125, 0.25, 0.5], help="shares of the full cache's")
+    parser.add_argument("--new", type=int, default=128, help="tokens to decode (default %(default)s)")
     parser.add_argument("--draft-dtype", default="same", help="type that drafts read weights in (default %(default)s)")
     parser.add_argument("--json", type=Path, help="where results go, and come from when the run is taken up again")
     parser.add_argument("--plot", type=Path, help="where the picture goes")
+    parser.add_argument("--markdown", type=Path, help="where the table goes, as a page of the documentation")
     arguments = parser.parse_args()
     console = Console(width=WIDTH)
     settings = {"machine": machine(), "new_tokens": arguments.new, "draft_dtype": arguments.draft_dtype}
@@ -290,11 +214,14 @@ def main() -> None:
         if {key: held.get(key) for key in settings} != settings:
             parser.error(f"{arguments.json} was measured otherwise, or on another machine: name another file")
         report = held
-    with tempfile.TemporaryDirectory() as folder:
+    drafting = patch.object(Pace, "pays", lambda _: True)  # a method is measured where it would not pay, too
+    with drafting, tempfile.TemporaryDirectory() as folder:
         measure_all(arguments, report, Path(folder), Console(stderr=True))
-    show(report, arguments.prompts, console)
+    console.print(table(report))
     if arguments.plot is not None:
         plot(report, arguments.plot)
+    if arguments.markdown is not None:
+        arguments.markdown.write_text(markdown(report))
 
 
 if __name__ == "__main__":

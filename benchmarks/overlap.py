@@ -1,7 +1,8 @@
 """How much of bringing full KV in is hidden under drafting? The demo model, full KV in host memory, a capped link.
 
 A round with full KV on the device is measured first; the link is then capped so that a transfer takes a given share of
-its drafting. Sides are interleaved in one process, medians over rounds are reported, and tokens are compared. Prints a
+its drafting. The link's thread gets a core that computing leaves to it: a device's copy engine takes none from drafting
+either. Sides are interleaved in one process, medians over rounds are reported, and tokens are compared. Prints a
 table and writes benchmarks/results/overlap-<machine>.json, or the file of --json.
 """
 
@@ -116,7 +117,7 @@ def measure(model: Any, case: Case, inputs: dict[str, torch.Tensor], repeats: in
             outs.append(out)
         identical &= torch.equal(*outs)
     device, host = (medians(made[side]) for side in ("device", "host"))
-    expected = max(device["draft_ms"], host["transfer_ms"]) + device["verify_ms"]
+    expected = floor(device, host["transfer_ms"], sites / stats(model)["sites"])
     planned = held["device"]["draft"] + sites * site
     peak = held["host"]["draft"] + held["host"]["staging"] + held["host"]["full_on_device"]
     return {
@@ -132,9 +133,15 @@ def measure(model: Any, case: Case, inputs: dict[str, torch.Tensor], repeats: in
     }
 
 
+def floor(device: dict[str, float], transfer_ms: float, share: float) -> float:
+    """Milliseconds of a round that hides what it can: under drafting what the ring holds, the rest under verify."""
+    draft, verify = device["draft_ms"], device["verify_ms"]
+    return max(draft, share * transfer_ms) + max(verify, (1 - share) * transfer_ms)
+
+
 def show(report: dict[str, Any], console: Console) -> None:
     """Print the table."""
-    names = ("", "draft", "verify", "round", "transfer", "round, host", "hidden", "over max(d, t) + v", "identical")
+    names = ("", "draft", "verify", "round", "transfer", "round, host", "hidden", "over the floor", "identical")
     title = (
         f"{report['machine']['device']}, {TOKENS:,} tokens, milliseconds; full KV on the device, then in host memory"
     )
@@ -160,6 +167,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where the JSON goes")
     arguments = parser.parse_args()
     console = Console(stderr=True, width=150)
+    torch.set_num_threads(max(torch.get_num_threads() - 1, 1))
     model, inputs = load(), prompt(1, TOKENS)
     report: dict[str, Any] = {"machine": machine(), "tokens": TOKENS, "options": OPTIONS, "cases": []}
     for case in CASES:

@@ -28,6 +28,7 @@ from vericache_compile.runtime.rotations import Rotations
 from vericache_compile.runtime.scores import scores_of
 from vericache_compile.runtime.sequences import Held, Queries, Sequence
 from vericache_compile.runtime.slots import Incoming, Ring, incoming
+from vericache_compile.runtime.token_record import Judged
 from vericache_compile.runtime.told import Telling
 from vericache_compile.runtime.verify import verify_tokens
 
@@ -70,11 +71,11 @@ def run_round(
     rotations: Rotations,
     ring: Ring,
     known: Tensor | None = None,
-) -> None:
+) -> list[Judged]:
     """Draft, verify, accept and commit for every row of a sequence; rows already far ahead stay where they are.
 
     Full KV that lives outside the device comes in through `ring` meanwhile. An error leaves the sequence as it was.
-    Where tokens [B, n] are `known` they stand for what would have been drafted.
+    Where tokens [B, n] are `known` they stand for what would have been drafted. Returns what was made of each row.
     """
     device = inputs[plan.captured.roles.weights[0]].device
     before = (counts.compress_seconds, counts.drafted, counts.accepted)
@@ -105,7 +106,7 @@ def run_round(
     took = (drafted_at - began, time.perf_counter() - drafted_at)
     counts.draft_seconds += took[0]
     counts.verify_seconds += took[1]
-    _commit(sequence, plan, start, window, predicted, horizon, outputs, queries, counts)
+    kept = _commit(sequence, plan, start, window, predicted, horizon, outputs, queries, counts)
     for site in plan.captured.sites:
         sequence.full.settle(site.layer, [row.length for row in sequence.rows])
     now = (counts.compress_seconds, counts.drafted, counts.accepted)
@@ -115,6 +116,7 @@ def run_round(
     counts.rested += not horizon
     made = Round(called, compressing, began, *took, len(sequence.rows), int(more), int(stood), coming.traffic)
     counts.latest.append(made)
+    return [Judged(*each) for each in zip(start.columns, window, predicted, kept, strict=True)]
 
 
 def usable_draft(
@@ -254,10 +256,14 @@ def _commit(
     outputs: tuple[Tensor, ...],
     queries: list[Queries | None],
     counts: Counts,
-) -> None:
-    """Keep each row's accepted rows; what was written beyond them lies past its length and is overwritten later."""
+) -> list[int]:
+    """Keep each row's accepted rows; what was written beyond them lies past its length and is overwritten later.
+
+    Returns how many were kept of each.
+    """
     counts.rounds += 1
     counts.row_rounds += len(sequence.rows)
+    made = [0] * len(sequence.rows)
     for b, row in enumerate(sequence.rows):
         if len(row.held) >= plan.window or row.token is None:
             continue
@@ -271,6 +277,7 @@ def _commit(
             row.ids += window[b][:kept]
         row.held.extend(Held(row.length + i, window[b][i], own, i) for i in range(kept))
         row.length += kept
+        made[b] = kept
         row.token = window[b][0] if row.forced else predicted[b][kept - 1]
         counts.add_row(plan.window, horizon, kept - 1)
         for held in queries:
@@ -280,6 +287,7 @@ def _commit(
         sequence.queries = queries
     if sequence.drawn is not None and sequence.full.resident:
         _add_drawn(sequence, plan, start, queries)
+    return made
 
 
 def _add_drawn(sequence: Sequence, plan: DecodePlan, start: Start, queries: list[Queries | None]) -> None:

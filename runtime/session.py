@@ -31,6 +31,7 @@ from vericache_compile.runtime.slots import Ring
 from vericache_compile.runtime.store import Store
 from vericache_compile.runtime.tiers import Home, PagedKV
 from vericache_compile.runtime.timeline import Timeline
+from vericache_compile.runtime.token_record import Judged, TokenRecord
 from vericache_compile.runtime.told import Telling
 
 log = logging.getLogger(__name__)
@@ -80,15 +81,20 @@ class Session:
         self._newest: weakref.ref[Sequence] | None = None
         self._timelines: dict[str, Timeline] = {}
         self._timeline: Timeline | None = None
+        self._records: dict[str, TokenRecord] = {}
+        self._record: TokenRecord | None = None
         self._told = self._told_whole = False
         self._lock = lock
         self._rotations = Rotations()
 
-    def trace_to(self, path: str | None) -> None:
-        """Write calls and rounds down in this file from now on, or nowhere."""
-        if path is not None and path not in self._timelines:
-            self._timelines[path] = Timeline(path)
-        self._timeline = None if path is None else self._timelines[path]
+    def write_to(self, trace: str | None, tokens: str | None) -> None:
+        """Write calls and rounds down in one file, and their tokens in another, from now on; or nowhere."""
+        if trace is not None and trace not in self._timelines:
+            self._timelines[trace] = Timeline(trace)
+        if tokens is not None and tokens not in self._records:
+            self._records[tokens] = TokenRecord(tokens)
+        self._timeline = None if trace is None else self._timelines[trace]
+        self._record = None if tokens is None else self._records[tokens]
 
     def run(self, plan: CapturedPlan | DecodePlan, inputs: Rows[Any]) -> list[Any]:
         """One call of a captured graph, by its plan."""
@@ -105,6 +111,7 @@ class Session:
         """Run a prefill, a second turn, or any call that no round can serve: as captured, on real KV."""
         with self._lock, torch.no_grad():
             if plan.in_place:
+                self._note_fed(plan, inputs, None, None)
                 return list(plan.module(*inputs))
             sequence, columns = self._sequence(plan, inputs) if plan.attends_to_past else (None, 0)
             return self._run_captured(plan, inputs, sequence, columns)
@@ -120,6 +127,7 @@ class Session:
         else:
             for row in sequence.rows:
                 row.truncate(columns)
+        self._note_fed(plan, inputs, sequence.number, columns)
         sequence.full.reserve(columns + count, device)
         pads = self._padding(sequence, roles, inputs)
         draft, starts = sequence.draft, [columns] * batch
@@ -175,7 +183,9 @@ class Session:
         if any(not row.held for row in sequence.rows):
             own = set(plan.captured.roles.weights)  # those of this call: a model's parameters may have been replaced
             sequence.decode = self.last = (plan, [x if i in own else None for i, x in enumerate(inputs)])
-            self._run_round(sequence)
+            judged = self._run_round(sequence)
+            if self._record is not None:
+                self._record.round(sequence.number, judged)
             self._tell_whole(sequence)
             self._note(sequence)
         return self._take(sequence.rows)
@@ -190,6 +200,7 @@ class Session:
         pads = paddings(inputs[shown], columns)
         fed = self._fed(plan, inputs, pads, columns) if pads is not None and len(set(counted)) == 1 else None
         if fed is None or not has_versions(captured, inputs):
+            self._note_fed(captured, inputs, None, columns)
             return list(captured.module(*inputs))
         mirror = find_mirror(self.table, captured, inputs, columns)
         made = iter(self._rows(plan, inputs, mirror.sequence, fed, columns))
@@ -199,7 +210,7 @@ class Session:
         side = {Output.KEYS: 0, Output.VALUES: 1}
         return [inputs[past[r.layer][side[r.kind]]] if r.kind in side else next(made) for r in captured.outputs]
 
-    def _run_round(self, sequence: Sequence, known: Tensor | None = None, counts: Counts | None = None) -> None:
+    def _run_round(self, sequence: Sequence, known: Tensor | None = None, counts: Counts | None = None) -> list[Judged]:
         """A round of a sequence that is being decoded; where a page of its full KV is lost, after that came back."""
         assert sequence.decode is not None, "set by the decode call"
         arguments = (
@@ -212,10 +223,10 @@ class Session:
             known,
         )
         try:
-            rounds.run_round(sequence, *arguments)
+            return rounds.run_round(sequence, *arguments)
         except PageLost as lost:
             self._recover(sequence, lost)
-            rounds.run_round(sequence, *arguments)
+            return rounds.run_round(sequence, *arguments)
 
     def _recover(self, sequence: Sequence, lost: PageLost) -> None:
         """Compute the sequence's full KV again, into host memory; raises `lost` where that cannot be done."""
@@ -271,6 +282,11 @@ class Session:
     def newest(self) -> Sequence | None:
         """The sequence that ran last, while it is held."""
         return self._newest() if self._newest is not None else None
+
+    def _note_fed(self, plan: CapturedPlan, inputs: Rows[Any], sequence: int | None, column: int | None) -> None:
+        """Write down the tokens of a call that runs as captured, for whoever asked for tokens."""
+        if self._record is not None:
+            self._record.fed(sequence, column, inputs[plan.roles.tokens].tolist())
 
     def _note(self, sequence: Sequence) -> None:
         draft = sequence.draft.nbytes if sequence.draft is not None else 0

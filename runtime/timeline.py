@@ -8,28 +8,24 @@ counts, no tokens.
 from __future__ import annotations
 
 import json
-import logging
 import os
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from vericache_compile.runtime.counts import Round, Span
+from vericache_compile.runtime.journal import Journal
 
-log = logging.getLogger(__name__)
 TRACKS = ("caller", "compress", "draft", "verify", "link")
 END = b"\n]\n"
 
 
 class Timeline:
-    """Events appended to one file; a file that cannot be written to is said once and stops nothing."""
+    """Events appended to one file."""
 
     def __init__(self, path: str) -> None:
-        self.path = Path(path)
-        self._open = False
-        self._failed = False
-        self._lock = threading.Lock()
+        names = ",\n".join(json.dumps(_name(track)) for track in TRACKS).encode()
+        self._journal = Journal(Path(path), "trace", b"[\n" + names, END)
 
     def call(
         self, what: str, began: float, seconds: float, rounds: Sequence[Round], spans: Sequence[Span] = ()
@@ -48,46 +44,7 @@ class Timeline:
         for span in spans:
             moved = {"layer": span.layer, "bytes": span.nbytes}
             events.append(_span("link", f"full KV of site {span.layer}", span.began, span.seconds, moved))
-        self._append(events)
-
-    def _append(self, events: list[dict[str, Any]]) -> None:
-        with self._lock:
-            if self._failed:
-                return
-            try:
-                self._write(events)
-            except OSError as error:
-                self._failed = True
-                log.warning(
-                    "vericache: no trace is written: %s\n  where: trace=%r\n  fix: %s",
-                    error.strerror,
-                    str(self.path),
-                    "name a file in a folder that can be written to, on a disk with room; the model runs all the same",
-                )
-
-    def _write(self, events: list[dict[str, Any]]) -> None:
-        text = ",\n".join(json.dumps(event) for event in events).encode()
-        if not self._open:
-            self._claim()
-            names = ",\n".join(json.dumps(_name(track)) for track in TRACKS).encode()
-            self.path.write_bytes(b"[\n" + names + END)
-            self._open = True
-        with self.path.open("r+b") as file:
-            file.seek(-len(END), os.SEEK_END)
-            file.write(b",\n" + text + END)
-
-    def _claim(self) -> None:
-        """Make the file; where there is one already, one beside it with this process in its name."""
-        wanted, number = self.path, 1
-        while True:
-            try:
-                self.path.open("xb").close()
-            except FileExistsError:
-                again = "" if number == 1 else f"_{number}"
-                self.path = wanted.with_name(f"{wanted.stem}.pid{os.getpid()}{again}{wanted.suffix}")
-                number += 1
-            else:
-                return
+        self._journal.append(b"".join(b",\n" + json.dumps(event).encode() for event in events))
 
 
 def _span(track: str, name: str, began: float, seconds: float, args: dict[str, int]) -> dict[str, Any]:

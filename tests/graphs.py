@@ -60,12 +60,14 @@ def capture(model: nn.Module, drive: Callable[[nn.Module], object]) -> list[Capt
 def tiny_decode(name: str, batch: int, loop: str = "generate", tokens: int = 7) -> Captured:
     """The decode step (any past length) of a tiny model: a call with `tokens` + 2 columns cached.
 
-    `loop` is generate, plain (a loop of one's own that passes only tokens and cache) or masked (and the padding mask).
+    `loop` is generate, static (generate with a cache of a fixed size), plain (a loop of one's own that passes only
+    tokens and cache) or masked (and the padding mask).
     """
     model, prompt = make_tiny(name), make_prompt(tokens, batch)
 
     def generate(model: Any) -> None:
-        model.generate(**prompt, max_new_tokens=4, do_sample=False)
+        asked = {"cache_implementation": "static"} if loop == "static" else {}
+        model.generate(**prompt, max_new_tokens=4, do_sample=False, **asked)
 
     def decode(model: Any) -> None:
         from transformers import DynamicCache
@@ -76,7 +78,7 @@ def tiny_decode(name: str, batch: int, loop: str = "generate", tokens: int = 7) 
             out = model(input_ids=ids, past_key_values=kept, **given)
             ids, mask = out.logits[:, -1:].argmax(-1), torch.cat([mask, mask.new_ones(batch, 1)], 1)
 
-    return capture(model, generate if loop == "generate" else decode)[-1]
+    return capture(model, generate if loop in ("generate", "static") else decode)[-1]
 
 
 class Toy(nn.Module):

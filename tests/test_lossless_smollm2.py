@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from models import BATCHES, COMPRESSORS, NEW, PROMPTS, WINDOWS
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from vericache_compile import stats
+from vericache_compile.compressors.table import COMPRESSORS as METHODS
+from vericache_compile.testing import Switch, generate_rows
 
 
 def _run_smollm2(model: PreTrainedModel, inputs: dict[str, torch.Tensor], count: int, **options: Any) -> None:
@@ -57,3 +61,36 @@ def test_smollm2_whole_grid(smollm2: PreTrainedModel, document_ids: torch.Tensor
         for tokens in PROMPTS:
             options = {**COMPRESSORS[compressor], "window": window, "inductor": False}
             _run_smollm2(smollm2, _document(document_ids, tokens, batch), NEW, **options)
+
+
+class Expected(NamedTuple):
+    """SmolLM2 compiled with a switch, a prompt, plain's tokens, and the rows over no compression."""
+
+    model: PreTrainedModel
+    switch: Switch
+    prompt: dict[str, Tensor]
+    tokens: Tensor
+    rows: Tensor
+
+
+@pytest.fixture(scope="module")
+def expected(smollm2: PreTrainedModel, document_ids: Tensor) -> Iterator[Expected]:
+    """Three rows of real text, two of them padded."""
+    prompt, switch = _document(document_ids, 700, 3), Switch()
+    smollm2._compiled_call_impl = None
+    plain, _ = generate_rows(smollm2, prompt, NEW)
+    switch.options = {"compressor": "none", "inductor": False}
+    smollm2.compile(backend=switch)
+    yield Expected(smollm2, switch, prompt, plain, generate_rows(smollm2, prompt, NEW)[1])
+    smollm2._compiled_call_impl = None
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_every_method_gives_plain_tokens_and_the_bits_of_none(expected: Expected, name: str) -> None:
+    expected.switch.options = {"compressor": name, "inductor": False}
+    tokens, rows = generate_rows(expected.model, expected.prompt, NEW)
+    assert torch.equal(tokens, expected.tokens)
+    assert torch.equal(rows, expected.rows)
+    assert stats(expected.model)["rounds"] > 0

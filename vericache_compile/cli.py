@@ -152,6 +152,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     options.add_argument("--staging-mb", type=float, metavar="MIB", help="device memory for full KV that comes in")
     options.add_argument("--kv-folder", metavar="DIR", help="where --placement disk makes its file")
     options.add_argument("--dump", metavar="DIR", help="write each graph after each pass to a folder of its own")
+    tokens = "write the tokens of prompts and rounds there too, in tokens.jsonl"
+    options.add_argument("--dump-tokens", action="store_const", const=True, help=tokens)
     options.add_argument("--trace", metavar="FILE", help="write a Chrome trace of calls and rounds")
     options.add_argument("--strict", action="store_const", const=True, help="raise instead of falling back")
 

@@ -15,7 +15,7 @@ from vericache_compile.terminal import AnswerStream, format_bytes, format_rate, 
 
 OPTIONS = (
     *("compressor", "keep", "bits", "window", "draft_dtype", "placement", "staging_mb", "kv_folder"),
-    *("inductor", "strict", "dump", "trace"),
+    *("inductor", "strict", "dump", "dump_tokens", "trace"),
 )
 WARM_UP_TOKENS = 32
 

@@ -77,6 +77,13 @@ class Config:
         compare=False,  # what is written down makes no other configuration
         metadata={"doc": "folder for one folder per captured graph: the graph after each pass, and what came of it"},
     )
+    dump_tokens: bool = field(
+        default=False,
+        compare=False,
+        metadata={
+            "doc": "also write the tokens of prompts and rounds there, in tokens.jsonl; nothing else holds tokens"
+        },
+    )
     trace: str | None = field(
         default=None,
         compare=False,
@@ -98,6 +105,10 @@ class Config:
         for name, kind in (("dump", "folder"), ("trace", "file"), ("kv_folder", "folder")):
             if (path := getattr(self, name)) is not None and not path.strip():
                 raise OptionError(f"{name}={path!r}", WHERE, f"name a {kind}, or leave it out")
+        if self.dump_tokens and self.dump is None and os.environ.get("TORCH_COMPILE_DEBUG", "0") != "1":
+            raise OptionError(
+                "dump_tokens=True, and nothing is dumped", WHERE, "name a folder with dump, or leave it out"
+            )
         self.make_compressor()
 
     def draft_dtype_on(self, device: torch.device) -> torch.dtype | None:

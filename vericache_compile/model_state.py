@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vericache_compile.config import AUTO, Config
+from vericache_compile.observers import tokens_path
 from vericache_compile.plan import Compiled, Site, Tier
 from vericache_compile.runtime.executor import WeightCasts
 from vericache_compile.runtime.sequence_table import SequenceTable
@@ -55,7 +56,7 @@ class ModelState:
             if config not in self.compilations:
                 self.compilations[config] = Compilation(config, self._session(config), self.compiled)
             made = self.latest = self.compilations[config]
-            made.session.trace_to(config.trace)  # no part of what makes configurations equal
+            made.session.write_to(config.trace, tokens_path(config))  # no part of what makes configurations equal
             return made
 
     def _session(self, config: Config) -> Session:

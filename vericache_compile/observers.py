@@ -33,3 +33,9 @@ def dump_root(config: Config) -> str | None:
     from torch._dynamo.utils import get_debug_dir
 
     return str(Path(get_debug_dir()) / "vericache")
+
+
+def tokens_path(config: Config) -> str | None:
+    """The file that tokens are written to where they are asked for; in the dump's folder, else nowhere."""
+    root = dump_root(config) if config.dump_tokens else None
+    return None if root is None else str(Path(root) / "tokens.jsonl")

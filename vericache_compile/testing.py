@@ -160,11 +160,30 @@ def check_refusals(text: str) -> None:
 
 
 def check_tokens(text: str, kv_heads: int, *, tokens: int, batch: int, count: int) -> None:
-    """A tiny model's `count` new tokens over this method are those of plain greedy `generate`."""
+    """A tiny model's `count` new tokens over this method are those of plain greedy `generate`, and their logits are, to
+    the bit, those over no compression at all."""
+    plain, none = _plain_tokens(kv_heads, tokens, batch, count), _rows_of_none(kv_heads, tokens, batch, count)
+    given, rows = _generate(text, kv_heads, tokens, batch, count)
+    assert torch.equal(given, plain), f"{text!r} changes tokens"
+    assert torch.equal(rows, none), f"{text!r} changes bits of logits"
+
+
+def generate_rows(model: Any, prompt: Any, count: int) -> tuple[Tensor, Tensor]:
+    """Greedy tokens [B, T + count] and their logits [count, B, V]."""
+    how = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    out = model.generate(**prompt, max_new_tokens=count, **how)
+    return out.sequences, torch.stack(out.logits)
+
+
+def _generate(text: str, kv_heads: int, tokens: int, batch: int, count: int) -> tuple[Tensor, Tensor]:
     model, switch = tiny_model(kv_heads)
-    prompt, switch.options = make_prompt(tokens, batch), {"compressor": text, "window": 4, "inductor": False}
-    ours = model.generate(**prompt, max_new_tokens=count, do_sample=False)
-    assert torch.equal(ours, _plain_tokens(kv_heads, tokens, batch, count)), f"{text!r} changes tokens"
+    switch.options = {"compressor": text, "window": 4, "inductor": False}
+    return generate_rows(model, make_prompt(tokens, batch), count)
+
+
+@cache
+def _rows_of_none(kv_heads: int, tokens: int, batch: int, count: int) -> Tensor:
+    return _generate("none", kv_heads, tokens, batch, count)[1]
 
 
 class Switch:

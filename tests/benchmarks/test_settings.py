@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-from types import ModuleType
-
 import pytest
+import settings
 import torch
 
 from vericache_compile.compressors.spec import parse
@@ -15,18 +12,6 @@ from vericache_compile.estimate import compressed_bytes
 from vericache_compile.plan import Site
 
 SITES = tuple(Site(layer, 9, 3, 64, 64, 0.125, torch.float32, None) for layer in range(8))
-
-
-@pytest.fixture(scope="module")
-def settings() -> ModuleType:
-    """benchmarks/settings.py, which no package holds."""
-    path = Path(__file__).parents[2] / "benchmarks" / "settings.py"
-    spec = importlib.util.spec_from_file_location("settings", path)
-    assert spec is not None
-    assert spec.loader is not None
-    made = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(made)
-    return made
 
 
 @pytest.mark.parametrize(
@@ -43,21 +28,19 @@ def settings() -> ModuleType:
         ("none", 0.2, "none"),
     ],
 )
-def test_the_largest_setting_within_the_budget_is_taken(
-    settings: ModuleType, name: str, share: float, expected: str
-) -> None:
+def test_the_largest_setting_within_the_budget_is_taken(name: str, share: float, expected: str) -> None:
     assert settings.choose(name, share, SITES) == expected
 
 
 @pytest.mark.parametrize("name", sorted(COMPRESSORS))
-def test_every_method_has_a_setting(settings: ModuleType, name: str) -> None:
+def test_every_method_has_a_setting(name: str) -> None:
     sites = SITES[:2]
     chosen, smallest = settings.choose(name, 0.2, sites), settings.choose(name, 0.0, sites)
     assert parse(chosen, {}).name == name
     assert compressed_bytes(parse(smallest, {}), sites) <= compressed_bytes(parse(chosen, {}), sites)
 
 
-def test_a_calibration_reaches_those_that_take_one(settings: ModuleType) -> None:
+def test_a_calibration_reaches_those_that_take_one() -> None:
     assert next(settings.settings("cskv", "f.safetensors")).startswith(
         "cskv(bits=4, calibration='f.safetensors', rank="
     )

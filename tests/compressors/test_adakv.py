@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from vericache_compile.compressors.adakv import AdaKV, SharedKV, share_out
+from vericache_compile.compressors.adakv import AdaKV
+from vericache_compile.compressors.head_budget import SharedKV, share_out
 from vericache_compile.compressors.snapkv import SnapKV, score_tokens
 from vericache_compile.errors import OptionError
 

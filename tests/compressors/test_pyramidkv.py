@@ -46,7 +46,7 @@ def test_slots_follow_the_formula(random_row: Row, keep: float) -> None:
 @given(keep=st.floats(0.01, 1.0), layers=st.integers(1, 40), beta=st.floats(1, 50))
 def test_the_mean_is_kept_and_no_layer_is_out_of_range(keep: float, layers: int, beta: float) -> None:
     method = PyramidKV(keep=keep, beta=beta)
-    shares = [method.share(layer, layers) for layer in range(layers)]
+    shares = [method.for_layer(layer, layers).keep for layer in range(layers)]
     assert sum(shares) / layers == pytest.approx(keep)
     assert shares == sorted(shares, reverse=True)
     assert all(0 < share <= 1 for share in shares)

@@ -19,7 +19,8 @@ def run(path: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    ("name", "batch", "loop"), [("llama", 1, "generate"), ("gpt2", 3, "generate"), ("qwen3", 3, "masked")]
+    ("name", "batch", "loop"),
+    [("llama", 1, "generate"), ("gpt2", 3, "generate"), ("qwen3", 3, "masked"), ("llama", 3, "static")],
 )
 def test_verify_over_a_window_gives_what_the_captured_step_gives(
     tmp_path: Path, name: str, batch: int, loop: str

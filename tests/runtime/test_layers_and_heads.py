@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vericache_compile.compressors.adakv import AdaKV
 from vericache_compile.compressors.base import Compressor
+from vericache_compile.compressors.layer_budget import pyramid_share
 from vericache_compile.compressors.pyramidkv import PyramidKV
 from vericache_compile.compressors.spec import parse
 from vericache_compile.plan import Site
@@ -93,7 +94,7 @@ def test_ragged_regions_grow(full: FullKV) -> None:
 def test_a_site_has_its_layers_budget(full: FullKV) -> None:
     layers = len(full.sites)
     draft = make(PyramidKV(keep=0.2), full, COLUMNS)
-    shares = [PyramidKV(keep=0.2).share(layer, layers) for layer in range(layers)]
+    shares = [pyramid_share(0.2, 20, layer, layers) for layer in range(layers)]
     slots = [held.regions[0].slots for held in draft.layers]
     assert slots == [-int(-share * 268 // 1) for share in shares]
     assert slots == sorted(slots, reverse=True)

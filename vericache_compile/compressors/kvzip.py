@@ -21,8 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vericache_compile.compressors.adakv import AdaKV, share_out
+from vericache_compile.compressors.adakv import AdaKV
 from vericache_compile.compressors.dense import budget
+from vericache_compile.compressors.head_budget import share_out
 from vericache_compile.errors import OptionError
 
 
@@ -44,11 +45,11 @@ class KVzip(AdaKV):
         if not isinstance(self.per_layer, bool):
             raise OptionError(f"per_layer={self.per_layer!r}", f"compressor {self.name!r}", "give True or False")
 
-    def share(self, keys: Tensor, queries: Tensor, covered: int) -> Tensor:
+    def share(self, keys: Tensor, values: Tensor, queries: Tensor | None, covered: int) -> Tensor:
         """Places, ascending, in the flattened [K, C], of those that stay of the first C = `covered` tokens."""
         repeated = self.facts.repeated
         if repeated is None:
-            return super().share(keys, queries, covered)
+            return super().share(keys, values, queries, covered)
         known = min(repeated.shape[1], covered)
         scores = F.pad(repeated[:, :known], (0, covered - known), value=float("inf"))
         if self.per_layer or not known or not self.facts.everywhere:

@@ -3,6 +3,7 @@
     snapkv                                            a method with its defaults
     snapkv(keep=0.3, window=16)                       with parameters: all that `vericache compressors` lists
     snapkv(keep=0.5) | kivi(bits=4)                   drop, then quantise what stays
+    pyramid(beta=20) | ada(floor=0.2) | knorm         a budget across layers, one across the heads of each, and a method
     0-1: none, rest: snapkv(keep=0.2) | kivi(bits=4)  per attention site: numbers, ranges, `rest`
 
 The options `keep` and `bits` beside it reach every method that takes them and does not say its own.
@@ -12,17 +13,22 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from inspect import signature
 
 from vericache_compile.compressors.base import Compressor
 from vericache_compile.compressors.chain import make_chain
+from vericache_compile.compressors.head_budget import Ada
+from vericache_compile.compressors.layer_budget import Pyramid
 from vericache_compile.compressors.per_layer import PerLayer
-from vericache_compile.compressors.table import find_method, make_compressor, make_with_all
+from vericache_compile.compressors.table import find_method, make_compressor, make_with_all, suggest
 from vericache_compile.errors import OptionError
 
 METHOD = re.compile(r"\s*(?P<name>\w+)\s*(?:\((?P<inside>[^()]*)\))?\s*")
 SITES = re.compile(r"\s*(?:(?P<rest>rest)|(?P<first>\d+)(?:\s*-\s*(?P<last>\d+))?)\s*:(?P<text>.*)", re.DOTALL)
 FORM = "write name, name(parameter=value, ...), one | another, or 0-1: one, rest: another"
+BUDGETS: Mapping[str, Callable[..., Compressor]] = {"pyramid": Pyramid, "ada": Ada}
+"""What may stand before a method and say how its budget is spread."""
 
 
 def parse(text: str, options: Mapping[str, object]) -> Compressor:
@@ -31,7 +37,7 @@ def parse(text: str, options: Mapping[str, object]) -> Compressor:
     Raises OptionError for what is not of the form, an unknown name or parameter, a value out of range, and an
     option that no method in `text` takes.
     """
-    if re.fullmatch(r"\w+", text):
+    if re.fullmatch(r"\w+", text) and text not in BUDGETS:
         return make_compressor(text, **options)
     taken = options_of(text)
     for name, value in options.items():
@@ -47,7 +53,7 @@ def parse(text: str, options: Mapping[str, object]) -> Compressor:
 def options_of(text: str) -> set[str]:
     """The backend's options that some method in `text` takes; raises OptionError for an unknown method."""
     names = (match.group(1) for match in re.finditer(r"([A-Za-z_]\w*)(?=\s*(?:\(|\||,|$))", _outside(text)))
-    return {option for name in names for option in find_method(name).parameters}
+    return {option for name in names if name not in BUDGETS for option in find_method(name).parameters}
 
 
 def _parse_sites(text: str, options: Mapping[str, object]) -> tuple[range | None, Compressor]:
@@ -64,12 +70,36 @@ def _parse_sites(text: str, options: Mapping[str, object]) -> tuple[range | None
 
 
 def _parse_chain(text: str, options: Mapping[str, object]) -> Compressor:
-    made = [_parse_method(part, options) for part in text.split("|")]
-    if len(made) == 1:
-        return made[0]
-    if len(made) > 2:
-        raise OptionError(f"{text.strip()!r}", "a compressor", "join two methods: one that drops | one that quantises")
-    return make_chain(*made)
+    parts = text.split("|")
+    count = next((i for i, part in enumerate(parts) if _name(part) not in BUDGETS), len(parts))
+    methods = [_parse_method(part, options) for part in parts[count:]]
+    if not methods:
+        fix = "write a method after it, as in pyramid | snapkv(keep=0.2)"
+        raise OptionError(f"{text.strip()!r} is a budget", "a compressor", fix)
+    if len(methods) > 2:
+        fix = "write any budgets, then one method that drops | one that quantises"
+        raise OptionError(f"{text.strip()!r}", "a compressor", fix)
+    made = methods[0] if len(methods) == 1 else make_chain(*methods)
+    for part in reversed(parts[:count]):
+        made = _spread(part, made)
+    return made
+
+
+def _name(text: str) -> str:
+    found = METHOD.fullmatch(text)
+    return found["name"] if found else ""
+
+
+def _spread(text: str, method: Compressor) -> Compressor:
+    """A method under the budget that `text` names."""
+    found = METHOD.fullmatch(text)
+    assert found is not None, "its name was read"
+    budget, given = BUDGETS[found["name"]], dict(_parse_parameters(found["inside"] or "", text.strip()))
+    known = list(signature(budget).parameters)[1:]
+    for parameter, value in given.items():
+        if parameter not in known:
+            raise OptionError(f"{parameter}={value!r}", f"budget {found['name']!r}", suggest(parameter, known))
+    return budget(method, **given)
 
 
 def _parse_method(text: str, options: Mapping[str, object]) -> Compressor:

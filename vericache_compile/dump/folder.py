@@ -7,8 +7,9 @@
         not_taken.txt                                                     or why nothing did
         index.html                                                        all of it, to look at in a browser
 
-No file holds weights or tokens: everything is made from names, shapes and source lines. A folder that cannot be
-written to is said once, and nothing else changes.
+None of these holds weights or tokens: everything is made from names, shapes and source lines. A folder that cannot be
+written to is said once, and nothing else changes. (`tokens.jsonl` beside the folders, for `dump_tokens`, is written
+while the model runs: `runtime/token_record.py`.)
 """
 
 from __future__ import annotations

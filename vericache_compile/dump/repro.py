@@ -18,23 +18,23 @@ from vericache_compile.passes.program import Program, example, placeholders
 from vericache_compile.plan import Output
 
 COLUMNS = 64
-"""Cached columns that the program starts with."""
+"""Cached columns that the program starts with, or as many as a cache of a fixed size has beside a window."""
 
 
 def repro(program: Program, mode: str) -> str:
     """The text of one variant's program."""
     variant = program.variants[mode]
     constants = [node.name for graph in (variant, program.module) for node in graph.graph.find_nodes(op="get_attr")]
+    columns = _columns(program)
     values = {
         "MODE": mode,
-        "COLUMNS": COLUMNS,
+        "COLUMNS": columns,
         "WINDOW": program.window,
         "BATCH": program.batch,
         "VOCABULARY": _vocabulary(program),
         "CONSTANTS": constants,
-        "IN_PLACE": any(nodes.site.in_place for nodes in program.sites),
         "INPUTS": [_variant_input(node) for node in placeholders(variant)],
-        "CAPTURED": list(_captured_inputs(program)),
+        "CAPTURED": list(_captured_inputs(program, columns)),
         "RETURNED": list(_returned(program)),
     }
     lines = "\n".join(f"{name} = {_literal(value)}" for name, value in values.items())
@@ -63,11 +63,19 @@ def _variant_input(node: Node) -> tuple[Any, ...]:
     return source, tuple(map(int, value.shape)), value.dtype, str(value.device)
 
 
-def _captured_inputs(program: Program) -> Iterator[tuple[Any, ...]]:
-    """(kind, shape, type, device) with COLUMNS columns cached; ("size", value, more per further column)."""
+def _columns(program: Program) -> int:
+    rooms = [
+        example(program.placeholders[i]).shape[2] for s in program.sites if s.site.in_place for i in s.site.past or ()
+    ]
+    return min([COLUMNS, *(int(room) - program.window for room in rooms)])
+
+
+def _captured_inputs(program: Program, columns: int) -> Iterator[tuple[Any, ...]]:
+    """(kind, shape, type, device) with so many columns cached; ("size", value, more per further column)."""
     roles, inputs, cached = program.found_roles, program.placeholders, program.cached
-    env, longer = bind_symbols(program, COLUMNS), bind_symbols(program, COLUMNS + 1)
-    kinds = {roles.tokens: "tokens", roles.positions: "positions", roles.mask: "mask"}
+    env, longer = bind_symbols(program, columns), bind_symbols(program, columns + 1)
+    kinds = {roles.tokens: "tokens", roles.positions: "positions", roles.mask: "mask", roles.shown: "shown"}
+    kinds |= dict.fromkeys(roles.counters, "counter")
     for index, node in enumerate(inputs):
         value = example(node)
         if not isinstance(value, torch.Tensor):

@@ -1,0 +1,145 @@
+"""What `compressors.py` measured, as a table, a page and a picture: tokens per round against bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+COLUMNS = ("at", "method", "setting", "bytes")
+MEASURED = ("tokens per round", "compress", "draft step", "alone", "streaming", "same")
+
+
+@dataclass(frozen=True)
+class Point:
+    """A method at a share of the full cache's bytes: its runs by prompt, and their means."""
+
+    method: str
+    share: float
+    runs: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def bytes(self) -> float:
+        """Of the draft cache, as a fraction of the full one's."""
+        return mean(run["bytes_per_token"] / run["full_bytes_per_token"] for run in self.runs.values())
+
+    @property
+    def rate(self) -> float:
+        """Tokens per round."""
+        return mean(run["tokens_per_round"] for run in self.runs.values())
+
+    def compressing(self, prefill: Mapping[str, float]) -> float:
+        """Seconds that compressing a prompt took, as a fraction of what reading it took."""
+        return mean(run["compress_seconds"] / prefill[name] for name, run in self.runs.items())
+
+
+def points(report: Mapping[str, Any]) -> list[Point]:
+    """All that was measured, best first at each share."""
+    groups: dict[tuple[str, float], dict[str, Any]] = {}
+    for run in report["runs"]:
+        groups.setdefault((run["method"], run["share"]), {})[run["prompt"]] = run
+    made = [Point(method, share, runs) for (method, share), runs in groups.items()]
+    return sorted(made, key=lambda point: (point.share, -point.rate))
+
+
+def prompts_of(report: Mapping[str, Any]) -> list[str]:
+    """Names of the prompts, in the order in which they ran."""
+    return list(dict.fromkeys(run["prompt"] for run in report["runs"]))
+
+
+def rows(report: Mapping[str, Any]) -> Iterator[list[str]]:
+    """A row of text per point: COLUMNS, each prompt's tokens per round, MEASURED."""
+    found, prompts = points(report), prompts_of(report)
+    streaming = {point.share: point for point in found if point.method == "streaming"}
+    for point in found:
+        runs = [point.runs[name] for name in prompts if name in point.runs]
+        alone = ["never" if run["alone_diverges_at"] is None else str(run["alone_diverges_at"]) for run in runs]
+        yield [
+            f"{point.share:.0%}",
+            point.method,
+            runs[0]["compressor"],
+            f"{point.bytes:.0%}",
+            *(f"{point.runs[name]['tokens_per_round']:.1f}" if name in point.runs else "" for name in prompts),
+            f"{point.rate:.1f}",
+            f"{point.compressing(report['prefill_seconds']):.1%}",
+            f"{mean(run['draft_step_ms'] for run in runs):.0f} ms",
+            " ".join(alone),
+            against(point, streaming.get(point.share)),
+            "yes" if all(run["identical"] for run in runs) else "NO",
+        ]
+
+
+def against(point: Point, streaming: Point | None) -> str:
+    """On which prompts a method gives fewer tokens per round than `streaming` does at the same share."""
+    if streaming is None or point.method == "streaming":
+        return ""
+    pairs = ((name, run, streaming.runs.get(name)) for name, run in point.runs.items())
+    worse = [name for name, run, other in pairs if other and run["tokens_per_round"] < other["tokens_per_round"]]
+    return f"worse: {', '.join(worse)}" if worse else "beaten"
+
+
+def table(report: Mapping[str, Any]) -> Table:
+    """For a terminal."""
+    title = f"{report['machine']['device']}, {report['machine']['threads']} threads, W = 16"
+    made = Table(*COLUMNS, *prompts_of(report), *MEASURED, title=title)
+    for row in rows(report):
+        made.add_row(*row)
+    return made
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """For the documentation."""
+    machine, prefill = report["machine"], report["prefill_seconds"]
+    head = ["method", "setting", "bytes", *prompts_of(report), *MEASURED]
+    lengths = {run["prompt"]: run["prompt_tokens"] for run in report["runs"]}
+    texts = [f"{name} ({lengths[name]:,} tokens, read in {took:.1f} s)" for name, took in prefill.items()]
+    parts = [
+        "# Measured as drafters",
+        "`benchmarks/compressors.py --markdown` wrote this page. SmolLM2-135M in float32, greedy, W = 16, so at most "
+        f"16 tokens per round; {report['new_tokens']} new tokens, drafts in the model's own weights. "
+        f"{machine['device']} with {machine['threads']} thread(s), torch {machine['torch']}, transformers "
+        f"{machine['transformers']}. Prompts: {', '.join(texts)}.",
+        "bytes: of the draft cache with its tail, as a fraction of the full one's. compress: seconds, as a fraction of "
+        "those for reading the prompt. alone: the token at which the compressed cache alone would have given another. "
+        "streaming: whether `streaming` at the same share gives fewer tokens per round on every prompt. same: whether "
+        "tokens were plain's.",
+    ]
+    for share in sorted({point.share for point in points(report)}):
+        own = [row[1:] for row in rows(report) if row[0] == f"{share:.0%}"]
+        parts += [f"## At {share:.0%} of the bytes", "\n".join(_markdown_rows(head, own))]
+    return "\n\n".join(parts) + "\n"
+
+
+def _markdown_rows(head: list[str], body: Iterable[list[str]]) -> Iterator[str]:
+    yield f"| {' | '.join(head)} |"
+    yield f"|{'---|' * len(head)}"
+    yield from (f"| {' | '.join(row)} |" for row in body)
+
+
+def mean(numbers: Iterable[float]) -> float:
+    """Of at least one number."""
+    held = list(numbers)
+    return float(sum(held) / len(held))
+
+
+def plot(report: Mapping[str, Any], path: Path) -> None:
+    """Tokens per round against bytes per token; what no other method beats at fewer bytes is joined by a line."""
+    from matplotlib.figure import Figure
+
+    axes = (figure := Figure(figsize=(9, 6), layout="constrained")).subplots()
+    found = sorted(points(report), key=lambda point: (point.bytes, -point.rate))
+    lines: dict[str, list[Point]] = {}
+    for point in found:
+        lines.setdefault(point.method, []).append(point)
+    for i, (method, line) in enumerate(lines.items()):
+        places = [point.bytes for point in line], [point.rate for point in line]
+        axes.plot(*places, linestyle=":", marker="os^vD*Px"[i % 8], color=f"C{i % 10}", label=method, linewidth=0.7)
+    best = [point for i, point in enumerate(found) if all(other.rate < point.rate for other in found[:i])]
+    frontier = [point.bytes for point in best], [point.rate for point in best]
+    axes.step(*frontier, where="post", color="black", linewidth=1.2, label="frontier")
+    axes.set(xlabel="draft cache, fraction of the full cache's bytes", ylabel="tokens per round", xscale="log")
+    axes.legend(fontsize="small", ncols=2)
+    figure.savefig(path)

@@ -1,0 +1,51 @@
+"""What was measured of compressors, as a page: each share a table, best first, and who is worse than `streaming`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import frontier
+import pytest
+
+
+def run(method: str, share: float, prompt: str, rate: float, alone: int | None = None) -> dict[str, Any]:
+    measured = {"bytes_per_token": 100 * share, "full_bytes_per_token": 100, "compress_seconds": 0.2}
+    found = {"draft_step_ms": 20.0, "alone_diverges_at": alone, "identical": True, "prompt_tokens": 3000}
+    named = {"method": method, "share": share, "prompt": prompt, "compressor": f"{method}(keep={share})"}
+    return {**named, "tokens_per_round": rate, **measured, **found}
+
+
+@pytest.fixture
+def report() -> dict[str, Any]:
+    rates = {"streaming": (9.0, 5.0), "mine": (12.0, 4.0), "best": (16.0, 15.0)}
+    return {
+        "machine": {"device": "a CPU", "threads": 2, "torch": "2.13.0", "transformers": "5.23.0"},
+        "new_tokens": 128,
+        "prefill_seconds": {"code": 10.0, "summary": 20.0},
+        "runs": [
+            run(method, share, prompt, rate)
+            for share in (0.25, 0.5)
+            for method, both in rates.items()
+            for prompt, rate in zip(("code", "summary"), both, strict=True)
+        ],
+    }
+
+
+def test_a_page_has_a_table_per_share_best_first(report: dict[str, Any]) -> None:
+    page = frontier.markdown(report)
+    assert page.count("## At ") == 2
+    first = page.split("## At 25% of the bytes\n\n")[1].split("\n\n")[0].splitlines()
+    assert [line.split(" | ")[0].removeprefix("| ") for line in first[2:]] == ["best", "mine", "streaming"]
+    assert first[2] == (
+        "| best | best(keep=0.25) | 25% | 16.0 | 15.0 | 15.5 | 1.5% | 20 ms | never never | beaten | yes |"
+    )
+    assert "worse: summary" in first[3]
+    assert len({line.count("|") for line in first}) == 1
+
+
+def test_a_run_that_is_not_finished_can_be_shown(report: dict[str, Any], tmp_path: Path) -> None:
+    report["runs"] = report["runs"][:3]
+    assert frontier.table(report).row_count == 2
+    frontier.plot(report, tmp_path / "plot.svg")
+    assert (tmp_path / "plot.svg").stat().st_size > 1000
