@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from vericache_compile.kernels.row_invariant_linear import is_row_invariant, row_invariant_linear
+from vericache_compile.kernels.row_invariant_linear import is_row_invariant, row_invariant_by_head, row_invariant_linear
 
 
 @torch.library.custom_op("vericache::attend", mutates_args=())
@@ -152,14 +152,15 @@ def heads_mm(x: Tensor, weight: Tensor) -> Tensor:
     As in `linear`, a row's bits do not depend on where it stands among the others, nor on what they hold.
     """
     flat = x.flatten(0, -3)
-    parts = [_rows_apart(flat[:, head], own.t()) for head, own in enumerate(weight)]
-    return torch.stack(parts, dim=1).view(*x.shape[:-1], weight.shape[2])
+    if is_row_invariant(weight):
+        made = row_invariant_by_head(flat, weight.mT)
+    else:
+        made = torch.stack([_rows_apart(flat[:, head], own.t()) for head, own in enumerate(weight)], dim=1)
+    return made.view(*x.shape[:-1], weight.shape[2])
 
 
 def _rows_apart(x: Tensor, weight: Tensor) -> Tensor:
     """x [M, in] by weight [out, in], either way round in memory."""
-    if is_row_invariant(weight):
-        return row_invariant_linear(x, weight, None)
     if has_onednn(weight) or has_onednn(weight.t()):
         made: Tensor = torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, None, "none", [], "")
         return made
