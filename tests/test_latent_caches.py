@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
 
 from vericache_compile import stats
+from vericache_compile.errors import VericacheError
+from vericache_compile.learning import calibrate
 from vericache_compile.sweep_models import LAYERS, VOCABULARY, make_model
 
 pytestmark = pytest.mark.skipif(
@@ -182,3 +185,8 @@ def test_a_graph_that_is_not_taken_gets_the_cached_latents() -> None:
     model.compile(backend="vericache", options={"compressor": "none", **EAGER})
     torch.testing.assert_close(decode(model), plain, atol=1e-4, rtol=1e-4)
     assert stats(model)["graphs"]["not taken"] == 1
+
+
+def test_a_calibration_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(VericacheError, match="a latent cache, of which no method learns yet"):
+        calibrate(make_latent(**DENSE), make_prompt(40)["input_ids"], "cskv", tmp_path / "file")
