@@ -17,6 +17,8 @@ FRACTIONS = ("keep", "rank", "channels", "share")
 STEPS = [i / 50 for i in range(1, 51)]
 FIXED: Mapping[str, Mapping[str, Any]] = {"cskv": {"bits": 4}, "qpruningkv": {"bits": 4}}
 """Where a method has two such parameters, one is held."""
+TOGETHER: Mapping[str, str] = {"spark": "value_channels"}
+"""Where a method has two such parameters, the one that goes with the first."""
 UNESTIMATED = ("packkv", "refreekv")
 """Methods whose bytes depend on the data."""
 
@@ -36,16 +38,23 @@ def settings(name: str, calibration: str | None) -> Iterator[str]:
     known = all_parameters(method)
     fraction = next((each for each in FRACTIONS if isinstance(known.get(each), float)), None)
     if fraction is not None:
-        yield from (spell(name, {**fixed, fraction: step}) for step in STEPS)
+        both = [fraction, TOGETHER[name]] if name in TOGETHER else [fraction]
+        yield from (spell(name, {**fixed, **dict.fromkeys(both, step)}) for step in STEPS)
     elif "bits" in known:
         yield from (spell(name, {**fixed, "bits": bits}) for bits in range(2, 9))
     else:
         yield spell(name, fixed)
 
 
+def fraction_of(setting: str) -> float:
+    """What a method keeps or reads."""
+    made: float = vars(parse(setting, {}))["keep"]
+    return made
+
+
 def choose(name: str, share: float, sites: tuple[Site, ...], calibration: str | None = None) -> str:
     """The setting that takes the most bytes up to `share` of the full cache's (give or take a hundredth of it); where
-    all take more, the one that takes fewest."""
+    all take more, the one that takes fewest; where all take as many, the one that reads this share in a step."""
     if name in UNESTIMATED:
         return name
     full = sum(site.bytes_per_token for site in sites)
@@ -55,5 +64,7 @@ def choose(name: str, share: float, sites: tuple[Site, ...], calibration: str | 
             sizes[each] = compressed_bytes(parse(each, {}), sites) / full
         except OptionError:  # bits that it, or its calibration, does not have; or all layers shared
             continue
+    if len(sizes) > 1 and len(set(sizes.values())) == 1:  # a method that reads less, but holds as much
+        return min(sizes, key=lambda each: abs(fraction_of(each) - share))
     within = {each: size for each, size in sizes.items() if size <= 1.01 * share}
     return max(within, key=lambda each: within[each]) if within else min(sizes, key=lambda each: sizes[each])

@@ -91,7 +91,7 @@ def bind_symbols(program: Program, past: int) -> dict[sympy.Symbol, int]:
     for index in (roles.tokens, roles.positions, roles.mask):
         if index is not None:
             bind(example(nodes[index]).shape[0], program.batch)
-    for size, columns in _lengths(program, past):
+    for size, columns in (*_lengths(program, past), *_rooms(program, past)):
         bind(size, columns)
     for cached in program.cached:
         bind(example(cached).shape[0], program.batch)
@@ -102,11 +102,23 @@ def _lengths(program: Program, past: int) -> Iterator[tuple[Any, int]]:
     """Each size of an input that says how many columns are cached, and what it is when `past` are."""
     roles, nodes = program.found_roles, program.placeholders
     yield from ((example(nodes[i]), past) for i in roles.lengths)
-    for site in (found.site for found in program.sites):
+    for site in (found.site for found in program.sites if not found.site.in_place):
         held = past if site.recent is None else min(past, site.recent)
         yield from ((example(nodes[i]).shape[2], held) for i in site.past or ())
     if roles.mask is not None:
         yield example(nodes[roles.mask]).shape[1], past + 1
+
+
+def _rooms(program: Program, past: int) -> Iterator[tuple[Any, int]]:
+    """Each number of columns that a buffer written in place has, and one that it may have where it is symbolic."""
+    buffers = {i for found in program.sites if found.site.in_place for i in found.site.past or ()}
+    yield from ((example(program.placeholders[i]).shape[2], past + 1 + past % 7) for i in sorted(buffers))
+
+
+def least_room(program: Program) -> int | None:
+    """The fewest columns of a buffer written in place; None where graphs do not say."""
+    sizes = [concrete(size, {}) for size, _ in _rooms(program, 0) if isinstance(size, int) or size.node.expr.is_number]
+    return min(sizes, default=None)
 
 
 def batch_symbols(program: Program) -> set[sympy.Symbol]:
@@ -125,13 +137,15 @@ def holds_at(program: Program, past: int) -> bool:
 
 
 def _shape_env(program: Program) -> ShapeEnv | None:
-    sizes = (size for size, _ in _lengths(program, 0) if isinstance(size, torch.SymInt))
+    sizes = (size for size, _ in (*_lengths(program, 0), *_rooms(program, 0)) if isinstance(size, torch.SymInt))
     return next((size.node.shape_env for size in sizes), None)
 
 
 def _in_range(program: Program, past: int, env: Mapping[sympy.Symbol, int]) -> bool:
     """Whether sizes known to Dynamo, and the ranges that it gave to others, fit `past` columns."""
     if past < 0 or any(concrete(size, env) != columns for size, columns in _lengths(program, past)):
+        return False
+    if any(concrete(size, env) <= past for size, _ in _rooms(program, past)):
         return False
     shapes = _shape_env(program)
     ranges = ((shapes.var_to_range[s], value) for s, value in env.items() if s in shapes.var_to_range) if shapes else ()
@@ -144,7 +158,7 @@ def captured_past(program: Program) -> int | None:
     if roles.lengths:
         return concrete(example(nodes[roles.lengths[0]]), {})
     for site in (found.site for found in program.sites):
-        if site.past is not None:
+        if site.past is not None and not site.in_place:
             held = concrete(example(nodes[site.past[0]]).shape[2], {})
             if site.recent is None or held < site.recent:
                 return held
@@ -153,8 +167,9 @@ def captured_past(program: Program) -> int | None:
 
 def bounds(program: Program) -> tuple[int, int | None] | None:
     """Least and greatest number of cached columns that the graph is for (None: no greatest); None if for none."""
-    if program.writes:
-        return 0, None  # past its last column a buffer cannot be written to, whatever the step
+    if program.writes and program.found_roles.mask is None:
+        room = least_room(program)
+        return 0, None if room is None else room - 1
     now = captured_past(program)
 
     def fits(past: int) -> bool:
@@ -192,14 +207,23 @@ def reads_data(node: Node, cached: set[Node]) -> bool:
 
 
 def evaluate(
-    program: Program, nodes: Sequence[Node], scene: Scene, filled: Mapping[Node, float] | None = None
+    program: Program,
+    nodes: Sequence[Node],
+    scene: Scene,
+    filled: Mapping[Node, float] | None = None,
+    counted: Tensor | None = None,
 ) -> list[Any]:
     """Values of `nodes` in a scene, tensors in `filled` taken for that number throughout; raises UnsupportedGraph when
-    they depend on anything else, FailsAt when they cannot be computed in it."""
+    they depend on anything else, FailsAt when they cannot be computed in it.
+
+    Where it is given, `counted` [] is what the counters of caches written in place hold, in place of the scene's past.
+    """
     filled = filled or {}
     env = bind_symbols(program, scene.past)
     cached = program.cached
-    needed = set(ancestors(nodes, filled))
+    counters = [program.placeholders[i] for i in program.found_roles.counters]
+    counts = [call for call in program.writes if call.args[0] in counters]
+    needed = set(ancestors([*nodes, *counts], filled))
     interpreter = Interpreter(program.module)
     for node in program.module.graph.nodes:
         if node not in needed:
@@ -210,6 +234,10 @@ def evaluate(
             continue
         if reads_data(node, cached):
             raise _depends("cached keys or values", node)
+        if node in counters:
+            past = torch.tensor(scene.past) if counted is None else counted
+            interpreter.env[node] = past.to(example(node).device).reshape(example(node).shape).clone()
+            continue
         if node.op == "placeholder":
             interpreter.env[node] = _input(program, node, scene, env)
             continue

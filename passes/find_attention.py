@@ -1,5 +1,5 @@
-"""Find every (append to cache, attend) pair: a site. Only this and its parts (`spelled_attention`, `latent_attention`,
-`find_writes`) know how models spell attention.
+"""Find every (append to cache, attend) pair: a site. How models spell attention is known here, and in
+`spelled_attention`, `latent_attention` and `flex_attention`.
 
     k = cat([past_k, k_new], -2)                 one Site:
     v = cat([past_v, v_new], -2)            ->     query q, key k_new, value v_new, mask, scale,
@@ -25,6 +25,7 @@ from torch.fx import Node
 from vericache_compile.errors import UnsupportedGraph
 from vericache_compile.passes.evaluate import concrete
 from vericache_compile.passes.find_writes import find_counters, find_write
+from vericache_compile.passes.flex_attention import is_flex, read_flex
 from vericache_compile.passes.latent_attention import find_expansion
 from vericache_compile.passes.program import (
     Program,
@@ -34,6 +35,7 @@ from vericache_compile.passes.program import (
     expression,
     is_integer,
     is_weight,
+    mutates,
     output_node,
     row_width,
     target_name,
@@ -110,6 +112,8 @@ def find_calls(program: Program) -> list[Attention]:
     for node in program.module.graph.nodes:
         if node.target is ATTENTION:
             calls.append(_read_call(node))
+        elif is_flex(node):
+            calls.append(read_flex(node))
         elif call_name(node) == "softmax" and (spelled := read_spelled(node)) is not None:
             calls.append(spelled)
     if not calls:
@@ -125,17 +129,20 @@ def _find_buffers(program: Program) -> None:
     if roles.tokens_per_call != 1 or any(nodes.site.past is None for nodes in program.sites):
         return
     writes = [write for node in program.cached if (write := find_write(node)) is not None]
-    counters, changes = find_counters(program, writes)
+    counters = find_counters(program, writes)
+    changes = [change for change in counters.values() if change is not None]
     program.writes = [*(write.call for write in writes), *changes]
     own = {inputs.index(node) for node in (*program.cached, *counters)}
-    weights = tuple(i for i in roles.weights if i not in own)
-    program.roles = replace(roles, weights=weights, counters=tuple(map(inputs.index, counters)))
+    program.roles = replace(
+        roles,
+        weights=tuple(i for i in roles.weights if i not in own),
+        counters=tuple(map(inputs.index, counters)),
+        counted=tuple(inputs.index(node) for node, change in counters.items() if change is not None),
+    )
 
 
 def _no_attention(program: Program) -> UnsupportedGraph:
     found, fix = "no scaled_dot_product_attention call", "compile the whole model"
-    if flex := next((n for n in program.module.graph.nodes if target_name(n) == "flex_attention"), None):
-        return unsupported("FlexAttention", flex, "attend by scaled_dot_product_attention in decode steps")
     softmax = next((node for node in program.module.graph.nodes if call_name(node) == "softmax"), None)
     if softmax is not None:
         found = f"a softmax that is not read as attention, and {found}"
@@ -215,8 +222,8 @@ def _check_types(call: Node, *parts: Node) -> None:
 def _append(finder: Finder, call: Node, query: Node, used: Node) -> Appended:
     """From the tensor that attention reads back to the returned cache tensor, and to what that was made from."""
     read, repeats, fed = used, list[Node](), example(query).shape[2]
-    while read not in finder.returned and newest_columns(read) is None and _may_repeat(read):
-        repeats.insert(0, read)
+    while read not in finder.returned and newest_columns(read) is None and (_may_repeat(read) or _is_write(read)):
+        repeats = repeats if mutates(read) else [read, *repeats]
         [read] = read.all_input_nodes[:1]
     if (write := find_write(read)) is not None:
         return Appended(read, write.new, finder.inputs.get(read), read, tuple(repeats), in_place=True)
@@ -290,6 +297,12 @@ def _may_repeat(node: Node) -> bool:
     if not isinstance(before, Node) or name not in REPEATS:
         return False
     return name not in CASTS or example(before).dtype.itemsize <= example(node).dtype.itemsize
+
+
+def _is_write(node: Node) -> bool:
+    """Whether a call writes columns of a buffer in place, and stands for that buffer from there on."""
+    buffer = node.args[0] if mutates(node) else None
+    return isinstance(buffer, Node) and (write := find_write(buffer)) is not None and write.call is node
 
 
 def _repeats_heads(finder: Finder, side: Appended, group: int) -> bool:

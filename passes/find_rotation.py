@@ -118,6 +118,8 @@ def _as(graph: Graph, positions: Node, node: Node, batch: int) -> Node:
     rank = example(node).dim()
     if rank == 2:
         return positions
+    if rank < 2 and batch > 1:
+        raise UnsupportedGraph("one position for all rows of a batch", node.name, "none")
     return graph.call_method("reshape", (positions, (1,) * rank if rank < 2 else (batch, *(1,) * (rank - 1))))
 
 

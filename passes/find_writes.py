@@ -5,23 +5,25 @@
     buffer.index_copy_(2, at, k_new)
     o = scaled_dot_product_attention(q, buffer, ...)      o = scaled_dot_product_attention(q, keys, ...)
 
-A counter is a tensor of the caller's that holds the past length. That `at` is what it says is found by running it.
+Or `buffer[:, :, input_pos] = k_new`. A counter is a tensor of the caller's that holds the past length; a call counts it
+up, or the caller sets it anew. That `at` is what it says is found by running it.
 """
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Interpreter, Node
 
-from vericache_compile.passes.program import Program, ancestors, example, mutates, unsupported
+from vericache_compile.passes.program import Program, ancestors, example, expression, mutates, target_name, unsupported
 
-FIX = "use transformers' DynamicCache (the default)"
+FIX = "use transformers' DynamicCache (the default), or write each token by keys[:, :, input_pos] = k, input_pos [1]"
 TRIED = (0, 5, 300)
 """Past lengths that the column is computed for."""
+ALL = (slice(None), slice(None))
 
 
 @dataclass(frozen=True)
@@ -36,51 +38,74 @@ class Write:
 
 
 def find_write(buffer: Node) -> Write | None:
-    """The only call that changes a buffer in place, if it writes columns; raises UnsupportedGraph for any other."""
+    """The only call that changes a buffer [B, K, C, D] in place, if it writes columns before anyone reads the buffer;
+    raises UnsupportedGraph for any other."""
     calls = [user for user in buffer.users if mutates(user) and user.args[0] is buffer]
     if not calls:
         return None
     call = calls[0]
-    is_write = call.target == "index_copy_" and len(call.args) == 4 and call.args[1] in (2, -2) and not call.users
-    if len(calls) > 1 or not is_write:
-        raise unsupported("a cache that is updated in place, not by one index_copy_ of columns", call, FIX)
-    _, _, at, new = call.args
-    assert isinstance(at, Node) and isinstance(new, Node), "columns and what is written to them are tensors"
+    at, new = _written(call)
+    if len(calls) > 1 or not _fits(buffer, at, new):
+        raise unsupported("a cache that is updated in place, not by one write of columns", call, FIX)
+    if any(user < call for user in buffer.users):
+        raise unsupported("a cache that is read before it is updated in place", call, FIX)
+    assert isinstance(at, Node) and isinstance(new, Node), "they have shapes that fit"
     return Write(call, new, at)
 
 
-def find_counters(program: Program, writes: list[Write]) -> tuple[list[Node], list[Node]]:
-    """The counters that say where one token is written, and all calls that change them; raises UnsupportedGraph."""
-    counters: dict[Node, None] = {}
+def _written(call: Node) -> tuple[object, object]:
+    """The columns that a call writes to, and what it writes there; None twice for any other call."""
+    name, arguments = target_name(call), call.args[1:]
+    if name == "index_copy_" and len(arguments) == 3 and arguments[0] in (2, -2):
+        return arguments[1], arguments[2]
+    if name in ("setitem", "index_put_") and len(arguments) == 2 and isinstance(index := arguments[0], (list, tuple)):
+        every = ALL if call.target is operator.setitem else (None, None)
+        if len(index) == 3 and tuple(index[:2]) == every:
+            return index[2], arguments[1]
+    return None, None
+
+
+def _fits(buffer: Node, at: object, new: object) -> bool:
+    """Whether tensors are columns [T] and their content [B, K, T, D], written without any repetition."""
+    values = [example(node) if isinstance(node, Node) else None for node in (buffer, at, new)]
+    shapes = [list(map(expression, value.shape)) if isinstance(value, Tensor) else [] for value in values]
+    held, columns, given = shapes
+    return len(columns) == 1 and len(held) == 4 and given == [*held[:2], *columns, *held[3:]]
+
+
+def find_counters(program: Program, writes: list[Write]) -> dict[Node, Node | None]:
+    """The counters that say where one token is written, each with the call that counts it up, None where the caller
+    sets it; raises UnsupportedGraph."""
+    counters: dict[Node, Node | None] = {}
     for write in writes:
         own = [node for node in ancestors([write.at]) if node.op == "placeholder"]
-        if len(own) != 1 or not _is_counter(own[0]) or not all(_lands_at(program, write.at, own[0], k) for k in TRIED):
+        if len(own) != 1 or not _is_counter(own[0]) or not all(_lands_at(program, write, own[0], k) for k in TRIED):
             raise unsupported("a cache that is updated in place at a column that is not its length", write.call, FIX)
         counters[own[0]] = None
-    changes = []
     for counter in counters:
-        added = [user for user in counter.users if mutates(user)]
-        if [(user.target, user.args[1:]) for user in added] != [("add_", (1,))] or added[0].users:
+        added = [user for user in counter.users if mutates(user) and user.args[0] is counter]
+        is_known = [(user.target, user.args[1:]) for user in added] in ([], [("add_", (1,))])
+        if not is_known or any(user.users for user in added):
             raise unsupported("a length of a cache that is not counted up by the tokens of a call", counter, FIX)
-        changes += added
-    return list(counters), changes
+        counters[counter] = added[0] if added else None
+    return counters
 
 
 def _is_counter(node: Node) -> bool:
     value = example(node)
-    return isinstance(value, Tensor) and value.dim() == 0 and value.dtype == torch.int64
+    return isinstance(value, Tensor) and value.shape in ((), (1,)) and value.dtype == torch.int64
 
 
-def _lands_at(program: Program, at: Node, counter: Node, past: int) -> bool:
+def _lands_at(program: Program, write: Write, counter: Node, past: int) -> bool:
     """Whether the column that a token is written to is the number of columns before it."""
     interpreter = Interpreter(program.module)
-    needed = set(ancestors([at]))
-    value: Any = torch.tensor(past)
-    interpreter.env[counter] = value
+    needed = set(ancestors([write.at])) - {counter}
+    value = example(counter)
+    interpreter.env[counter] = torch.full(value.shape, past, device=value.device)
     for node in program.module.graph.nodes:
-        if node in needed and node is not counter:
+        if node is write.call:
+            break
+        if node in needed or (mutates(node) and node.args[0] is counter):
             interpreter.env[node] = interpreter.run_node(node)
-        elif mutates(node) and node.args[0] is counter:
-            interpreter.env[counter] = value = value + 1
-    found = interpreter.env[at]
+    found = interpreter.env[write.at]
     return isinstance(found, Tensor) and found.flatten().tolist() == [past]

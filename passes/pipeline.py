@@ -133,6 +133,7 @@ def plan_capture(
         staging_bytes=0 if staging is None else staging.nbytes,
         rotations=tuple(program.rotations),
         column_limit=column_limit(program),
+        in_step=program.in_step,
     )
 
 

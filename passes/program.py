@@ -80,6 +80,8 @@ class Program:
     rotations: list[Rope | None] = field(default_factory=list)
     """Per site, once find_rotation has run."""
     column_limit: int | None = None
+    in_step: bool = False
+    """Whether all rows of a batch are given one position."""
     captured: GraphModule | None = None
     """The graph as captured, handing new keys and values to a store."""
     variants: dict[str, GraphModule] = field(default_factory=dict)
@@ -107,6 +109,17 @@ class Program:
         """Inputs that hold cached keys and values, once find_attention has run."""
         inputs = self.placeholders
         return {inputs[i] for nodes in self.sites for i in nodes.site.past or ()}
+
+    @property
+    def idle(self) -> set[Node]:
+        """Calls that change in place what the graph itself makes, and reads nowhere but in further arguments of an
+        attention (FlexAttention's block masks), once find_attention has run."""
+        parts = [n for nodes in self.sites for n in (nodes.query, nodes.key, nodes.value, *nodes.sides)]
+        results = {nodes.attention for nodes in self.sites}
+        read = set(ancestors([output_node(self.module), *parts], results))
+        read |= {node for node in self.module.graph.nodes if node.op in ("placeholder", "get_attr")}
+        changes = [node for node in self.module.graph.nodes if mutates(node)]
+        return {node for node in changes if read.isdisjoint(ancestors([node]))}
 
     @property
     def rows(self) -> list[int]:
@@ -138,9 +151,10 @@ def returned(module: GraphModule) -> list[Any]:
     return list(value) if isinstance(value, (tuple, list)) else [value]
 
 
-def batch_of(example_inputs: Sequence[Any]) -> int:
-    """Rows of the first two-dimensional integer input: the tokens' batch."""
-    shapes = (x.shape for x in example_inputs if isinstance(x, Tensor) and x.dim() == 2 and not x.is_floating_point())
+def batch_of(module: GraphModule, inputs: Sequence[Any]) -> int:
+    """Rows of the first two-dimensional integer input that is no buffer: the tokens' batch."""
+    given = [x for node, x in zip(placeholders(module), inputs, strict=True) if not is_weight(node)]
+    shapes = (x.shape for x in given if isinstance(x, Tensor) and x.dim() == 2 and not x.is_floating_point())
     return next((int(shape[0]) for shape in shapes), 1)
 
 

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from vericache_compile.passes.evaluate import FailsAt, Scene, evaluate, scenes
-from vericache_compile.passes.program import Program, SiteNodes, unsupported
+from vericache_compile.passes.evaluate import FailsAt, Scene, evaluate, least_room, scenes
+from vericache_compile.passes.program import Program, SiteNodes, ancestors, unsupported
 from vericache_compile.plan import Alibi, Site
 
 HIDDEN = -1e9
@@ -29,6 +29,8 @@ PROBE = 4096.0
 """A product that is large beside any bias, so that it is seen in types of few digits."""
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 """In which slope and place may have been multiplied."""
+TOGETHER = 512
+"""Columns that a mask is looked up for at once."""
 WITHOUT = "run this model without vericache"
 FIX = "use a causal mask with left padding (tokenizer.padding_side = 'left')"
 
@@ -49,8 +51,7 @@ def prove_mask(program: Program) -> int:
     for nodes in program.sites:
         if nodes.mask is None and program.found_roles.mask is not None:
             raise unsupported("an attention that leaves out the padding mask", nodes.attention, FIX)
-    if program.writes:
-        _find_given_mask(program)
+    if program.writes and _is_given(program):
         return len(program.sites)
     sites = {nodes.mask: nodes for nodes in program.sites if nodes.mask is not None}
     rules = {node: _Rule() for node in sites}
@@ -60,10 +61,41 @@ def prove_mask(program: Program) -> int:
             _note_bias(rules[node], node, mask, seen, scene)
             if node in probes and not _reaches(probes[node], mask, seen, sites[node].site):
                 raise unsupported("attention scores that do not reach the softmax as they are", node, WITHOUT)
+    if program.writes:
+        _prove_tables(program, rules)
     for i, nodes in enumerate(program.sites):
         rule = _Rule() if nodes.mask is None else rules[nodes.mask]
         program.sites[i] = replace(nodes, site=_ruled(nodes.site, rule))
     return sum(bool(nodes.sides) for nodes in program.sites)
+
+
+def _prove_tables(program: Program, rules: dict[Node, _Rule]) -> None:
+    """Prove masks that are looked up in buffers, whose rows may hold anything, at each column that can be written."""
+    zero, room, tables = (
+        _products(program, 0.0),
+        least_room(program),
+        {program.placeholders[i] for i in program.buffers},
+    )
+    for node in [node for node in rules if not tables.isdisjoint(ancestors([node], zero))]:
+        if room is None or program.found_roles.mask is not None:
+            fix = "look it up in a buffer for one size of cache without padding, or give it whole: [B, 1, T, C]"
+            raise unsupported("a mask that depends on a buffer and on a size or padding", node, fix)
+        last = min(room, program.column_limit or room)
+        for first in range(0, last, TOGETHER):
+            past = torch.arange(first, min(first + TOGETHER, last))
+            if not torch.equal(*_looked_up(program, node, zero, past, room, rules[node].window or room)):
+                raise _irregular(node)
+
+
+def _looked_up(
+    program: Program, node: Node, zero: dict[Node, float], past: Tensor, room: int, window: int
+) -> tuple[Tensor, Tensor]:
+    """Which of `room` columns a mask shows when `past` [n] are filled, and which it should: [n, M, room] both."""
+    scene = Scene(0, (0,) * program.batch)
+    mask: Tensor = torch.func.vmap(lambda own: evaluate(program, [node], scene, zero, own)[0])(past)
+    shown = (mask > _hides(mask) if mask.is_floating_point() else mask).reshape(len(past), -1, room).cpu()
+    behind = past[:, None, None] - torch.arange(room)
+    return shown, ((behind >= 0) & (behind < window)).expand_as(shown)
 
 
 def _ruled(site: Site, rule: _Rule) -> Site:
@@ -75,13 +107,16 @@ def _ruled(site: Site, rule: _Rule) -> Site:
     return replace(site, window=cut if rule.window is None else rule.window, alibi=alibi)
 
 
-def _find_given_mask(program: Program) -> None:
-    """Over caches written in place the caller gives the mask whole: its role is set, and each call looks at it."""
+def _is_given(program: Program) -> bool:
+    """Whether the caller gives the mask over caches written in place whole: its role is set, each call looks at it."""
     inputs, distinct = program.placeholders, list(dict.fromkeys(nodes.mask for nodes in program.sites))
-    if len(distinct) != 1 or distinct[0] not in inputs:
-        fix = "use transformers' DynamicCache (the default), or call generate"
-        raise unsupported("a cache updated in place under no mask that is an input", program.sites[0].attention, fix)
+    if None in distinct or (len(distinct) > 1 and not set(inputs).isdisjoint(distinct)):
+        fix = "attend under one mask [B, 1, T, C] that hides what no token was written to"
+        raise unsupported("a cache updated in place under no mask", program.sites[0].attention, fix)
+    if distinct[0] not in inputs:
+        return False
     program.roles = replace(program.found_roles, shown=inputs.index(distinct[0]))
+    return True
 
 
 def _run(
@@ -129,12 +164,28 @@ def _by_head(mask: Tensor, nodes: SiteNodes, scene: Scene) -> Tensor:
     if nodes.products and mask.dim() == 3:
         mask = mask.view(-1, nodes.site.heads, *mask.shape[1:])
     mask = mask[(None,) * (4 - mask.dim())]
+    if nodes.site.in_place:
+        mask = _filled(mask, nodes, scene.past + 1)
     missing = scene.past + 1 - mask.shape[-1]
     if missing < 0 or mask.shape[-2] != 1 or not (mask.is_floating_point() or mask.dtype == torch.bool):
         assert nodes.mask is not None, "this is its value"
         raise _irregular(nodes.mask)
     hidden = torch.finfo(mask.dtype).min if mask.is_floating_point() else False
     return torch.nn.functional.pad(mask[:, :, 0].expand(len(scene.pads), -1, -1), (missing, 0), value=hidden)
+
+
+def _filled(mask: Tensor, nodes: SiteNodes, columns: int) -> Tensor:
+    """The mask's first `columns` columns, if it hides the others."""
+    others = mask[..., columns:]
+    if bool((others > _hides(mask) if mask.is_floating_point() else others).any()):
+        assert nodes.mask is not None, "this is its value"
+        raise _irregular(nodes.mask)
+    return mask[..., :columns]
+
+
+def _hides(mask: Tensor) -> float:
+    """What an additive mask is at most where it hides."""
+    return max(HIDDEN, torch.finfo(mask.dtype).min)
 
 
 def _first_failure(program: Program, masks: list[Node], zero: dict[Node, float], works: int, fails: Scene) -> int:
@@ -157,7 +208,7 @@ def _irregular(node: Node) -> Exception:
 def _note_columns(rule: _Rule, node: Node, mask: Tensor, scene: Scene) -> Tensor:
     """Which columns [B, 1, past + 1] a mask [B, H or 1, past + 1] shows: those of each row from its padding on, or the
     newest of them, as many in every scene. Raises UnsupportedGraph for any other."""
-    shown = ~(mask <= max(HIDDEN, torch.finfo(mask.dtype).min)) if mask.is_floating_point() else mask
+    shown = ~(mask <= _hides(mask)) if mask.is_floating_point() else mask
     first = torch.tensor(scene.pads, device=mask.device)[:, None]
     column = torch.arange(scene.past + 1, device=mask.device)
     for row, pad in zip(shown[:, 0], scene.pads, strict=True):

@@ -113,12 +113,15 @@ def _canonical(program: Program) -> GraphModule:
     for original in program.position_nodes:
         _replace_position(program, node_of[original], leading["positions"])
     for original in program.writes:
-        graph.erase_node(node_of[original])
+        call, buffer = node_of[original], node_of[original.all_input_nodes[0]]
+        call.replace_all_uses_with(buffer)
+        graph.erase_node(call)
     _drop_idle_slices(graph)
     module = GraphModule(program.module, graph)
     _return_rows(program, module, node_of)
-    replaced = {node_of[node] for nodes in program.sites for node in (*nodes.spelled, *nodes.expansion)}
-    graph.eliminate_dead_code(lambda node: node not in replaced and (node.is_impure() or mutates(node)))
+    replaced = (node for nodes in program.sites for node in (*nodes.spelled, *nodes.expansion))
+    idle = {node_of[node] for node in (*program.idle, *replaced)}
+    graph.eliminate_dead_code(lambda node: node not in idle and (node.is_impure() or mutates(node)))
     _drop_unused_inputs(program, module, node_of)
     return module
 
@@ -195,14 +198,16 @@ def _scores(nodes: SiteNodes, node_of: dict[Node, Node]) -> tuple[Any, ...]:
 
 
 def _replace_position(program: Program, node: Node, positions: Node) -> None:
-    """Positions [B, 1], given the rank of the node that they replace."""
+    """Positions [B, 1], given the rank of the node that they replace; rows that advance in step have one position."""
     rank = example(node).dim()
-    assert rank > 1 or program.batch == 1, f"{node.name} is one position for all rows of a batch"
     shaped = positions
+    if rank < 2:
+        with node.graph.inserting_after(positions):
+            shaped = node.graph.call_method("narrow", (positions, 0, 0, 1))
     if rank != 2:
         shape = (1,) * rank if rank < 2 else (program.batch, *(1,) * (rank - 1))
-        with node.graph.inserting_after(positions):
-            shaped = node.graph.call_method("view", (positions, shape))
+        with node.graph.inserting_after(shaped):
+            shaped = node.graph.call_method("view", (shaped, shape))
     node.replace_all_uses_with(shaped)
 
 

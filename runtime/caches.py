@@ -192,6 +192,12 @@ class DraftLayer:
         return self._materialize(self.keys.shape[2], None) if self.packed else (self.keys, self.values)
 
     @cached_property
+    def exact_from(self) -> list[int]:
+        """Column from which on each row lies here as it is in full KV: the end of its region, then its tail."""
+        exact = [0 if self.packed else region.exact for region in self.regions]
+        return [start - count for start, count in zip(self.starts, exact, strict=True)]
+
+    @cached_property
     def lefts(self) -> tuple[tuple[int, ...], ...]:
         """The first slot that each KV head of each row reads."""
         heads = self.keys.shape[1]

@@ -5,69 +5,89 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 
 log = logging.getLogger(__name__)
 
-Launch = Callable[[], None]
-"""Launches work that reads and writes tensors at fixed places, waits for nothing, and changes nothing in Python."""
+Made = TypeVar("Made")
+Launch = Callable[[], Made]
+"""Launches work that reads and writes tensors at fixed places, waits for nothing, and changes nothing in Python;
+returns what it has allocated, if anything."""
 
 
-class Captured:
+class Pool:
+    """Memory that recordings share which are replayed in the order of their recording, if at all."""
+
+    def __init__(self) -> None:
+        self.handle: Any = None
+        self.failed = False
+        """Whether a recording in it has failed: then there are no more of them."""
+
+
+class Captured(Generic[Made]):
     """A launch: on a GPU eager the first time, recorded the second, replayed from then on; elsewhere always eager.
 
-    The first run compiles, tunes and allocates what a recording must not. Each call does the launch's work once. Where
-    recording fails the launch stays eager, which is said once. The launch is given with each call, always the same one,
-    and not kept: what owns both is then freed with its buffers as soon as nobody holds it.
+    The first run compiles, tunes and allocates what a recording must not. Each call does the launch's work once, and
+    returns what the launch returns: a replay, what it returned when it was recorded, filled anew. Where recording fails
+    the launch stays eager, which is said once. The launch is given with each call, always the same one, and not kept:
+    what owns both is then freed with its buffers as soon as nobody holds it.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, what: str, pool: Pool | None = None) -> None:
+        """`what` is launched, for the message; recordings share a `pool` or have memory of their own."""
         self._eager = device.type != "cuda"
         self._warm = False
-        self._graph: Any = None
+        self._what, self._pool = what, pool or Pool()
+        self._recorded: tuple[Any, Made] | None = None
 
     @property
     def replays(self) -> bool:
         """Whether calls replay a recording."""
-        return self._graph is not None
+        return self._recorded is not None
 
-    def __call__(self, launch: Launch) -> None:
-        if self._warm and not self._eager and self._graph is None:
+    def __call__(self, launch: Launch[Made]) -> Made:
+        if self._warm and not self._eager and self._recorded is None:
             self._record(launch)
-        if self._graph is not None:
-            self._graph.replay()
-        else:
-            launch()
+        if self._recorded is None:
             self._warm = True
+            return launch()
+        graph, made = self._recorded
+        graph.replay()
+        return made
 
-    def _record(self, launch: Launch) -> None:
-        try:
-            self._graph = record(launch)
-        except RuntimeError as error:  # out of memory too, and whatever a recording does not allow
-            self._eager = True
-            _tell(f"{type(error).__name__}: {error}".splitlines()[0])
+    def _record(self, launch: Launch[Made]) -> None:
+        self._eager = self._pool.failed
+        if not self._eager:
+            try:
+                self._recorded = record(launch, self._pool)
+            except RuntimeError as error:  # out of memory too, and whatever a recording does not allow
+                self._eager = self._pool.failed = True
+                first = str(error).split(". ")[0].splitlines()[0]  # what follows says how much memory is free just now
+                _tell(self._what, f"{type(error).__name__}: {first}")
 
 
-def record(launch: Launch) -> Any:
-    """A CUDA graph of what `launch` launches; nothing of it has run.
+def record(launch: Launch[Made], pool: Pool) -> tuple[Any, Made]:
+    """A CUDA graph of what `launch` launches, and what it returned; nothing of it has run.
 
     Other threads may go on with what a recording does not allow. The outer context takes the stream back where the
     recording fails, which leaves its own stream current.
     """
     graph = torch.cuda.CUDAGraph()
-    recording = torch.cuda.graph(graph, capture_error_mode="thread_local")
+    if pool.handle is None:
+        pool.handle = torch.cuda.graph_pool_handle()
+    recording = torch.cuda.graph(graph, pool.handle, capture_error_mode="thread_local")
     with torch.cuda.stream(torch.cuda.current_stream()), recording:
-        launch()
-    return graph
+        made = launch()
+    return graph, made
 
 
 @cache
-def _tell(reason: str) -> None:
+def _tell(what: str, reason: str) -> None:
     log.warning(
-        "vericache: a draft step could not be recorded as a CUDA graph, it is launched piece by piece: %s\n"
-        "  where: %s\n  fix: %s",
+        "vericache: %s could not be recorded as a CUDA graph, it is launched by the host: %s\n  where: %s\n  fix: %s",
+        what,
         reason,
         __name__,
         "free memory on the GPU, or choose a compressor that its kernels read (docs/gpu.md); tokens are the same",

@@ -61,7 +61,7 @@ class DraftStep:
             self.place = torch.zeros(1, dtype=torch.int64, device=device)
             starts = torch.tensor([layer.starts for layer in layers], device=device)
             self.sites = [_Site(layer, own) for layer, own in zip(layers, starts, strict=True)]
-        self._step = Captured(device)
+        self._step: Captured[None] = Captured(device, "a draft step")
 
     def fits(self, plan: DecodePlan, bound: Bound, horizon: int) -> bool:
         """Whether this is a step of that plan, with those weights, and has room for so many tokens."""

@@ -2,7 +2,8 @@
 from those of a repetition of the context (KVzip, see `repeat.py`).
 
 Attention kernels do not give their weights away, so they are computed again, in blocks of queries, where a compressor
-asks for them: from prefill's queries and from those of each accepted window.
+asks for them: from prefill's queries and from those of each accepted window. Where full KV lives outside the device a
+window's are added in the next round, when keys are on the device anyway.
 
 Shapes: B batch, H query heads, K KV heads, C columns, T new tokens, D head size.
 """
@@ -11,11 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from vericache_compile.plan import Site
+
+if TYPE_CHECKING:
+    from vericache_compile.runtime.sequences import Queries
 
 AT_ONCE = 256
 """Queries whose weights are held at once."""
@@ -44,6 +49,19 @@ class Drawn:
         held[:, columns - q.shape[1] : columns] = 0  # of other tokens, if any were here
         held[:, pad:columns] += attention_drawn(q, keys[:, pad:], self.sites[layer].scale)
 
+    def add_window(self, layer: int, asked: Asked, lengths: Sequence[int], keys: Tensor, pads: Sequence[int]) -> None:
+        """Add a round's accepted queries, as far as rows still hold their tokens: lengths [B] of keys [B, K, C, D].
+
+        Not of a sliding layer, which is not compressed, so nobody asks what its tokens have drawn.
+        """
+        held = asked.queries[layer]
+        if held is None or self.sites[layer].window is not None:
+            return
+        for b, (column, length, pad) in enumerate(zip(asked.columns, lengths, pads, strict=True)):
+            count = min(held.counts[b], length - column)
+            if count > 0:
+                self.add(layer, b, held.tensor[b, :, :count], keys[b, :, : column + count], pad)
+
     def of(self, layer: int, b: int, begin: int, end: int) -> Tensor | None:
         """Row b's sums [K, end - begin]; None where they lie beyond all that was seen."""
         held = self.sums[layer][b]
@@ -63,6 +81,16 @@ class Drawn:
             grown[:, :, : held.shape[2]] = held
             self.sums[layer] = grown
         return self.sums[layer]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A round's queries, which the tokens have yet to be shown to."""
+
+    columns: list[int]
+    """Where each row's first one stands."""
+    queries: list[Queries | None]
+    """Per site."""
 
 
 @dataclass(frozen=True)

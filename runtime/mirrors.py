@@ -30,14 +30,17 @@ class Mirror:
 
     sequence: Sequence
     stamps: Stamps
+    columns: int
+    """Columns from the first on that both hold: what the caller has fed, not what was computed ahead."""
 
 
 def find_mirror(table: SequenceTable, plan: CapturedPlan, inputs: Rows[Any], columns: int) -> Mirror:
-    """The mirror of a call's buffers [B, K, C, D] over `columns` columns or more; copied anew where they changed."""
+    """The mirror of a call's buffers [B, K, C, D], of which `columns` are filled; copied anew where they changed."""
     buffers = _buffers(plan, inputs)
     found = table.mirrors.get(buffers[0].data_ptr())
-    if found is None or found.stamps != _stamps(buffers) or any(row.length < columns for row in found.sequence.rows):
-        found = table.mirrors[buffers[0].data_ptr()] = Mirror(_copy(table, plan, inputs, columns), _stamps(buffers))
+    if found is None or found.stamps != _stamps(buffers) or found.columns < columns:
+        found = Mirror(_copy(table, plan, inputs, columns), _stamps(buffers), columns)
+        table.mirrors[buffers[0].data_ptr()] = found
         weakref.finalize(buffers[0].untyped_storage(), _forget, table, buffers[0].data_ptr(), weakref.ref(found))
     return found
 
@@ -50,9 +53,9 @@ def write_back(mirror: Mirror, plan: CapturedPlan, inputs: Rows[Any], column: in
         shown = site.cached(full.keys[site.layer], full.values[site.layer])
         for index, held in zip(site.past, shown, strict=True):
             inputs[index][:, :, column] = held[:, :, column]
-    for index in plan.roles.counters:
+    for index in plan.roles.counted:
         inputs[index].add_(1)
-    mirror.stamps = _stamps(_buffers(plan, inputs))
+    mirror.stamps, mirror.columns = _stamps(_buffers(plan, inputs)), column + 1
 
 
 def paddings(shown: Tensor, columns: int) -> list[int] | None:

@@ -24,6 +24,13 @@ class Seen(NamedTuple):
     """Rows kept, averaged over the batch."""
     draft_seconds: float
     verify_seconds: float
+    transfer_seconds: float = 0.0
+    """Of the link bringing full KV in. Under drafting some of it is hidden; verifying alone, none."""
+
+    @property
+    def alone_seconds(self) -> float:
+        """What verify would at least have taken without drafts."""
+        return max(self.verify_seconds, self.transfer_seconds)
 
 
 class Pace:
@@ -47,5 +54,5 @@ class Pace:
     def pays(self) -> bool:
         """Whether rounds with drafts gave rows as fast as verifying them one by one would have, within MARGIN."""
         drafting = sum(each.draft_seconds + each.verify_seconds for each in self.seen)
-        alone = min(each.verify_seconds for each in self.seen) * sum(each.kept for each in self.seen)
+        alone = min(each.alone_seconds for each in self.seen) * sum(each.kept for each in self.seen)
         return drafting <= MARGIN * alone

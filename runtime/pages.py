@@ -9,12 +9,14 @@ Shapes: K KV heads, P columns of a page, D head size, E value head size.
 from __future__ import annotations
 
 import errno
+import logging
 import math
 import os
 import tempfile
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import IO
 
 import torch
@@ -23,6 +25,7 @@ from torch import Tensor
 from vericache_compile.errors import PageLost, VericacheError
 from vericache_compile.plan import Site
 
+log = logging.getLogger(__name__)
 GROWTH = 64 << 20
 """Bytes by which a file of pages grows."""
 REPAIR = "check the disk, or keep full KV elsewhere (placement='host'), and run the prompt again"
@@ -56,15 +59,32 @@ class FilePage:
 
 
 def host_pages(site: Site, columns: int, count: int, pinned: bool) -> list[HostPage]:
-    """`count` pages of `columns` columns in one allocation, zeroed."""
-    with torch.inference_mode(False):
-        shape = (count, site.kv_heads, columns)
-        held = [
-            torch.zeros((*shape, size), dtype=site.dtype, pin_memory=pinned)
-            for size in (site.head_size, site.value_size)[: site.sides]
-        ]
+    """`count` pages of `columns` columns in one allocation, zeroed; in pageable memory where none can be pinned."""
+    shape, sizes = (count, site.kv_heads, columns), (site.head_size, site.value_size)[: site.sides]
+    held = [host_zeros((*shape, size), site.dtype, pinned) for size in sizes]
     keys, values = held[0], held[-1][..., : site.value_size]
     return [HostPage(keys[i], values[i]) for i in range(count)]
+
+
+def host_zeros(shape: tuple[int, ...], dtype: torch.dtype, pinned: bool) -> Tensor:
+    """Zeros in host memory, pinned where that is asked for; where it is refused pageable, which is said once."""
+    with torch.inference_mode(False):
+        try:
+            return torch.zeros(shape, dtype=dtype, pin_memory=pinned)
+        except RuntimeError as error:
+            if not pinned:
+                raise
+            _tell_pageable(str(error).split(". ")[0].splitlines()[0])
+            return torch.zeros(shape, dtype=dtype)
+
+
+@cache
+def _tell_pageable(reason: str) -> None:
+    log.warning(
+        "vericache: host memory could not be pinned, transfers from what is not pinned are slower: %s\n"
+        "  where: pages of full KV\n  fix: raise the limit on locked memory (ulimit -l), or free host memory",
+        reason,
+    )
 
 
 def sides(flat: Tensor, site: Site, *shape: int) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ The one host wait of a round is here, after verify.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 
@@ -19,14 +20,16 @@ from vericache_compile.runtime import draft_step
 from vericache_compile.runtime.acceptance import accept, next_horizon
 from vericache_compile.runtime.attention import Visible, attend_compressed
 from vericache_compile.runtime.caches import DraftKV
+from vericache_compile.runtime.clock import moment, seconds_between
 from vericache_compile.runtime.compression import CHUNK, compress, extend
 from vericache_compile.runtime.counts import Counts, Round
+from vericache_compile.runtime.drawn import Asked
 from vericache_compile.runtime.executor import Attend, WeightCasts, bind_weights, execute
 from vericache_compile.runtime.pace import Seen
 from vericache_compile.runtime.repeat import repeat_once
 from vericache_compile.runtime.rotations import Rotations
 from vericache_compile.runtime.scores import scores_of
-from vericache_compile.runtime.sequences import Held, Queries, Sequence
+from vericache_compile.runtime.sequences import Held, Queries, Row, Sequence
 from vericache_compile.runtime.slots import Incoming, Ring, incoming
 from vericache_compile.runtime.token_record import Judged
 from vericache_compile.runtime.told import Telling
@@ -91,19 +94,21 @@ def run_round(
     horizon = _horizon(sequence, plan.window)
     low = bind_weights(plan.draft, inputs, casts)
     coming = incoming(sequence.full, draft, ring, plan.staging_bytes, start.columns, start.pads, _reaches(plan))
-    began = time.perf_counter()
+    launched, began = time.perf_counter(), moment(device)
     try:
         if known is None:
             drafted = draft_tokens(sequence, draft, plan, low, start, horizon, coming)
         else:
             drafted = known[:, : plan.window].to(device)
-        drafted_at = time.perf_counter()
-        outputs, queries = verify_window(coming, draft, plan, verify, start, drafted)
-        predicted = outputs[plan.logits][:, :, -1].argmax(-1).t().tolist()  # the round's host wait
+        drafted_at = moment(device)
+        outputs, queries = verify_window(coming, draft, plan, verify, start, drafted, _late(sequence, start))
+        greedy = outputs[plan.logits][:, :, -1].argmax(-1).t()
+        verified_at = moment(device)
+        predicted = greedy.tolist()  # the round's host wait
     finally:
         coming.close()
     window = drafted.tolist()
-    took = (drafted_at - began, time.perf_counter() - drafted_at)
+    took = (seconds_between(began, drafted_at), seconds_between(drafted_at, verified_at))
     counts.draft_seconds += took[0]
     counts.verify_seconds += took[1]
     kept = _commit(sequence, plan, start, window, predicted, horizon, outputs, queries, counts)
@@ -111,10 +116,11 @@ def run_round(
         sequence.full.settle(site.layer, [row.length for row in sequence.rows])
     now = (counts.compress_seconds, counts.drafted, counts.accepted)
     compressing, more, stood = (after - then for after, then in zip(now, before, strict=True))
-    counts.add_transfers(coming.traffic, coming.spans)
-    sequence.pace.note(Seen(horizon, 1 + stood / len(sequence.rows), *took))
+    traffic, spans = coming.traffic()
+    counts.add_transfers(traffic, spans)
+    sequence.pace.note(Seen(horizon, 1 + stood / len(sequence.rows), *took, traffic.seconds))
     counts.rested += not horizon
-    made = Round(called, compressing, began, *took, len(sequence.rows), int(more), int(stood), coming.traffic)
+    made = Round(called, compressing, launched, *took, len(sequence.rows), int(more), int(stood), traffic)
     counts.latest.append(made)
     return [Judged(*each) for each in zip(start.columns, window, predicted, kept, strict=True)]
 
@@ -225,12 +231,18 @@ def _drafting(draft: DraftKV, plan: DecodePlan, start: Start, step: int) -> Atte
 
 
 def verify_window(
-    coming: Incoming, draft: DraftKV, plan: DecodePlan, bound: list[Tensor | None], start: Start, drafted: Tensor
+    coming: Incoming,
+    draft: DraftKV,
+    plan: DecodePlan,
+    bound: list[Tensor | None],
+    start: Start,
+    drafted: Tensor,
+    show: Callable[[int, Tensor], None] | None = None,
 ) -> tuple[tuple[Tensor, ...], list[Queries | None]]:
     """Verify always W rows per sequence, short drafts padded, so that shapes and bits stay the same.
 
-    Writes the window's keys and values to the full cache and, exact, to the draft's tail. Returns the row outputs, each
-    [W, B, ...], and the window's queries per site.
+    Writes the window's keys and values to the full cache and, exact, to the draft's tail, and shows each site's full
+    keys. Returns the row outputs, each [W, B, ...], and the window's queries per site.
     """
     batch, have = drafted.shape
     tokens = torch.zeros((plan.window, batch, 1), dtype=torch.int64, device=drafted.device)
@@ -240,8 +252,10 @@ def verify_window(
 
     def note(layer: int, q: Tensor, k: Tensor, v: Tensor, keys: Tensor) -> None:
         draft.layers[layer].write(k, v, start.columns)
+        if show is not None:
+            show(layer, keys)
         if keep:
-            queries[layer] = Queries(q, [0] * batch)
+            queries[layer] = Queries(q.clone(), [0] * batch)  # a recording writes to the same place again
 
     return verify_tokens(coming, start.pads, plan, bound, tokens, start.positions, note, start.bounds), queries
 
@@ -263,21 +277,16 @@ def _commit(
     """
     counts.rounds += 1
     counts.row_rounds += len(sequence.rows)
-    made = [0] * len(sequence.rows)
+    standing = [_standing(row, plan, *own) for row, *own in zip(sequence.rows, window, predicted, strict=True)]
+    made = [max(min(standing) if plan.in_step else own, 0) for own in standing]
     for b, row in enumerate(sequence.rows):
-        if len(row.held) >= plan.window or row.token is None:
-            continue
-        kept = accept(window[b], predicted[b], row.forced)
-        if plan.position_limit is not None:
-            kept = min(kept, max(plan.position_limit - (row.length + row.offset), 1))
-        if plan.column_limit is not None and (kept := min(kept, plan.column_limit - row.length)) <= 0:
+        if not (kept := made[b]):
             continue
         own = outputs if len(sequence.rows) == 1 else tuple(output[:kept, b : b + 1].clone() for output in outputs)
         if len(row.ids) == row.length:
             row.ids += window[b][:kept]
         row.held.extend(Held(row.length + i, window[b][i], own, i) for i in range(kept))
         row.length += kept
-        made[b] = kept
         row.token = window[b][0] if row.forced else predicted[b][kept - 1]
         counts.add_row(plan.window, horizon, kept - 1)
         for held in queries:
@@ -285,23 +294,28 @@ def _commit(
                 held.counts[b] = kept
     if any(held is not None and all(held.counts) for held in queries):
         sequence.queries = queries
-    if sequence.drawn is not None and sequence.full.resident:
-        _add_drawn(sequence, plan, start, queries)
+    if sequence.drawn is not None:
+        asked = Asked(start.columns, queries)
+        sequence.asked = None if sequence.full.resident else asked
+        if sequence.full.resident:
+            for layer, keys in enumerate(sequence.full.keys):
+                sequence.drawn.add_window(layer, asked, [row.length for row in sequence.rows], keys, start.pads)
     return made
 
 
-def _add_drawn(sequence: Sequence, plan: DecodePlan, start: Start, queries: list[Queries | None]) -> None:
-    """Add the attention of each row's accepted queries to what its tokens have drawn.
+def _standing(row: Row, plan: DecodePlan, window: list[int], predicted: list[int]) -> int:
+    """How many rows of its window a row of the batch may keep; 0 or less where it takes no part in the round."""
+    if len(row.held) >= plan.window or row.token is None:
+        return 0
+    kept = accept(window, predicted, row.forced)
+    if plan.position_limit is not None:
+        kept = min(kept, max(plan.position_limit - (row.length + row.offset), 1))
+    return kept if plan.column_limit is None else min(kept, plan.column_limit - row.length)
 
-    Only where full KV is on the device: elsewhere all keys would have to come in once more. Sliding layers are not
-    compressed, so nobody asks what their tokens have drawn.
-    """
-    assert sequence.drawn is not None
-    for layer, held in enumerate(queries):
-        if plan.captured.sites[layer].window is not None:
-            continue
-        for b, (column, pad) in enumerate(zip(start.columns, start.pads, strict=True)):
-            own = held.row(b) if held is not None else None
-            if own is not None:
-                keys = sequence.full.keys[layer][b, :, : column + own.shape[1]]
-                sequence.drawn.add(layer, b, own, keys, pad)
+
+def _late(sequence: Sequence, start: Start) -> Callable[[int, Tensor], None] | None:
+    """Where full KV lives outside the device, what adds the last round's attention while keys are there again."""
+    drawn, asked = sequence.drawn, sequence.asked
+    if drawn is None or asked is None:
+        return None
+    return lambda layer, keys: drawn.add_window(layer, asked, start.columns, keys, start.pads)

@@ -16,7 +16,7 @@ from vericache_compile.plan import DecodePlan
 from vericache_compile.runtime import ghosts
 from vericache_compile.runtime.caches import DraftKV, FullKV
 from vericache_compile.runtime.compression import CHUNK, Regions
-from vericache_compile.runtime.drawn import Drawn, Repeated
+from vericache_compile.runtime.drawn import Asked, Drawn, Repeated
 from vericache_compile.runtime.pace import Pace
 
 if TYPE_CHECKING:
@@ -121,6 +121,8 @@ class Sequence:
         self.queries: list[Queries | None] = [None] * len(full.sites)
         self.pace = Pace()
         self.drawn: Drawn | None = None
+        self.asked: Asked | None = None
+        """The last round's queries, where what they draw is to be added in the next."""
         self.repeated: Repeated | None = None
         self.horizon = 0
         """Tokens drafted in the last round (0 before the first)."""

@@ -17,7 +17,7 @@ from vericache_compile.compressors.base import Compressor
 from vericache_compile.compressors.facts import KINDS
 from vericache_compile.errors import GhostError, PageLost
 from vericache_compile.plan import CapturedPlan, DecodePlan, Output, OutputRole, Roles, Tier
-from vericache_compile.runtime import rounds
+from vericache_compile.runtime import pieces, rounds
 from vericache_compile.runtime.counts import Counts
 from vericache_compile.runtime.drawn import Drawn
 from vericache_compile.runtime.executor import WeightCasts, bind_weights
@@ -35,6 +35,7 @@ from vericache_compile.runtime.token_record import Judged, TokenRecord
 from vericache_compile.runtime.told import Telling
 
 log = logging.getLogger(__name__)
+PAD = "pad on the left (tokenizer.padding_side = 'left')"
 FEW = 1
 """Columns up to which Dynamo specialises a length, so that marking it dynamic would be in vain."""
 
@@ -83,9 +84,11 @@ class Session:
         self._timeline: Timeline | None = None
         self._records: dict[str, TokenRecord] = {}
         self._record: TokenRecord | None = None
-        self._told = self._told_whole = False
+        self._told_whole = False
+        self._said: set[str] = set()
         self._lock = lock
         self._rotations = Rotations()
+        self._recordings = pieces.Recordings()
 
     def write_to(self, trace: str | None, tokens: str | None) -> None:
         """Write calls and rounds down in one file, and their tokens in another, from now on; or nowhere."""
@@ -128,6 +131,7 @@ class Session:
             for row in sequence.rows:
                 row.truncate(columns)
         self._note_fed(plan, inputs, sequence.number, columns)
+        sequence.asked = None
         sequence.full.reserve(columns + count, device)
         pads = self._padding(sequence, roles, inputs)
         draft, starts = sequence.draft, [columns] * batch
@@ -181,6 +185,9 @@ class Session:
             row.feed(columns, token, offset, pad)
         sequence.version = version
         if any(not row.held for row in sequence.rows):
+            for row, (token, *_) in zip(sequence.rows, fed, strict=True) if plan.in_step else ():
+                row.truncate(columns)
+                row.token = token
             own = set(plan.captured.roles.weights)  # those of this call: a model's parameters may have been replaced
             sequence.decode = self.last = (plan, [x if i in own else None for i, x in enumerate(inputs)])
             judged = self._run_round(sequence)
@@ -193,13 +200,20 @@ class Session:
     def _run_in_place(self, plan: DecodePlan, inputs: Rows[Any]) -> list[Any]:
         """A decode call over the caller's own buffers, which get what it appends."""
         captured = plan.captured
-        counted = torch.stack([inputs[i] for i in captured.roles.counters]).tolist()
-        columns = int(counted[0])
-        shown = captured.roles.shown
-        assert shown is not None, "a decode step over buffers is given a mask"
-        pads = paddings(inputs[shown], columns)
+        counted = torch.stack([inputs[i].flatten() for i in captured.roles.counters]).flatten().tolist()
+        columns, shown = int(counted[0]), captured.roles.shown
+        pads: list[int] | None = [0] * inputs[captured.roles.tokens].shape[0]
+        if shown is not None:
+            pads = paddings(inputs[shown], columns)
+        elif captured.roles.mask is not None:
+            pads = paddings(inputs[captured.roles.mask][:, None, None] != 0, columns)
+        if pads is None:
+            self._say_as_captured("a mask that is not causal with left padding", "the mask", PAD)
+        if not (counts := has_versions(captured, inputs)):
+            fix = "make the buffers outside of torch.inference_mode()"
+            self._say_as_captured("buffers whose changes are not counted", "the cache", fix)
         fed = self._fed(plan, inputs, pads, columns) if pads is not None and len(set(counted)) == 1 else None
-        if fed is None or not has_versions(captured, inputs):
+        if fed is None or not counts:
             self._note_fed(captured, inputs, None, columns)
             return list(captured.module(*inputs))
         mirror = find_mirror(self.table, captured, inputs, columns)
@@ -213,8 +227,13 @@ class Session:
     def _run_round(self, sequence: Sequence, known: Tensor | None = None, counts: Counts | None = None) -> list[Judged]:
         """A round of a sequence that is being decoded; where a page of its full KV is lost, after that came back."""
         assert sequence.decode is not None, "set by the decode call"
+        plan, inputs = sequence.decode
+        device = inputs[plan.captured.roles.weights[0]].device
+        if pieces.serves(device, plan):
+            plan = self._recordings.of(plan, device, bind_weights(plan.verify, inputs, self.casts))
         arguments = (
-            *sequence.decode,
+            plan,
+            inputs,
             self.compressor,
             counts or self.counts,
             self.casts,
@@ -296,6 +315,18 @@ class Session:
         self.placement = str(full.tier)
         self._newest = weakref.ref(sequence)
 
+    def _say_as_captured(self, found: str, where: str, fix: str) -> None:
+        """Say once why no round serves a cache."""
+        if found not in self._said:
+            self._said.add(found)
+            log.warning(
+                "vericache: no rounds for this cache, each step runs as captured: %s\n  where: %s of this call\n"
+                "  fix: %s",
+                found,
+                where,
+                fix,
+            )
+
     def _take(self, rows: list[Row]) -> list[Tensor]:
         """The rows to hand out, each as the captured graph would have shaped it; never shared with what is held."""
         taken = [row.held.popleft() for row in rows]
@@ -336,13 +367,8 @@ class Session:
         shown = inputs[roles.mask] != 0
         pads: list[int] = (shown.shape[1] - shown.sum(-1)).tolist()
         sequence.regular = not any(pads) or all(bool(shown[b, pad:].all()) for b, pad in enumerate(pads))
-        if not sequence.regular and not self._told:
-            self._told = True
-            log.warning(
-                "vericache: no rounds for this cache, each step runs as captured: a padding mask with holes or padding "
-                "on the right\n  where: the attention_mask of this call\n  fix: pad on the left "
-                "(tokenizer.padding_side = 'left')"
-            )
+        if not sequence.regular:
+            self._say_as_captured("a padding mask with holes or padding on the right", "the attention_mask", PAD)
         return pads if sequence.regular else [0] * len(pads)
 
     def _assemble(

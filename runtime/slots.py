@@ -8,7 +8,7 @@ Shapes: B batch, K KV heads, C columns, D head size, E value head size.
 
 from __future__ import annotations
 
-import time
+import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import chain
@@ -19,10 +19,13 @@ from torch import Tensor
 from vericache_compile.kernels.block_attention import BLOCK
 from vericache_compile.plan import Staging
 from vericache_compile.runtime.caches import DraftKV, FullKV, Reaches, write_columns
+from vericache_compile.runtime.clock import Moment, moment, seconds_between
 from vericache_compile.runtime.counts import Span, Traffic
 from vericache_compile.runtime.pages import FilePage, sides
 from vericache_compile.runtime.tiers import PagedKV
 from vericache_compile.runtime.transfers import Transfer
+
+log = logging.getLogger(__name__)
 
 
 class Incoming:
@@ -31,8 +34,10 @@ class Incoming:
     def __init__(self, full: FullKV, columns: Sequence[int]) -> None:
         self.full = full
         self.columns = tuple(columns)
-        self.traffic = Traffic()
-        self.spans: list[Span] = []
+
+    def traffic(self) -> tuple[Traffic, tuple[Span, ...]]:
+        """What has come so far, as a whole and site by site; on a GPU only once the host has waited for the round."""
+        return Traffic(), ()
 
     def prefetch(self, layer: int) -> None:
         """Ask for a site's full KV."""
@@ -58,6 +63,7 @@ class Ring:
     def __init__(self) -> None:
         self.slots: list[Tensor] = []
         self._shape: tuple[int, int, torch.device] | None = None
+        self._told = False
 
     @property
     def nbytes(self) -> int:
@@ -65,22 +71,56 @@ class Ring:
         return sum(slot.nbytes for slot in self.slots)
 
     def fit(self, full: PagedKV, nbytes: int) -> None:
-        """Make slots for this cache out of `nbytes`, in place of those for another shape."""
+        """Make slots for this cache out of `nbytes`, in place of those for another shape.
+
+        Fewer where the device has no memory for so many: half of them, and so on. Raises torch.OutOfMemoryError where
+        there is none for one.
+        """
         staging = Staging(nbytes, full.columns)
         shape = (staging.slot_bytes(full.sites, full.batch), staging.slots(full.sites, full.batch), full.device)
         if self._shape != shape:
+            self._shape = None
             self.slots.clear()
-            size, count, device = self._shape = shape
-            with torch.inference_mode(False):
-                self.slots += [torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(count)]
+            self.slots += self._allocate(*shape)
+            self._shape = shape  # the one that was asked for: what there is no memory for is not tried in each round
+
+    def _allocate(self, size: int, count: int, device: torch.device) -> list[Tensor]:
+        made, fewer = _slots(size, count, device), count
+        while made is None:
+            fewer //= 2
+            made = _slots(size, fewer, device)
+        if fewer < count and not self._told:
+            self._told = True
+            log.warning(
+                "vericache: no device memory for %d slots for full KV, there are %d: transfers begin later\n"
+                "  where: %s, %d bytes a slot\n  fix: free device memory, or give staging_mb; rows are the same",
+                count,
+                fewer,
+                device,
+                size,
+            )
+        return made
+
+
+def _slots(size: int, count: int, device: torch.device) -> list[Tensor] | None:
+    """So many slots, or None where there is no memory for them; for a single one that raises."""
+    try:
+        with torch.inference_mode(False):
+            return [torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(count)]
+    except torch.OutOfMemoryError:
+        if count == 1:
+            raise
+        return None
 
 
 class PagedIncoming(Incoming):
     """Full KV that comes from a tier outside the device, through the ring.
 
-    Only what the draft cache, if there is one, does not hold exactly is brought: the columns before each row's tail, of
-    a sliding layer those that its window has there; the tail is copied from there. What lies in a slot beyond a row's
-    window is zero up to the end of its block.
+    Only what the draft cache, if there is one, does not hold exactly is brought: the columns before each row's tail and
+    before the newest tokens of its region that were kept as they are, of a sliding layer those that its window has
+    there. The rest is copied from there to its place. Older tokens that a method kept come in all the same: to leave
+    out single columns is to copy in pieces of a few hundred bytes, which takes the link longer (docs/gpu.md). What lies
+    in a slot beyond a row's window is zero up to the end of its block.
     """
 
     def __init__(
@@ -100,6 +140,8 @@ class PagedIncoming(Incoming):
         self._asked: set[int] = set()
         self._under_way: dict[int, tuple[Tensor, Transfer]] = {}
         self._there: dict[int, tuple[Tensor, Tensor]] = {}
+        self._came: list[tuple[int, Transfer, Moment, Moment]] = []
+        """Per site that was waited for: its transfer, and when the wait began and ended."""
 
     def prefetch(self, layer: int) -> None:
         """Ask for a site's full KV; asking twice is asking once."""
@@ -114,12 +156,11 @@ class PagedIncoming(Incoming):
             self.prefetch(layer)
             assert layer in self._under_way, f"site {layer} waits for a slot that nobody will release"
             slot, transfer = self._under_way[layer]
-            began = time.perf_counter()
+            began = moment(self.paged.device)
             transfer.result()
-            self.traffic.waited += time.perf_counter() - began
-            self._count(layer, transfer)
+            self._came.append((layer, transfer, began, moment(self.paged.device)))
             self._there[layer] = self._views(layer, slot)
-            self._fill_tail(layer, *self._there[layer])
+            self._fill_exact(layer, *self._there[layer])
         return self._there[layer]
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
@@ -141,6 +182,12 @@ class PagedIncoming(Incoming):
         self._free.append(slot)
         self._begin()
 
+    def traffic(self) -> tuple[Traffic, tuple[Span, ...]]:
+        """What has come so far, as a whole and site by site; on a GPU only once the host has waited for the round."""
+        spans = tuple(Span(layer, each.began, each.seconds, each.nbytes) for layer, each, *_ in self._came)
+        waited = sum(seconds_between(began, ended) for *_, began, ended in self._came)
+        return Traffic(sum(span.nbytes for span in spans), sum(span.seconds for span in spans), waited), spans
+
     def close(self) -> None:
         """Let what is under way come to its end."""
         self._wanted.clear()
@@ -159,30 +206,25 @@ class PagedIncoming(Incoming):
         reach = self.reaches[layer] if self.reaches else None
         oldest = self._pads[b] if reach is None else max(self._pads[b], self.columns[b] + 1 - reach)
         first = oldest // BLOCK * BLOCK
-        return self.paged.copy_to(layer, b, slice(first, self._tail(layer, b)), keys[b], values[b])
+        return self.paged.copy_to(layer, b, slice(first, self._end(layer, b)), keys[b], values[b])
 
-    def _tail(self, layer: int, b: int) -> int:
-        """The first column that the draft cache holds exactly."""
-        return self.columns[b] if self.draft is None else self.draft.layers[layer].starts[b]
+    def _end(self, layer: int, b: int) -> int:
+        """The first column that the draft cache holds exactly, and all after it."""
+        return self.columns[b] if self.draft is None else self.draft.layers[layer].exact_from[b]
 
     def _views(self, layer: int, slot: Tensor) -> tuple[Tensor, Tensor]:
         site, full = self.paged.sites[layer], self.paged
         return sides(slot, site, full.batch, site.kv_heads, full.columns)
 
-    def _fill_tail(self, layer: int, keys: Tensor, values: Tensor) -> None:
+    def _fill_exact(self, layer: int, keys: Tensor, values: Tensor) -> None:
         if self.draft is None:
             return
         held = self.draft.layers[layer]
         for b, column in enumerate(self.columns):
-            own = slice(held.starts[b], column)
-            tail = slice(held.offset, held.offset + column - held.starts[b])
-            keys[b, :, own] = held.keys[b, :, tail]
-            values[b, :, own] = held.values[b, :, tail]
-
-    def _count(self, layer: int, transfer: Transfer) -> None:
-        self.traffic.nbytes += transfer.nbytes
-        self.traffic.seconds += transfer.seconds
-        self.spans.append(Span(layer, transfer.began, transfer.seconds, transfer.nbytes))
+            own = slice(held.exact_from[b], column)
+            slots = slice(held.offset + own.start - held.starts[b], held.offset + own.stop - held.starts[b])
+            keys[b, :, own] = held.keys[b, :, slots]
+            values[b, :, own] = held.values[b, :, slots]
 
 
 def incoming(
@@ -198,4 +240,5 @@ def incoming(
     if not isinstance(full, PagedKV):
         return Incoming(full, columns)
     ring.fit(full, staging_bytes)
+    full.link.catch_up()
     return PagedIncoming(full, draft, ring, columns, pads, reaches)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from vericache_compile.errors import TransferError
+from vericache_compile.runtime.clock import Moment, moment, seconds_between
 
 PULSE = 0.5
 """Seconds after which a waiter looks whether the thread is still alive."""
@@ -33,12 +34,12 @@ class Transfer:
         self.nbytes = 0
         self.began = 0.0
         """When the link took it up, in seconds on `time.perf_counter`'s clock."""
-        self.seconds = 0.0
         self.error: BaseException | None = None
-        self.event: torch.cuda.Event | None = None
         self._asked = time.perf_counter()
         self._thread = thread
         self._done = threading.Event()
+        self._first: Moment = 0.0
+        self._last: Moment = 0.0
 
     def run(self, gbps: float | None, stream: torch.cuda.Stream | None, free: float = 0.0) -> float:
         """Copy all pieces; an error is kept for whoever waits.
@@ -47,8 +48,11 @@ class Transfer:
         however late its thread got to run; returns when it is free again.
         """
         self.began = end = time.perf_counter() if gbps is None else max(self._asked, free)
+        self._first = self._last = self.began
         try:
             with torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext(), torch.no_grad():
+                if stream is not None:
+                    self._first = self._last = moment(stream.device)
                 for nbytes in self.job:
                     self.nbytes += nbytes
                     if gbps is not None:
@@ -56,12 +60,19 @@ class Transfer:
                         _sleep_until(end, NAP)
                 if gbps is not None:
                     _sleep_until(end, 0.0)
-                self.event = stream.record_event() if stream is not None else None
+                if stream is not None:
+                    self._last = moment(stream.device)
         except BaseException as error:  # noqa: BLE001 - it is raised where the data is waited for
             self.error = error
-        self.seconds = time.perf_counter() - self.began
+        if stream is None:
+            self._last = time.perf_counter()
         self._done.set()
         return end
+
+    @property
+    def seconds(self) -> float:
+        """Of the link at work on it; on an accelerator only after the host has waited for what waited for it."""
+        return seconds_between(self._first, self._last)
 
     @property
     def done(self) -> bool:
@@ -81,8 +92,8 @@ class Transfer:
             raise TransferError("the link's thread has died", "a transfer of full KV", "start the program again")
         if self.error is not None:
             raise self.error
-        if self.event is not None:
-            torch.cuda.current_stream().wait_event(self.event)
+        if not isinstance(self._last, float):
+            torch.cuda.current_stream().wait_event(self._last)
 
 
 class Link:
@@ -143,6 +154,11 @@ class Link:
             yield
         for source in sources:
             source.record_stream(self._stream)
+
+    def catch_up(self) -> None:
+        """What is launched from here on comes after what the link was given, so it may write to what that reads."""
+        if self._stream is not None:
+            torch.cuda.current_stream().wait_stream(self._stream)
 
     def synchronize(self) -> None:
         """Return once what was put on the link's stream has happened, so that the host may read it."""

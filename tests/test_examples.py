@@ -13,21 +13,33 @@ from torch import Tensor, nn
 
 from vericache_compile import stats
 
-IN_PLACE = "a cache that is updated in place, not by one index_copy_ of columns"
-EXAMPLE = Path(__file__).parent.parent / "examples" / "plain_pytorch.py"
+UNMASKED = "a cache updated in place under no mask"
+BLOCKED = "FlexAttention of one token under a block mask"
+EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def test_the_plain_pytorch_example_gives_identical_tokens(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("name", ["plain_pytorch", "fixed_buffers"])
+def test_models_of_ones_own_give_identical_tokens(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("VERICACHE_INDUCTOR", "0")
-    example = runpy.run_path(str(EXAMPLE))
+    example = runpy.run_path(str(EXAMPLES / f"{name}.py"))
     assert example["main"](["--tokens", "70", "--count", "24", "--width", "64"]) == 0
     assert "yes" in capsys.readouterr().out
 
 
-class Fixed(nn.Module):
-    """One attention over buffers of a fixed size, written in place at `input_pos` (as gpt-fast does)."""
+def test_rows_of_a_batch_whose_positions_are_one_vector_advance_in_step() -> None:
+    example = runpy.run_path(str(EXAMPLES / "plain_pytorch.py"))
+    torch.manual_seed(0)
+    model, ids = example["Decoder"](50, 64, heads=4, layers=2, places=80).eval(), torch.randint(50, (3, 40))
+    plain = example["decode"](model, ids, 40)
+    model.compile(backend="vericache", options={"inductor": False, "window": 8, "compressor": "none", "strict": True})
+    assert torch.equal(example["decode"](model, ids, 40), plain)
+    assert stats(model)["rounds"] > 0
+
+
+class Unmasked(nn.Module):
+    """One attention over buffers of a fixed size, written in place at `input_pos`, all of which each token sees."""
 
     heads, size, columns, vocabulary = 2, 16, 64, 31
 
@@ -40,27 +52,25 @@ class Fixed(nn.Module):
         shape = (1, self.heads, self.columns, self.size)
         for name in ("keys", "values"):
             self.register_buffer(name, torch.zeros(shape), persistent=False)
-        seen = torch.ones(self.columns, self.columns, dtype=torch.bool).tril()
-        self.register_buffer("seen", seen, persistent=False)
 
     def forward(self, ids: Tensor, input_pos: Tensor) -> Tensor:
         x = self.embed(ids) + self.place(input_pos)
         q, k, v = self.to_qkv(x).unflatten(-1, (3 * self.heads, -1)).transpose(1, 2).chunk(3, dim=1)
         self.keys[:, :, input_pos], self.values[:, :, input_pos] = k, v
-        out = self.attend(q, self.seen[input_pos])
+        out = self.attend(q, input_pos)
         return self.to_logits(x + out.transpose(1, 2).flatten(2))
 
-    def attend(self, q: Tensor, seen: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, self.keys, self.values, attn_mask=seen[None, None])
+    def attend(self, q: Tensor, input_pos: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, self.keys, self.values)
 
 
-class Flexible(Fixed):
-    """The same by FlexAttention with a causal block mask."""
+class Flexible(Unmasked):
+    """The same by FlexAttention with a block mask for each token."""
 
-    def attend(self, q: Tensor, seen: Tensor) -> Tensor:
+    def attend(self, q: Tensor, input_pos: Tensor) -> Tensor:
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-        first = seen[0].sum() - 1
+        first = input_pos[0]
 
         def causal(b: Tensor, h: Tensor, row: Tensor, column: Tensor) -> Tensor:
             return column <= first + row
@@ -81,9 +91,9 @@ def decode(model: Any, ids: Tensor, count: int) -> Tensor:
     return torch.cat(tokens, dim=1)
 
 
-@pytest.mark.parametrize(("model", "reason"), [(Fixed, IN_PLACE), (Flexible, "FlexAttention")])
+@pytest.mark.parametrize(("model", "reason"), [(Unmasked, UNMASKED), (Flexible, BLOCKED)])
 def test_what_is_not_taken_says_why_and_is_right(
-    model: type[Fixed], reason: str, caplog: pytest.LogCaptureFixture
+    model: type[Unmasked], reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     ids = torch.tensor([[3, 1, 4, 1, 5]])
     plain, compiled = decode(model(), ids, 12), model()

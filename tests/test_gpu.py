@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from vericache_compile import check
+from vericache_compile.runtime import pieces
 from vericache_compile.runtime.draft_step import DraftStep
 
 pytestmark = pytest.mark.gpu
@@ -62,3 +63,25 @@ def test_a_draft_is_replayed_and_waits_for_nothing(model: PreTrainedModel, monke
     monkeypatch.setattr(DraftStep, "draft", draft)
     logits_of(model, compiled(model), prompt(2), 40, compressor="streaming", **WINDOW)
     assert replayed
+
+
+@pytest.mark.parametrize("placement", ["device", "host"])
+def test_verify_is_replayed_piece_by_piece(
+    model: PreTrainedModel, placement: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And rows are those of the launches, to the bit."""
+    switch = compiled(model)
+    with monkeypatch.context() as launched:
+        launched.setattr(pieces, "serves", lambda device, plan: False)
+        expected = logits_of(model, switch, prompt(3), 40, placement=placement, **WINDOW)
+    made: list[pieces.Piece] = []
+    original = pieces.Piece.__init__
+
+    def note(self: pieces.Piece, *args: Any) -> None:
+        original(self, *args)
+        made.append(self)
+
+    monkeypatch.setattr(pieces.Piece, "__init__", note)
+    assert torch.equal(logits_of(model, switch, prompt(3), 40, placement=placement, **WINDOW), expected)
+    assert made
+    assert all(piece._captured.replays for piece in made)

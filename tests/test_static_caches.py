@@ -39,7 +39,19 @@ def sampling(model: PreTrainedModel) -> Tensor:
     return greedy(model, prompt(), do_sample=True, temperature=0.6, cache_implementation="static")
 
 
-@pytest.mark.parametrize("call", [padded, one_cache_for_several_turns, sampling])
+@torch.no_grad()
+def by_hand(model: PreTrainedModel) -> Tensor:
+    """A loop of one's own, where the model computes mask and positions from the count; padded on the left."""
+    cache, tokens = StaticCache(config=model.config, max_cache_len=64), []
+    ids, mask = make_prompt(20, 3).values()
+    for _ in range(30):
+        ids = model(input_ids=ids, attention_mask=mask, past_key_values=cache).logits[:, -1:].argmax(-1)
+        tokens.append(ids)
+        mask = torch.cat([mask, mask.new_ones(3, 1)], dim=1)
+    return torch.cat(tokens, dim=1)
+
+
+@pytest.mark.parametrize("call", [padded, one_cache_for_several_turns, sampling, by_hand])
 def test_static_caches_give_plain_tokens_from_rounds(call: Caller) -> None:
     plain, ours, model = both(call, "llama", strict=True)
     assert torch.equal(ours, plain)

@@ -66,6 +66,8 @@ class Sharing(UncompressedKV):
         return longer
 
     def materialize(self) -> tuple[Tensor, Tensor]:
+        if self.wrong == "exact":
+            return self.keys.flip(1), self.values
         return (self.keys.double(), self.values) if self.wrong == "dtype" else (self.keys, self.values)
 
 
@@ -91,6 +93,7 @@ class Wrong(NoCompression):
         ("shared", "shares memory|materialize gives"),
         ("dtype", "materialize gives torch.float64"),
         ("writes", "are written to"),
+        ("exact", "are not as they were cached"),
     ],
 )
 def test_a_wrong_region_is_found_out(wrong: str, message: str) -> None:

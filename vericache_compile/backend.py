@@ -126,8 +126,9 @@ def _take(
             raise planned.with_traceback(None)
         return planned
 
-    plan = plan_for(example_inputs, batch_of(example_inputs))
+    plan = plan_for(example_inputs, batch_of(gm, example_inputs))
     captured = plan.captured if isinstance(plan, DecodePlan) else plan
+    buffered = tuple(i for i in buffered if i not in captured.roles.counters)  # they say something else in each call
     check_sites(captured.sites)
     compressor = compilation_of(example_inputs, parameters, config).session.compressor
     compressor.check_model(captured.sites, [example_inputs[i].shape for i in parameters])

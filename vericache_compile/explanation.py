@@ -157,7 +157,7 @@ def take(
     """A captured graph after all passes but `lower`, which compiles; raises UnsupportedGraph."""
     scalars = {i: float(example_inputs[i]) for i in scalar_inputs(module)}
     buffers, parameters = buffers_of(module, example_inputs), parameters_of(example_inputs)
-    program = Program(copy_module(module), batch_of(example_inputs), config.window, scalars, buffers)
+    program = Program(copy_module(module), batch_of(module, example_inputs), config.window, scalars, buffers)
     low = config.draft_dtype_on(example_inputs[parameters[0]].device)
     passes = pipeline.decode_passes(config.inductor, low, staging_of(config, example_inputs, parameters))
     pipeline.run_all(program, tuple(each for each in passes if getattr(each, "func", each) is not lower), observers)

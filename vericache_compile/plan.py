@@ -149,7 +149,9 @@ class Roles:
     lengths: tuple[int, ...] = ()
     """Integer inputs that hold the past length, as caches count it whose tensors do not show it."""
     counters: tuple[int, ...] = ()
-    """Inputs (int64 scalars) that hold the past length of caches written in place, and are counted up in place."""
+    """Inputs (int64, one element) that hold the past length of caches written in place."""
+    counted: tuple[int, ...] = ()
+    """Those of them that a call counts up in place; the caller sets the others."""
     shown: int | None = None
     """Input that holds the whole mask [B, 1, T, C] of caches written in place."""
 
@@ -293,3 +295,5 @@ class DecodePlan:
     column_limit: int | None = None
     """First column at which another graph was or will be captured, or the model's own mask fails; None where there is
     no such column."""
+    in_step: bool = False
+    """Whether all rows of a batch are given one position, so that they can only advance together."""

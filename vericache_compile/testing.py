@@ -105,7 +105,8 @@ def check_region(method: Compressor, keys: Tensor, values: Tensor, queries: Tens
     """Compress the first `tokens` of keys [K, S, D] and values [K, S, Dv], then let the others join.
 
     Sizes, types and coverage are as the interface says, bytes are those allocated, nothing is shared with the cache or
-    between regions, what was given is not written to, and the first region stays as it was to the bit.
+    between regions, what was given is not written to, the first region stays as it was to the bit, and tokens that are
+    said to be exact are.
     """
     untouched = raw_bytes((keys, values, queries))
     region = method.compress(keys[:, :tokens], values[:, :tokens], queries)
@@ -124,6 +125,8 @@ def check_region(method: Compressor, keys: Tensor, values: Tensor, queries: Tens
     assert all(map(torch.equal, raw_bytes(region), held)), "extend changed the old region's bytes"
     now = raw_bytes((keys, values, queries))
     assert all(map(torch.equal, now, untouched)), "keys, values or queries are written to: they are the full cache's"
+    for each in (region, longer):
+        _check_exact(each, keys, values)
 
 
 def _check_sizes(region: CompressedKV, keys: Tensor, values: Tensor) -> None:
@@ -131,6 +134,14 @@ def _check_sizes(region: CompressedKV, keys: Tensor, values: Tensor) -> None:
     for read, x in zip(region.materialize(), (keys, values), strict=True):
         assert read.shape == (x.shape[0], region.slots, x.shape[2]), f"materialize gives {tuple(read.shape)}"
         assert read.dtype == x.dtype, f"materialize gives {read.dtype} for a cache of {x.dtype}"
+
+
+def _check_exact(region: CompressedKV, keys: Tensor, values: Tensor) -> None:
+    count, covered = region.exact, region.covered
+    assert 0 <= count <= region.slots, f"{count} tokens are exact in {region.slots} slots"
+    for read, x in zip(region.materialize(), (keys, values), strict=True):
+        held, newest = read[:, region.slots - count :], x[:, covered - count : covered]
+        assert torch.equal(held, newest), f"the last {count} tokens, which are exact, are not as they were cached"
 
 
 def check_whole(method: Compressor, keys: Tensor, values: Tensor, queries: Tensor, tokens: int) -> None:

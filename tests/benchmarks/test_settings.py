@@ -26,6 +26,9 @@ SITES = tuple(Site(layer, 9, 3, 64, 64, 0.125, torch.float32, None) for layer in
         ("int8", 0.01, "int8"),
         ("packkv", 0.2, "packkv"),
         ("none", 0.2, "none"),
+        ("spark", 0.2, "spark(channels=0.14, value_channels=0.14)"),
+        ("quest", 0.2, "quest(keep=0.2)"),
+        ("clusterkv", 0.2, "clusterkv(keep=0.2)"),
     ],
 )
 def test_the_largest_setting_within_the_budget_is_taken(name: str, share: float, expected: str) -> None:

@@ -1,13 +1,15 @@
-"""A write in place is taken where it puts one token at the counted column, and only then."""
+"""A write in place is taken where it puts one token at the column of its length, and only then."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from graphs import Captured, Toy, capture, run_until
+from looked_up import LookedUp, index_copy, index_put, set_item
 from torch import Tensor
 
 from vericache_compile.errors import UnsupportedGraph
@@ -48,7 +50,7 @@ def step(model: Buffered, columns: int = 6, room: int = 20) -> Captured:
 def test_buffers_counters_and_mask_get_roles() -> None:
     program = run_until(step(Buffered()), "split_modes")
     roles, names = program.found_roles, [node.name for node in program.placeholders]
-    assert [names[i] for i in roles.counters] == ["l_more_0_"]
+    assert [names[i] for i in roles.counters] == [names[i] for i in roles.counted] == ["l_more_0_"]
     assert names[roles.shown or 0] == "l_more_1_"
     assert program.sites[0].site.in_place
     assert [find_write(program.placeholders[i]).new for i in program.sites[0].site.past] == [
@@ -58,6 +60,20 @@ def test_buffers_counters_and_mask_get_roles() -> None:
     for variant in program.variants.values():
         targets = [str(node.target) for node in variant.graph.nodes]
         assert not any("index_copy_" in target or target == "add_" for target in targets)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("spell", [index_copy, set_item, index_put])
+def test_a_column_that_the_caller_sets_is_also_the_position(spell: Callable[..., object], batch: int) -> None:
+    model = LookedUp(spell)
+    program = model.program("expand_window", batch)
+    names = [node.name for node in program.placeholders]
+    assert [names[i] for i in program.found_roles.counters] == ["l_input_pos_"]
+    assert program.found_roles.counted == ()
+    assert program.found_roles.shown is None
+    assert program.position_rule == "column"
+    assert program.position_limit == model.columns
+    assert program.in_step == (batch > 1)
 
 
 class Ahead(Buffered):
@@ -86,6 +102,22 @@ class Twice(Buffered):
         buffer.mul_(2)
 
 
+class Repeating(Buffered):
+    """Writes what one head has to all heads."""
+
+    def write(self, buffer: Tensor, new: Tensor, counter: Tensor) -> None:
+        buffer[:, :, torch.arange(1) + counter] = new[:, :1]
+
+
+class Behind(Buffered):
+    """Attends to values of the time before it writes them."""
+
+    def write(self, buffer: Tensor, new: Tensor, counter: Tensor) -> None:
+        before = buffer[:, :, -1:]
+        super().write(buffer, new, counter)
+        new.add_(before)
+
+
 class Skipping(Buffered):
     """Counts in steps of two."""
 
@@ -98,7 +130,9 @@ class Skipping(Buffered):
     [
         (Ahead, "at a column that is not its length"),
         (Early, "at a column that is not its length"),
-        (Twice, "not by one index_copy_ of columns"),
+        (Twice, "not by one write of columns"),
+        (Repeating, "not by one write of columns"),
+        (Behind, "read before it is updated"),
         (Skipping, "not counted up by the tokens of a call"),
     ],
 )

@@ -212,9 +212,10 @@ def test_a_graph_is_refused_with_its_reason_and_source_line(
     assert line in error.value.where
 
 
-def test_one_position_for_a_whole_batch_is_refused() -> None:
-    with pytest.raises(UnsupportedGraph, match="that is not a position"):
-        run_until(toy_decode(Flat(), batch=3), "split_modes", batch=3)
+def test_one_position_for_a_whole_batch_is_that_of_its_first_row() -> None:
+    program = run_until(toy_decode(Flat(), batch=3), "split_modes", batch=3)
+    assert program.in_step
+    assert calls_of(program.variants["verify"])[:2] == ["narrow", "view"]
 
 
 class NewestLogits(Toy):

@@ -6,6 +6,7 @@ On the CPU the same code runs: with the reference's attention, and with the Trit
 from __future__ import annotations
 
 import gc
+import logging
 import weakref
 from dataclasses import replace
 from types import SimpleNamespace
@@ -22,8 +23,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from vericache_compile.kernels import draft_attention, launch, verify_attention
 from vericache_compile.passes.pipeline import plan_capture
 from vericache_compile.plan import DecodePlan
-from vericache_compile.runtime import draft_step, rounds, slots
+from vericache_compile.runtime import capture, draft_step, rounds, slots
 from vericache_compile.runtime.caches import DraftKV
+from vericache_compile.runtime.capture import Captured, Launch, Pool
 from vericache_compile.runtime.draft_step import DraftStep
 from vericache_compile.sweep_models import make_model
 
@@ -158,6 +160,39 @@ def test_a_caller_that_repeats_a_token_is_drafted_it(monkeypatch: pytest.MonkeyP
     plain = model.generate(**inputs, max_new_tokens=20, do_sample=False)
     model.compile(backend="vericache", options={"compressor": "none", "window": 4, **OPTIONS})
     assert torch.equal(model.generate(**inputs, max_new_tokens=20, do_sample=False), plain)
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_steps_are_replayed_or_where_recording_fails_launched(
+    works: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The same tokens; a failure is said once, however many draft caches there are."""
+    replays: list[None] = []
+
+    def record(launched: Launch[None], pool: Pool) -> tuple[Any, None]:
+        if not works:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        def replay() -> None:
+            replays.append(None)
+            launched()
+
+        return SimpleNamespace(replay=replay), None
+
+    capture._tell.cache_clear()
+    monkeypatch.setattr(capture, "record", record)
+    monkeypatch.setattr(rounds, "CHUNK", 8)
+    monkeypatch.setattr(draft_step, "serves", lambda device, plan, draft: True)
+    monkeypatch.setattr(draft_step, "Captured", lambda device, what: Captured(torch.device("cuda"), what))
+    model, inputs = make_tiny("llama"), make_prompt(40, 3)
+    plain = model.generate(**inputs, max_new_tokens=30, do_sample=False)
+    model.compile(backend="vericache", options={"compressor": "streaming", "window": 4, **OPTIONS})
+    with caplog.at_level(logging.WARNING, "vericache_compile"):
+        assert torch.equal(model.generate(**inputs, max_new_tokens=30, do_sample=False), plain)
+    assert bool(replays) == works
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == (not works)
+    assert works or all(part in told[0] for part in ("a draft step", "CUDA out of memory", "where:", "fix:"))
 
 
 def count_launches(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:

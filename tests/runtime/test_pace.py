@@ -50,3 +50,14 @@ def test_one_slow_verify_pass_does_not_count() -> None:
     for seconds in (1.0, *[5.0] * (ROUNDS - 1)):
         pace.note(Seen(15, 1.0, 0.5, seconds))
     assert pace.resting
+
+
+def test_a_transfer_that_drafting_hides_is_part_of_what_verifying_alone_would_take() -> None:
+    """Else drafts that keep the link busy would look slower than the verify passes whose wait they take away."""
+    pace = Pace()
+    for _ in range(ROUNDS):
+        pace.note(Seen(15, 10.0, 3.0, 0.1, 3.0))
+    assert not pace.resting
+    for _ in range(ROUNDS):
+        pace.note(Seen(15, 1.0, 3.0, 0.1, 2.0))
+    assert pace.resting

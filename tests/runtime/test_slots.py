@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import weakref
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -39,15 +42,15 @@ def paged(full: FullKV, fill: Fill) -> PagedKV:
     return made
 
 
-def draft_of(full: FullKV) -> DraftKV:
+def draft_of(full: FullKV, method: str) -> DraftKV:
     unseen: list[list[Tensor | None]] = [[None, None] for _ in full.sites]
-    return compress(parse("streaming", {"keep": 0.2}), full, PADS, COLUMNS, unseen, 2 * WINDOW)
+    return compress(parse(method, {}), full, PADS, COLUMNS, unseen, 2 * WINDOW)
 
 
-def open_round(full: FullKV, ring: Ring, slots: int) -> PagedIncoming:
+def open_round(full: FullKV, ring: Ring, slots: int, method: str = "streaming(keep=0.2)") -> PagedIncoming:
     """A round whose ring has so many slots."""
     slot = full.batch * full.columns * max(site.bytes_per_token for site in full.sites)
-    made = incoming(full, draft_of(full), ring, slots * slot, COLUMNS, PADS)
+    made = incoming(full, draft_of(full, method), ring, slots * slot, COLUMNS, PADS)
     assert isinstance(made, PagedIncoming)
     return made
 
@@ -102,17 +105,40 @@ def test_asking_twice_is_asking_once_and_a_wait_asks_by_itself(paged: PagedKV) -
     for layer in range(4):
         coming.wait(layer)
         coming.wait(layer)
-    assert [span.layer for span in coming.spans] == [0, 1, 2, 3]
-    assert coming.traffic.nbytes == sum(span.nbytes for span in coming.spans) > 0
+    assert [span.layer for span in coming.traffic()[1]] == [0, 1, 2, 3]
+    traffic, spans = coming.traffic()
+    assert traffic.nbytes == sum(span.nbytes for span in spans) > 0
+    assert traffic.seconds == sum(span.seconds for span in spans) > 0
     coming.close()
 
 
-def test_only_what_the_draft_does_not_hold_exactly_is_brought(paged: PagedKV) -> None:
-    coming = open_round(paged, Ring(), 4)
-    coming.wait(0)
-    starts = coming.draft.layers[0].starts
-    columns = sum(start - pad // 256 * 256 for start, pad in zip(starts, PADS, strict=True))
-    assert coming.traffic.nbytes == columns * paged.sites[0].bytes_per_token
+HELD = {
+    "none": (500, 130),
+    "streaming(keep=0.2)": (100 - 4, 26 - 4),
+    "refreekv(whole=4)": (500, 130),
+    "snapkv(keep=0.2)": (32, 32),
+    "tova": (1, 1),
+    "streaming(keep=0.5) | kivi": (0, 0),
+    "kivi": (52, 34),
+}
+"""By method: the newest tokens of each row that a draft cache holds as they are, one by one to the last."""
+
+
+@pytest.mark.parametrize("method", HELD)
+def test_only_what_the_draft_does_not_hold_exactly_is_brought(full: FullKV, paged: PagedKV, method: str) -> None:
+    """And whatever lay in the slot before, it then holds what the device would."""
+    ring = Ring()
+    ring.fit(paged, 1 << 30)
+    for slot in ring.slots:
+        slot.view(torch.float32).fill_(float("nan"))
+    coming = open_round(paged, ring, len(ring.slots), method)
+    keys, values = coming.wait(0)
+    firsts = [pad // 256 * 256 for pad in PADS]
+    for b, (first, column) in enumerate(zip(firsts, COLUMNS, strict=True)):
+        assert torch.equal(keys[b, :, first:column], full.keys[0][b, :, first:column])
+        assert torch.equal(values[b, :, first:column], full.values[0][b, :, first:column])
+    columns = sum(end - held - first for end, held, first in zip(COLUMNS, HELD[method], firsts, strict=True))
+    assert coming.traffic()[0].nbytes == columns * paged.sites[0].bytes_per_token
     coming.close()
 
 
@@ -159,10 +185,66 @@ def test_a_failed_transfer_fails_its_own_wait_only(paged: PagedKV, monkeypatch: 
 
 
 def test_a_resident_cache_is_there_at_once(full: FullKV) -> None:
-    coming = incoming(full, draft_of(full), Ring(), 0, COLUMNS, PADS)
+    coming = incoming(full, draft_of(full, "none"), Ring(), 0, COLUMNS, PADS)
     assert type(coming) is Incoming
     coming.prefetch(0)
     keys, values = coming.wait(0)
     assert keys is full.keys[0]
     assert values is full.values[0]
-    assert coming.traffic.nbytes == 0
+    assert coming.traffic()[0].nbytes == 0
+
+
+class Crowded:
+    """A device with memory for so many slots: the allocation after them is refused."""
+
+    def __init__(self, room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.room = room
+        self._held: list[weakref.ref[Tensor]] = []
+        self._zeros = torch.zeros
+        monkeypatch.setattr(torch, "zeros", self.zeros)
+
+    def zeros(self, size: int, **how: Any) -> Tensor:
+        self._held = [held for held in self._held if held() is not None]
+        if len(self._held) == self.room:
+            raise torch.OutOfMemoryError("out of memory")
+        made = self._zeros(size, **how)
+        self._held.append(weakref.ref(made))
+        return made
+
+
+def test_a_ring_is_halved_until_there_is_memory_for_it_and_says_so_once(
+    full: FullKV, paged: PagedKV, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    ring = Ring()
+    with monkeypatch.context() as crowded, caplog.at_level(logging.WARNING, "vericache_compile"):
+        Crowded(1, crowded)
+        ring.fit(paged, 1 << 30)
+        made = ring.slots[0].data_ptr()
+        ring.fit(paged, 1 << 30)
+        assert [slot.data_ptr() for slot in ring.slots] == [made], "halved twice, and not tried again in each round"
+        paged.reserve(1200, torch.device("cpu"))
+        ring.fit(paged, 1 << 30)
+        assert len(ring.slots) == 1
+    [told] = caplog.records
+    assert all(part in told.getMessage() for part in ("4 slots", "there are 1", "where:", "fix:"))
+    coming = PagedIncoming(paged, draft_of(full, "none"), ring, COLUMNS, PADS)
+    for layer in range(4):
+        coming.prefetch(layer)
+    for layer in range(4):
+        keys, _ = coming.wait(layer)
+        assert torch.equal(keys[0, :, :500], full.keys[layer][0, :, :500])
+        coming.release(layer)
+    coming.close()
+
+
+def test_without_memory_for_a_single_slot_the_devices_own_error_is_raised(
+    paged: PagedKV, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And once there is memory again, the ring is made."""
+    ring = Ring()
+    with monkeypatch.context() as crowded:
+        Crowded(0, crowded)
+        with pytest.raises(torch.OutOfMemoryError):
+            ring.fit(paged, 1 << 30)
+    ring.fit(paged, 1 << 30)
+    assert len(ring.slots) == 4

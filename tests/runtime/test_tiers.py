@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -205,3 +206,22 @@ def test_a_folder_that_is_not_there(make_sites: Sites, fill: Fill, tmp_path: Pat
     fill(full, 0, 600)
     with pytest.raises(VericacheError, match=r"(?s)No such file.*missing.*kv_folder"):
         full.settle(0, [600])
+
+
+def test_host_memory_that_cannot_be_pinned_is_pageable_and_said_once(
+    make_sites: Sites, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    zeros = torch.zeros
+
+    def refuse(*shape: object, pin_memory: bool = False, **how: object) -> Tensor:
+        if pin_memory:
+            raise RuntimeError("CUDA error: out of memory. 17 bytes were asked for")
+        return zeros(*shape, **how)  # type: ignore[call-overload, no-any-return]
+
+    pages._tell_pageable.cache_clear()
+    monkeypatch.setattr(torch, "zeros", refuse)
+    with caplog.at_level(logging.WARNING, "vericache_compile"):
+        made = [pages.host_pages(make_sites()[0], 256, 2, pinned=True) for _ in range(3)]
+    assert all(not page.keys.is_pinned() and not page.keys.any() for held in made for page in held)
+    [told] = caplog.records
+    assert all(part in told.getMessage() for part in ("could not be pinned", "CUDA error: out of memory\n", "fix:"))

@@ -235,3 +235,33 @@ def test_regions_do_not_keep_what_they_were_told(told: Told) -> None:
     assert len(regions) == 3 * BATCH
     facts = [region.method.facts for region in regions]  # type: ignore[attr-defined]
     assert all(each == each.lasting for each in facts), "where tokens stood, but no numbers of theirs"
+
+
+def test_where_keys_come_in_each_round_a_window_is_added_one_round_later() -> None:
+    """Tokens have drawn what plain attention says, from all queries but the last round's."""
+    model, prompt = make_tiny("llama"), make_prompt(TOKENS, BATCH)
+    options = {"compressor": "h2o", "window": 4, "inductor": False, "placement": "host"}
+    model.compile(backend="vericache", options=options)
+    model.generate(**prompt, max_new_tokens=NEW, do_sample=False)
+    state = state_of(list(model.parameters()))
+    assert state is not None
+    assert state.latest is not None
+    sequence = state.latest.session.newest
+    assert sequence is not None
+    assert sequence.drawn is not None
+    assert sequence.asked is not None
+    pads = (prompt["attention_mask"] == 0).sum(1).tolist()
+    plain = make_tiny("llama")
+    plain.set_attn_implementation("eager")
+    ids = plain.generate(**prompt, max_new_tokens=NEW + 8, do_sample=False)  # rounds run ahead of the caller
+    for b, (row, pad) in enumerate(zip(sequence.rows, pads, strict=True)):
+        before = sequence.asked.columns[b]
+        assert row.length > before > TOKENS
+        with torch.no_grad():
+            weights = plain(ids[b : b + 1, pad:before], output_attentions=True).attentions
+        for layer, own in enumerate(weights):
+            held = sequence.drawn.of(layer, b, pad, row.length)
+            assert held is not None
+            expected = own[0].sum(1).view(2, 2, -1).sum(1)
+            torch.testing.assert_close(held[:, : before - pad], expected, atol=1e-3, rtol=1e-3)
+            assert not held[:, before - pad :].any()

@@ -40,6 +40,14 @@ class CompressedKV(ABC):
         return None
 
     @property
+    def exact(self) -> int:
+        """So many of its last tokens, [covered - exact, covered), lie in its last slots as they were cached.
+
+        In all heads: full KV need not bring them to the device again. 0 unless the method is certain of it.
+        """
+        return 0
+
+    @property
     def packed(self) -> tuple[PackedSide, PackedSide] | None:
         """Keys and values as a kernel can read them; None where only `materialize` gives them."""
         return None

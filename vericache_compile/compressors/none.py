@@ -18,6 +18,11 @@ from vericache_compile.compressors.dense import DenseKV
 class UncompressedKV(DenseKV):
     """Every token of [0, covered)."""
 
+    @property
+    def exact(self) -> int:
+        """All of them."""
+        return self.covered
+
     def extend(self, keys: Tensor, values: Tensor, queries: Tensor | None) -> Self:
         """Append keys [K, S, D] and values [K, S, Dv]; queries are not read."""
         return type(self)(

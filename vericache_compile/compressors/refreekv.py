@@ -63,6 +63,10 @@ class ReFreeKV(Chooser):
         """Itself, but for the first layers, which keep everything."""
         return _Whole(self.threshold, self.sinks, self.whole) if layer < self.whole else self
 
+    def newest(self, kept: int, tokens: int) -> int:
+        """All but the sinks, which are ranked first."""
+        return kept if kept == tokens else max(kept - self.sinks, 0)
+
     def choose(self, keys: Tensor, values: Tensor, queries: Tensor | None, covered: int) -> Tensor:
         """Indices [K, N], the same for all K, by the last of queries [H, w, D]; waits for the count N."""
         assert queries is not None

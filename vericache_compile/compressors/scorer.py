@@ -23,22 +23,29 @@ from vericache_compile.compressors.dense import DenseKV, budget, check_count, ch
 class SelectedKV(DenseKV):
     """The tokens of [0, covered) that a method chose: per KV head its own, in ascending order."""
 
-    def __init__(self, keys: Tensor, values: Tensor, covered: int, method: Chooser) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, covered: int, method: Chooser, exact: int = 0) -> None:
         super().__init__(keys, values, covered)
-        self.method = method
+        self.method, self._exact = method, exact
+
+    @property
+    def exact(self) -> int:
+        """Its last tokens, up to the last that was dropped (as far as its method knows)."""
+        return self._exact
 
     def extend(self, keys: Tensor, values: Tensor, queries: Tensor | None) -> Self:
         """Also cover keys [K, S, D] and values [K, S, Dv], scored by later queries [H, w, D].
 
         What the region holds already stays; the chunk competes only with itself.
         """
-        tokens = self.method.covers_more(keys.shape[1])
-        keys, values = self.method.later.keep_best(keys, values, queries, tokens)
+        tokens, later = self.method.covers_more(keys.shape[1]), self.method.later
+        keys, values = later.keep_best(keys, values, queries, tokens)
+        more = keys.shape[1]
         return type(self)(
             torch.cat([self.keys, keys], dim=1),
             torch.cat([self.values, values], dim=1),
             self.covered + tokens,
             self.method,
+            self.exact + more if more == tokens else later.newest(more, tokens),
         )
 
 
@@ -72,6 +79,10 @@ class Chooser(Compressor):
         """How many of the tokens that have gathered in the tail join the region."""
         return tokens
 
+    def newest(self, kept: int, tokens: int) -> int:
+        """How many of `kept` tokens, chosen of so many, are the newest ones side by side, whatever the data."""
+        return kept if kept == tokens else 0
+
     def keep_best(self, keys: Tensor, values: Tensor, queries: Tensor | None, covered: int) -> tuple[Tensor, Tensor]:
         """Owned keys [K, N, D] and values [K, N, Dv]: the best of the first `covered` tokens."""
         assert queries is not None or not self.queries, f"{self.name} scores tokens by the last queries: pass them"
@@ -86,7 +97,8 @@ class Chooser(Compressor):
         Covers `covers(S)` tokens. Queries may be None where the method reads none.
         """
         covered = self.covers(keys.shape[1])
-        return self.region(*self.keep_best(keys, values, queries, covered), covered, self)
+        keys, values = self.keep_best(keys, values, queries, covered)
+        return self.region(keys, values, covered, self, self.newest(keys.shape[1], covered))
 
 
 @dataclass(frozen=True)

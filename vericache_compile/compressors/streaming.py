@@ -32,8 +32,9 @@ class StreamingKV(SelectedKV):
         covered = self.covered + keys.shape[1]
         keys, values = torch.cat([self.keys, keys], dim=1), torch.cat([self.values, values], dim=1)
         scores = self.method.score(keys, values, queries, keys.shape[1])
-        kept = top_tokens(scores, self.method.slots(covered))
-        return type(self)(take_tokens(keys, kept), take_tokens(values, kept), covered, self.method)
+        count = self.method.slots(covered)
+        kept, exact = top_tokens(scores, count), self.method.newest(count, covered)
+        return type(self)(take_tokens(keys, kept), take_tokens(values, kept), covered, self.method, exact)
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,10 @@ class Streaming(Scorer):
     def later(self) -> Streaming:
         """The most recent ones: a row's first tokens were first once."""
         return replace(self, sinks=0)
+
+    def newest(self, kept: int, tokens: int) -> int:
+        """All but the sinks."""
+        return kept if kept == tokens else max(kept - self.sinks, 0)
 
     def slots(self, tokens: int) -> int:
         """Slots for `tokens` tokens: the fraction kept, at least the sinks and one recent token."""

@@ -1,0 +1,110 @@
+"""Verify's segments between attention sites, each recorded as a CUDA graph at its second run and replayed from then on.
+
+Attention and transfers between them are launched as they are: full KV moves, when it grows and from slot to slot of the
+ring, so that what reads it could not be replayed. Nothing else does, so growth records nothing anew. A plan is for one
+batch and one window, and so are its recordings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from vericache_compile.kernels import launch
+from vericache_compile.plan import Act, Compiled, DecodePlan, Step
+from vericache_compile.runtime.capture import Captured, Pool
+
+Bound = list[Tensor | None]
+"""Slots of the verify program with its weights in place."""
+LATEST = 4
+"""Plans whose recordings are kept."""
+
+
+def serves(device: torch.device, plan: DecodePlan) -> bool:
+    """Whether verify's segments can be recorded: on a GPU with our kernels, where none reads numbers back."""
+    return not plan.verify.waits_for_host and all(launch.takes(device, site.dtype) for site in plan.captured.sites)
+
+
+class Recordings:
+    """Decode plans with recorded segments, by the plans that they were made from."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, tuple[DecodePlan, list[int], DecodePlan]] = {}
+
+    def of(self, plan: DecodePlan, device: torch.device, bound: Bound) -> DecodePlan:
+        """The plan with its verify in pieces: always the same one, until its weights are elsewhere.
+
+        Recordings read them where they are. As pieces share memory, all are recorded anew then, in their order.
+        """
+        places = [tensor.data_ptr() for tensor in bound if tensor is not None]
+        held = self._held.get(id(plan))
+        if held is None or held[1] != places:
+            self._held.pop(id(plan), None)
+            while len(self._held) >= LATEST:
+                del self._held[next(iter(self._held))]
+            held = self._held[id(plan)] = plan, places, in_pieces(plan, device)
+        return held[2]
+
+
+def in_pieces(plan: DecodePlan, device: torch.device) -> DecodePlan:
+    """The plan with verify's segments replaced by pieces that give the same."""
+    shared, verify = _Shared(device), plan.verify
+    weights = {slot for slot, _, _ in verify.weights}
+    outputs = set(verify.outputs)
+
+    def piece(step: Step) -> Step:
+        if step.run is None:
+            return step
+        own, leave = [slot not in weights for slot in step.inputs], [slot in outputs for slot in step.outputs]
+        return replace(step, run=Piece(step.run, own, leave, shared))
+
+    steps = tuple(piece(step) if step.act is Act.RUN else step for step in verify.steps)
+    return replace(plan, verify=replace(verify, steps=steps))
+
+
+class _Shared:
+    """What the pieces of one program share."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.pool = Pool()
+        self.made: dict[int, Sequence[Tensor]] = {}
+        """By piece what its replays give: always the same tensors, which later pieces read where they lie."""
+
+
+class Piece:
+    """A segment whose inputs are copied to fixed places, but for weights and what earlier pieces leave at theirs.
+
+    What it gives is overwritten when it runs again, but for the program's own outputs.
+    """
+
+    def __init__(self, run: Compiled, own: Sequence[bool], leave: Sequence[bool], shared: _Shared) -> None:
+        """`own` says which inputs are no weights, `leave` which outputs are the program's."""
+        self._run, self._own, self._leave, self._shared = run, own, leave, shared
+        self._warm = False
+        self._inputs: list[Tensor] | None = None
+        self._captured: Captured[Sequence[Tensor]] = Captured(shared.device, "a part of verify", shared.pool)
+
+    def __call__(self, inputs: list[Tensor]) -> Sequence[Tensor]:
+        if not self._warm:
+            self._warm = True
+            return self._captured(lambda: self._run(inputs))
+        if self._inputs is None:
+            self._inputs = [self._place(given) if own else given for given, own in zip(inputs, self._own, strict=True)]
+        held = self._inputs
+        for place, given, own in zip(held, inputs, self._own, strict=True):
+            if own and place is not given:
+                place.copy_(given)
+        made = self._captured(lambda: self._run(list(held)))
+        if self._captured.replays:
+            self._shared.made[id(self)] = made
+        return [each.clone() if leaves else each for each, leaves in zip(made, self._leave, strict=True)]
+
+    def _place(self, given: Tensor) -> Tensor:
+        if any(given is each for made in self._shared.made.values() for each in made):
+            return given
+        with torch.inference_mode(False):
+            return given.clone()
