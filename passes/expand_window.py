@@ -105,6 +105,8 @@ class _Linears(Interpreter):
         return super().call_function(target, args, kwargs) if product is None else product
 
     def call_method(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target == "scatter_" and len(args) == 4 and not isinstance(args[3], Tensor):  # has no rule for a window
+            return args[0].copy_(torch.scatter(*args))
         product = self._product(target, args, kwargs)
         return super().call_method(target, args, kwargs) if product is None else product
 

@@ -1,5 +1,5 @@
 """Find every (append to cache, attend) pair: a site. How models spell attention is known here, and in
-`spelled_attention` and `flex_attention`.
+`spelled_attention`, `latent_attention` and `flex_attention`.
 
     k = cat([past_k, k_new], -2)                 one Site:
     v = cat([past_v, v_new], -2)            ->     query q, key k_new, value v_new, mask, scale,
@@ -26,6 +26,7 @@ from vericache_compile.errors import UnsupportedGraph
 from vericache_compile.passes.evaluate import concrete
 from vericache_compile.passes.find_writes import find_counters, find_write
 from vericache_compile.passes.flex_attention import is_flex, read_flex
+from vericache_compile.passes.latent_attention import find_expansion
 from vericache_compile.passes.program import (
     Program,
     SiteNodes,
@@ -167,19 +168,25 @@ def _match(finder: Finder, layer: int, call: Attention) -> tuple[SiteNodes, Appe
     query, result = call.query, call.result
     if example(query).dim() != 4:
         raise unsupported("an attention that is not [batch, heads, tokens, size]", result, "keep heads on axis 1")
-    keys, values = (_append(finder, result, query, side) for side in (call.key, call.value))
+    made = find_expansion(finder.program, call, finder.proved)
+    sides = (call.key, call.value) if made is None else (made.latent, made.rotated)
+    keys, values = (_append(finder, result, query, side) for side in sides)
     if (keys.past is None) != (values.past is None):
         raise unsupported("keys are cached but values are not, or the reverse", result, "cache both")
     as_it_is = keys.in_place and (keys.past is None or finder.program.found_roles.tokens_per_call != 1)
     if keys.past is not None and call.is_causal and not as_it_is:
         raise unsupported("is_causal=True over a filled cache", result, "pass a mask, or is_causal=False for one token")
     heads, kv_heads = (int(example(node).shape[1]) for node in (query, keys.new))
-    for side in (keys, values):
+    for side in (keys, values) if made is None else ():
         if not as_it_is and not _repeats_heads(finder, side, heads // kv_heads):
             raise unsupported("keys or values change between cache and attention", result, "attend to them as cached")
     if not as_it_is:
         _check_types(result, query, keys.new, values.new)
-    head_size, value_size = (int(example(node).shape[3]) for node in (query, values.new))
+    size, value_size = (int(example(node).shape[3]) for node in (query, values.new))
+    head_size = size
+    if made is not None:  # all heads share one key, [latent, rotated part], and its value is the latent
+        value_size = int(example(keys.new).shape[3])
+        head_size = value_size + int(example(values.new).shape[3])
     if (keys.kept, keys.recent) != (values.kept, values.recent):
         raise unsupported("keys cut to other columns than values", result, "cut both alike")
     site = Site(
@@ -188,7 +195,7 @@ def _match(finder: Finder, layer: int, call: Attention) -> tuple[SiteNodes, Appe
         kv_heads=kv_heads,
         head_size=head_size,
         value_size=value_size,
-        scale=float(call.scale) if call.scale is not None else 1.0 / math.sqrt(head_size),
+        scale=float(call.scale) if call.scale is not None else 1.0 / math.sqrt(size),
         dtype=example(keys.new).dtype,
         past=None if keys.past is None or values.past is None else (keys.past, values.past),
         soft_cap=call.soft_cap,
@@ -196,9 +203,11 @@ def _match(finder: Finder, layer: int, call: Attention) -> tuple[SiteNodes, Appe
         recent=keys.recent,
         kept=keys.kept,
         in_place=keys.in_place,
+        latent=made is not None,
     )
     given = (call.mask, call.sides, call.products, call.sinks, call.spelled)
-    return SiteNodes(site, result, query, keys.new, values.new, *given), keys, values
+    own = () if made is None else (made.weight, made.calls)
+    return SiteNodes(site, result, query, keys.new, values.new, *given, *own), keys, values
 
 
 def _check_types(call: Node, *parts: Node) -> None:
@@ -239,7 +248,7 @@ def _append(finder: Finder, call: Node, query: Node, used: Node) -> Appended:
 def _not_returned(finder: Finder, call: Node, node: Node) -> UnsupportedGraph:
     """Why the keys or values that attention reads are none that the graph returns."""
     if any(found in finder.returned and found.target in APPENDS for found in ancestors([node])):
-        found = "keys or values computed anew from what is cached (a latent cache)"
+        found = "keys or values computed anew from what is cached, otherwise than of a latent by one weight"
         return unsupported(found, call, "run this model without vericache")
     return unsupported("attention over keys or values that are not returned", call, "call with use_cache=True")
 

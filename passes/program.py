@@ -37,6 +37,11 @@ class SiteNodes:
     """The model's weight [H]."""
     spelled: tuple[Node, ...] = ()
     """The calls from the product of queries and keys to the probabilities."""
+    weight: Node | None = None
+    """Of a latent site, where `key` and `value` are the new latent and rotated part: what makes keys and values of the
+    latent, [H * (N + E), R]."""
+    expansion: tuple[Node, ...] = ()
+    """The calls that make them, which only what runs as captured needs."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
     verify, eager, many rows     vericache.linear(x, w, b)  ->  stays (oneDNN, Triton), or view, mm or addmm, view
     draft with few rows          vericache.linear(x, w, b)  ->  cat((w * x[m]).sum(-1) for m) + b
+    draft                        vericache.heads_mm(x, w)   ->  bmm (in verify it stays)
 
 Verify's bits must not depend on where in a window a token stands. The operator keeps to that where oneDNN (on the CPU)
 or our kernel (on a GPU) takes the weight. Other libraries were seen to for 2 rows and for multiples of 4, and not for
@@ -27,15 +28,13 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from vericache_compile.ops import LINEAR, has_onednn, keeps_rows_apart
+from vericache_compile.ops import HEADS_MM, LINEAR, ROWS, has_onednn, keeps_rows_apart
 from vericache_compile.passes.program import Program
 from vericache_compile.plan import Cast
 
 aten = torch.ops.aten
 TURNS = (aten.t.default, aten.permute.default, aten.transpose.int)
 """Views that swap the axes of a matrix; views that change nothing were dropped when the variant was traced."""
-ROWS = 4
-"""Row counts above 2 are padded to a multiple of this in verify."""
 FEW = {"cpu": 8}
 """Up to how many rows of draft become reductions, by device: 1 where none is given."""
 
@@ -56,6 +55,9 @@ def spell_products(program: Program, *, inductor: bool, draft_dtype: torch.dtype
                 continue
             else:
                 spelling.rewrite(spelling.gemm if mode == "draft" else spelling.padded_gemm)
+            count += 1
+        for node in list(module.graph.find_nodes(op="call_function", target=HEADS_MM)) if mode == "draft" else ():
+            _Spelling(module.graph, node, {}, None).by_head()
             count += 1
         module.graph.eliminate_dead_code()
         module.recompile()
@@ -90,6 +92,19 @@ class _Spelling:
         with self.graph.inserting_before(self.node):
             rows = self.call(aten.reshape.default, x, [-1, x.meta["val"].shape[-1]])
             made = self.call(aten.view.default, spell(rows, weight, bias), list(self.node.meta["val"].shape))
+        self.node.replace_all_uses_with(made)
+        self.graph.erase_node(self.node)
+
+    def by_head(self) -> None:
+        """Replace the product of x [..., H, in] and weight [H, in, out] by a batched one."""
+        x, weight = self.node.args
+        assert isinstance(x, Node), "a product of tensors"
+        heads, size = x.meta["val"].shape[-2:]
+        with self.graph.inserting_before(self.node):
+            rows = self.call(aten.permute.default, self.call(aten.reshape.default, x, [-1, heads, size]), [1, 0, 2])
+            made = self.call(aten.permute.default, self.call(aten.bmm.default, rows, weight), [1, 0, 2])
+            made = self.call(aten.reshape.default, made, list(self.node.meta["val"].shape))
+            made = self.call(aten.clone.default, made, memory_format=torch.contiguous_format)
         self.node.replace_all_uses_with(made)
         self.graph.erase_node(self.node)
 

@@ -16,11 +16,13 @@ Inputs that a variant adds carry their name in `meta["role"]`; those it keeps, t
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from vericache_compile.latent import absorb, expand
 from vericache_compile.ops import ATTEND
 from vericache_compile.passes.evaluate import batch_symbols, bind_symbols, bounds, concrete
 from vericache_compile.passes.program import (
@@ -64,7 +66,8 @@ def split_captured(program: Program) -> int:
     for nodes in program.sites:
         with graph.inserting_after(node_of[nodes.attention]):
             parts = (node_of[n] for n in (nodes.query, nodes.key, nodes.value))
-            graph.call_method("append", (store, nodes.site.layer, *parts))
+            weight = () if nodes.weight is None else (node_of[nodes.weight],)
+            graph.call_method("append", (store, nodes.site.layer, *parts, *weight))
         for side, index in enumerate(nodes.site.past or ()):
             _read_past(graph, store, nodes.site.layer, side, node_of[program.placeholders[index]])
     program.captured = GraphModule(program.module, graph)
@@ -116,7 +119,8 @@ def _canonical(program: Program) -> GraphModule:
     _drop_idle_slices(graph)
     module = GraphModule(program.module, graph)
     _return_rows(program, module, node_of)
-    idle = {node_of[node] for node in (*program.idle, *(node for nodes in program.sites for node in nodes.spelled))}
+    replaced = (node for nodes in program.sites for node in (*nodes.spelled, *nodes.expansion))
+    idle = {node_of[node] for node in (*program.idle, *replaced)}
     graph.eliminate_dead_code(lambda node: node not in idle and (node.is_impure() or mutates(node)))
     _drop_unused_inputs(program, module, node_of)
     return module
@@ -149,10 +153,15 @@ def _replace_attention(program: Program, node_of: dict[Node, Node], nodes: SiteN
     parts = [node_of[n] for n in (nodes.query, nodes.key, nodes.value)]
     cache = (*past, leading["lengths"], leading["pads"])
     with attention.graph.inserting_before(attention):
+        if nodes.weight is not None:
+            parts = _absorbed(attention, node_of[nodes.weight], *parts)
         arguments = (*parts, *cache, nodes.site.scale, nodes.site.layer, nodes.site.window, *_scores(nodes, node_of))
-        call = attention.graph.call_function(ATTEND, arguments)
-    call.meta.update(attention.meta)
-    before, made = example(nodes.attention), call
+        made = _call(attention, ATTEND, arguments)
+        if nodes.weight is not None:
+            size = example(nodes.query).shape[3] - nodes.site.cached_sizes[1]
+            made = _call(attention, expand, (made, node_of[nodes.weight], size))
+    made.meta.update(attention.meta)
+    before = example(nodes.attention)
     with attention.graph.inserting_before(attention):
         if before.dim() != 4:  # [B * H, T, E]
             made = attention.graph.call_method("flatten", (made, 0, 1))
@@ -161,14 +170,31 @@ def _replace_attention(program: Program, node_of: dict[Node, Node], nodes: SiteN
     attention.replace_all_uses_with(made)
 
 
+def _absorbed(attention: Node, weight: Node, query: Node, latent: Node, rotated: Node) -> list[Node]:
+    """Query, key and value for attention over what is cached, of which `weight` would make keys and values."""
+    q = _call(attention, absorb, (query, weight, example(rotated).shape[3]))
+    return [q, _call(attention, torch.cat, ([latent, rotated], -1)), latent]
+
+
+def _call(attention: Node, target: Callable[..., Any], arguments: tuple[Any, ...]) -> Node:
+    """A call that counts as a part of an attention."""
+    made = attention.graph.call_function(target, arguments)
+    made.meta["stack_trace"] = attention.meta.get("stack_trace")
+    return made
+
+
 def _scores(nodes: SiteNodes, node_of: dict[Node, Node]) -> tuple[Any, ...]:
-    """The operator's arguments that say what is done to scores; none at a plain site."""
+    """The operator's arguments that say what is done to scores, and that a latent is cached; none at a plain site."""
     site = nodes.site
-    if site.is_plain:
+    if site.is_plain and not site.latent:
         return ()
     sinks = None if nodes.sinks is None else node_of[nodes.sinks]
-    alibi = (list(site.alibi.slopes), site.alibi.dtype, site.alibi.relative) if site.alibi else ()
-    return (sinks, site.soft_cap, *alibi)
+    alibi: tuple[Any, ...] = ()
+    if site.alibi is not None:
+        alibi = (list(site.alibi.slopes), site.alibi.dtype, site.alibi.relative)
+    elif site.latent:
+        alibi = (None, torch.float32, False)
+    return (sinks, site.soft_cap, *alibi, *((True,) if site.latent else ()))
 
 
 def _replace_position(program: Program, node: Node, positions: Node) -> None:

@@ -34,6 +34,17 @@ def zeros_for(shape: Sequence[int], like: Tensor) -> Tensor:
         return torch.zeros(tuple(shape), dtype=like.dtype, device=like.device)
 
 
+def bytes_of(*tensors: Tensor) -> int:
+    """Bytes of the storages that tensors lie in, each counted once."""
+    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
+
+
+def keys_and_values(site: Site, shape: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]:
+    """Zeroed keys [*shape, D] and values [*shape, E] of a site: at a latent one these are a part of the keys."""
+    keys = zeros_for((*shape, site.head_size), like)
+    return keys, keys[..., : site.value_size] if site.latent else zeros_for((*shape, site.value_size), like)
+
+
 def write_columns(target: Tensor, source: Tensor, columns: Sequence[int]) -> None:
     """Write source [B, K, T, *] to target [B, K, C, *], row b from column columns[b] on."""
     width = source.shape[2]
@@ -66,7 +77,7 @@ class FullKV:
     @property
     def nbytes(self) -> int:
         """Bytes allocated, wherever they lie."""
-        return sum(x.untyped_storage().nbytes() for x in (*self.keys, *self.values))
+        return bytes_of(*self.keys, *self.values)
 
     def reserve(self, columns: int, device: torch.device) -> None:
         """Make room for at least `columns` columns; what is held is kept."""
@@ -75,8 +86,8 @@ class FullKV:
         room = -(-(columns + (GROWTH if self.keys else BLOCK)) // BLOCK) * BLOCK
         for layer, site in enumerate(self.sites):
             like = torch.empty(0, dtype=site.dtype, device=device)
-            for held, size in ((self.keys, site.head_size), (self.values, site.value_size)):
-                grown = zeros_for((self.batch, site.kv_heads, room, size), like)
+            made = keys_and_values(site, (self.batch, site.kv_heads, room), like)
+            for held, grown in zip((self.keys, self.values), made, strict=True):
                 if self.columns:
                     grown[:, :, : self.columns] = held[layer]
                     held[layer] = grown
@@ -136,8 +147,7 @@ class DraftLayer:
     @property
     def nbytes(self) -> int:
         """Bytes allocated."""
-        own = self.keys.untyped_storage().nbytes() + self.values.untyped_storage().nbytes()
-        return own + (sum(region.nbytes for region in self.regions) if self.packed else 0)
+        return bytes_of(self.keys, self.values) + (sum(region.nbytes for region in self.regions) if self.packed else 0)
 
     def write(self, k: Tensor, v: Tensor, columns: Sequence[int]) -> None:
         """Write k [B, K, T, D] and v [B, K, T, E] to the tail, row b from column columns[b] on."""

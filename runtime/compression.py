@@ -16,7 +16,7 @@ from vericache_compile.compressors.dense import DenseKV
 from vericache_compile.compressors.facts import Facts
 from vericache_compile.compressors.none import NoCompression
 from vericache_compile.plan import Site
-from vericache_compile.runtime.caches import DraftKV, DraftLayer, FullKV, Reaches, zeros_for
+from vericache_compile.runtime.caches import DraftKV, DraftLayer, FullKV, Reaches, keys_and_values
 from vericache_compile.runtime.sliding import OutOfWindow
 
 EXACT = 32
@@ -100,7 +100,7 @@ def compress(
         if (reach := _reach(reaches, layer)) is not None:
             begin = min(_window_starts(pads, columns, reach))
             exact = Columns(*full.read(layer, begin, max(columns)), [begin] * full.batch)
-            layers.append(_place_window(exact, pads, columns, room, reach))
+            layers.append(_place_window(site, exact, pads, columns, room, reach))
             continue
         own = _method(compressor, layer, full.sites, reaches)
         ready = None
@@ -119,7 +119,7 @@ def compress(
             regions = compress_site(own, exact, site, spans, queries[layer], made, tell)
         if layer in placed and not _keeps_all(regions):
             regions, whole = _keep_all(exact, list(zip(pads, columns, strict=True))), True
-        layers.append(_place(regions, pads, exact, columns, room))
+        layers.append(_place(site, regions, pads, exact, columns, room))
     return DraftKV(compressor, layers, columns, pads, whole)
 
 
@@ -139,7 +139,7 @@ def extend(
     for layer, (held, site) in enumerate(zip(before.layers, full.sites, strict=True)):
         exact = Columns(held.keys, held.values, [start - held.offset for start in held.starts])
         if held.reach is not None:
-            layers.append(_place_window(exact, pads, columns, room, held.reach))
+            layers.append(_place_window(site, exact, pads, columns, room, held.reach))
             continue
         donor = _method(before.compressor, layer, full.sites, before.reaches).donor
         regions: list[CompressedKV] = []
@@ -159,7 +159,7 @@ def extend(
         if layer in placed and not _keeps_all(regions):
             exact, whole = Columns(*full.read(layer, 0, max(columns)), [0] * full.batch), True
             regions = _keep_all(exact, list(zip(pads, columns, strict=True)))
-        layers.append(_place(regions, pads, exact, columns, room))
+        layers.append(_place(site, regions, pads, exact, columns, room))
     return DraftKV(before.compressor, layers, before.made, pads, whole)
 
 
@@ -197,12 +197,14 @@ def _window_starts(pads: Sequence[int], columns: Sequence[int], reach: int) -> l
     return [max(pad, column + 1 - reach) for pad, column in zip(pads, columns, strict=True)]
 
 
-def _place_window(exact: Columns, pads: Sequence[int], columns: Sequence[int], room: int, reach: int) -> DraftLayer:
+def _place_window(
+    site: Site, exact: Columns, pads: Sequence[int], columns: Sequence[int], room: int, reach: int
+) -> DraftLayer:
     """The draft cache of a sliding layer: nothing before the window, and the window itself exact in the tail."""
     starts = _window_starts(pads, columns, reach)
     k, v = exact.keys[0], exact.values[0]
     regions: list[CompressedKV] = [OutOfWindow.like(k, v, start - pad) for start, pad in zip(starts, pads, strict=True)]
-    made = _place(regions, pads, exact, columns, room)
+    made = _place(site, regions, pads, exact, columns, room)
     made.reach = reach
     return made
 
@@ -213,7 +215,7 @@ def _stand_in(keys: Tensor, site: Site, count: int) -> Tensor:
 
 
 def _place(
-    regions: list[CompressedKV], pads: Sequence[int], exact: Columns, columns: Sequence[int], room: int
+    site: Site, regions: list[CompressedKV], pads: Sequence[int], exact: Columns, columns: Sequence[int], room: int
 ) -> DraftLayer:
     """Allocate a site's draft cache, move unpacked regions into it, and fill the tails with what is exact."""
     starts = [pad + region.covered for pad, region in zip(pads, regions, strict=True)]
@@ -221,7 +223,7 @@ def _place(
     packed = any(not isinstance(region, DenseKV) for region in regions)
     longest = max(column - start for column, start in zip(columns, starts, strict=True))
     width = (0 if packed else slots) + longest + room
-    keys, values = (zeros_for((*like.shape[:2], width, like.shape[3]), like) for like in (exact.keys, exact.values))
+    keys, values = keys_and_values(site, (*exact.keys.shape[:2], width), exact.keys)
     made = DraftLayer(regions, slots, starts, keys, values, packed)
     for b, region in enumerate(regions):
         if not packed and isinstance(region, DenseKV):

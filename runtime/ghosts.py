@@ -54,9 +54,9 @@ class Name:
 
 
 def can_spell(site: Site) -> bool:
-    """Whether a site's keys and values have enough elements, of a known type, to spell a name."""
+    """Whether a site's cache tensors have enough elements, of a known type, to spell a name."""
     form = FORMATS.get(site.dtype)
-    return form is not None and min(site.head_size, site.value_size) * form[2] >= BITS
+    return form is not None and min(site.cached_sizes) * form[2] >= BITS
 
 
 def spell(names: list[list[Name]], heads: int, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:

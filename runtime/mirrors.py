@@ -50,7 +50,8 @@ def write_back(mirror: Mirror, plan: CapturedPlan, inputs: Rows[Any], column: in
     full = mirror.sequence.full
     for site in plan.sites:
         assert site.past is not None, "a decode step has a cache"
-        for index, held in zip(site.past, (full.keys[site.layer], full.values[site.layer]), strict=True):
+        shown = site.cached(full.keys[site.layer], full.values[site.layer])
+        for index, held in zip(site.past, shown, strict=True):
             inputs[index][:, :, column] = held[:, :, column]
     for index in plan.roles.counted:
         inputs[index].add_(1)
@@ -89,7 +90,7 @@ def _copy(table: SequenceTable, plan: CapturedPlan, inputs: Rows[Any], columns: 
     made.full.reserve(columns + 1, inputs[plan.roles.tokens].device)
     for site in plan.sites:
         assert site.past is not None, "a decode step has a cache"
-        keys, values = (inputs[i][:, :, :columns] for i in site.past)
+        keys, values = site.attended(*(inputs[i][:, :, :columns] for i in site.past))
         made.full.append(site.layer, keys, values, [0] * made.full.batch)
     for row in made.rows:
         row.length = columns

@@ -60,8 +60,9 @@ class FilePage:
 
 def host_pages(site: Site, columns: int, count: int, pinned: bool) -> list[HostPage]:
     """`count` pages of `columns` columns in one allocation, zeroed; in pageable memory where none can be pinned."""
-    shape = (count, site.kv_heads, columns)
-    keys, values = (host_zeros((*shape, size), site.dtype, pinned) for size in (site.head_size, site.value_size))
+    shape, sizes = (count, site.kv_heads, columns), (site.head_size, site.value_size)[: site.sides]
+    held = [host_zeros((*shape, size), site.dtype, pinned) for size in sizes]
+    keys, values = held[0], held[-1][..., : site.value_size]
     return [HostPage(keys[i], values[i]) for i in range(count)]
 
 
@@ -87,11 +88,14 @@ def _tell_pageable(reason: str) -> None:
 
 
 def sides(flat: Tensor, site: Site, *shape: int) -> tuple[Tensor, Tensor]:
-    """Keys [*shape, D] and values [*shape, E] that lie one after the other at the start of flat (uint8)."""
+    """Keys [*shape, D] and values [*shape, E] that lie one after the other at the start of flat (uint8), or of a latent
+    site the values within the keys."""
     count, width = math.prod(shape), site.dtype.itemsize
     ends = (count * site.head_size * width, count * (site.head_size + site.value_size) * width)
-    keys, values = flat[: ends[0]].view(site.dtype), flat[ends[0] : ends[1]].view(site.dtype)
-    return keys.view(*shape, site.head_size), values.view(*shape, site.value_size)
+    keys = flat[: ends[0]].view(site.dtype).view(*shape, site.head_size)
+    if site.latent:
+        return keys, keys[..., : site.value_size]
+    return keys, flat[ends[0] : ends[1]].view(site.dtype).view(*shape, site.value_size)
 
 
 class PageFile:

@@ -178,8 +178,8 @@ class Sequence:
         if self._templates_epoch != self.epoch:
             shapes: dict[tuple[int, int, torch.dtype], list[int]] = {}
             for site in self.full.sites:
-                shapes.setdefault((site.kv_heads, site.head_size, site.dtype), []).append(2 * site.layer)
-                shapes.setdefault((site.kv_heads, site.value_size, site.dtype), []).append(2 * site.layer + 1)
+                for side, size in enumerate(site.cached_sizes):
+                    shapes.setdefault((site.kv_heads, size, site.dtype), []).append(2 * site.layer + side)
             self._templates = [
                 (places, ghosts.spell([self._names(place) for place in places], heads, size, dtype, device))
                 for (heads, size, dtype), places in shapes.items()

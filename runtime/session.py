@@ -352,7 +352,7 @@ class Session:
         sequence.full.reserve(columns + 1, device)
         for site in plan.sites:
             assert site.past is not None, "a graph that attends to a cache at some sites only"
-            keys, values = (inputs[i] for i in site.past)
+            keys, values = site.attended(*(inputs[i] for i in site.past))
             sequence.full.append(site.layer, keys, values, [columns - keys.shape[2]] * batch)
             sequence.full.settle(site.layer, [columns] * batch)
         for row in sequence.rows:
@@ -426,7 +426,8 @@ class Session:
                 except PageLost as lost:
                     self._recover(sequence, lost)
                     held = sequence.full.read(*span)
-                real[i] = held[place % 2].clone()
+                shown = sequence.full.sites[place // 2].cached(*held)
+                real[i] = shown[place % 2].clone(memory_format=torch.contiguous_format)
             return tuple(real)
 
     def draft_alone(self, sequence: Sequence, first: list[int], count: int) -> list[list[int]]:

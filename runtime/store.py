@@ -7,6 +7,7 @@ from collections.abc import Sequence as Rows
 import torch
 from torch import Tensor
 
+from vericache_compile.latent import absorb
 from vericache_compile.runtime.compression import Columns, compress_site
 from vericache_compile.runtime.sequences import Early, Queries, Sequence
 from vericache_compile.runtime.sliding import OutOfWindow
@@ -21,28 +22,40 @@ class Store:
         self._past: dict[int, tuple[Tensor, Tensor]] = {}
 
     def past(self, layer: int, side: int) -> Tensor:
-        """The keys (side 0) or values [B, K, shown, *] before `column`; one site's are on the device at a time."""
+        """A cache tensor, the keys (side 0) or values [B, K, shown, *], as it is before `column`; one site's are on the
+        device at a time."""
+        return self.sequence.full.sites[layer].cached(*self._read(layer))[side]
+
+    def _read(self, layer: int) -> tuple[Tensor, Tensor]:
         if layer not in self._past:
             self._past.clear()
             self._past[layer] = self.sequence.full.read(layer, self.column - self.shown[layer], self.column)
-        return self._past[layer][side]
+        return self._past[layer]
 
-    def append(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """q [B, H, T, D], k [B, K, T, D], v [B, K, T, E] of the tokens from `column` on."""
-        batch = k.shape[0]
-        columns = [self.column] * batch
-        full = self.sequence.full
+    def append(self, layer: int, q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None = None) -> None:
+        """q [B, H, T, D], k [B, K, T, D], v [B, K, T, E] of the tokens from `column` on.
+
+        At a latent site k is the latent, v the rotated part, and `weight` makes keys and values of the latent.
+        """
+        full, batch = self.sequence.full, k.shape[0]
+        columns, site = [self.column] * batch, full.sites[layer]
+        k, v = site.attended(k, v)
+
+        def asked(q: Tensor) -> Tensor:
+            """Queries for the keys that are cached."""
+            return q if weight is None else absorb(q, weight, site.cached_sizes[1])
+
         full.append(layer, k, v, columns)
         full.settle(layer, [self.column + k.shape[2]] * batch)
         if self.sequence.draft is not None:
             self.sequence.draft.layers[layer].write(k, v, columns)
         if self.queries:
-            last = q[:, :, -self.queries :].clone()
+            last = asked(q[:, :, -self.queries :]).clone()
             self.sequence.queries[layer] = Queries(last, [last.shape[2]] * batch)
         if self.sequence.drawn is not None and self.shown[layer] == self.column:  # a sliding layer is not compressed
-            keys = torch.cat([self.past(layer, 0), k], dim=2) if self.column else k
+            keys = torch.cat([self._read(layer)[0], k], dim=2) if self.column else k
             for b, pad in enumerate(self.pads):
-                self.sequence.drawn.add(layer, b, q[b], keys[b], pad)
+                self.sequence.drawn.add(layer, b, asked(q[b : b + 1])[0], keys[b], pad)
         if self.sequence.early is not None:
             self._compress(self.sequence.early, layer, k, v)
 

@@ -100,8 +100,8 @@ class PagedKV(FullKV):
                 for index, own, there in _cut(column, column + k.shape[2], self.page):
                     page = self._writable(layer, b, index)
                     source = slice(own.start - column, own.stop - column)
-                    self.link.store(page.keys[:, there], k[b, :, source])
-                    self.link.store(page.values[:, there], v[b, :, source])
+                    for held, given in self._sides(layer, (page.keys, k[b]), (page.values, v[b])):
+                        self.link.store(held[:, there], given[:, source])
 
     def settle(self, layer: int, lengths: Sequence[int]) -> None:
         """Rows are verified up to `lengths`: on the disk tier whole pages below go to a file."""
@@ -117,22 +117,21 @@ class PagedKV(FullKV):
     ) -> Iterator[int]:
         """Copy columns of a row to keys [K, C, D] and values [K, C, E], where column `origin` comes first.
 
-        One piece per step; yields its bytes. Raises PageLost for what a file does not give back.
+        Of a latent site keys alone are copied: values are a part of them. One piece per step; yields its bytes. Raises
+        PageLost for what a file does not give back.
         """
         for index, own, there in _cut(columns.start, columns.stop, self.page):
             page = self._readable(layer, row, index)
             at = slice(own.start - origin, own.stop - origin)
-            yield from self.link.copy(keys[:, at], page.keys[:, there])
-            yield from self.link.copy(values[:, at], page.values[:, there])
+            for given, held in self._sides(layer, (keys, page.keys), (values, page.values)):
+                yield from self.link.copy(given[:, at], held[:, there])
 
     def read(self, layer: int, begin: int, end: int) -> tuple[Tensor, Tensor]:
         """Columns [begin, end) of all rows, on the device: keys [B, K, end - begin, D] and values, once there."""
-        site = self.sites[layer]
-        keys, values = (
-            torch.empty((self.batch, site.kv_heads, end - begin, size), dtype=site.dtype, device=self.device)
-            for size in (site.head_size, site.value_size)
-        )
-        rows = range(self.batch)
+        site, rows = self.sites[layer], range(self.batch)
+        size = self.batch * (end - begin) * site.bytes_per_token
+        buffer = torch.empty(size, dtype=torch.uint8, device=self.device)
+        keys, values = sides(buffer, site, self.batch, site.kv_heads, end - begin)
         jobs = (self.copy_to(layer, b, slice(begin, end), keys[b], values[b], begin) for b in rows)
         self.link.submit(chain.from_iterable(jobs)).result()
         return keys, values
@@ -165,6 +164,10 @@ class PagedKV(FullKV):
                     copy.pages[layer][b].append(self._copy(layer, held[row][whole]))
         return copy
 
+    def _sides(self, layer: int, *pairs: tuple[Tensor, Tensor]) -> tuple[tuple[Tensor, Tensor], ...]:
+        """Of a site's keys and values those that are held apart."""
+        return pairs[: self.sites[layer].sides]
+
     def _writable(self, layer: int, row: int, index: int) -> HostPage:
         """A page in host memory that no other sequence reads; pages up to it are made."""
         if index >= len(self.pages[layer][row]):
@@ -186,8 +189,8 @@ class PagedKV(FullKV):
     def _copy(self, layer: int, page: Page) -> HostPage:
         source = page if isinstance(page, HostPage) else self._load(layer, page)
         [made] = host_pages(self.sites[layer], self.page, 1, self.link.pinned(self.device))
-        made.keys.copy_(source.keys)
-        made.values.copy_(source.values)
+        for held, given in self._sides(layer, (made.keys, source.keys), (made.values, source.values)):
+            held.copy_(given)
         return made
 
     def _readable(self, layer: int, row: int, index: int) -> HostPage:
@@ -208,7 +211,8 @@ class PagedKV(FullKV):
             if size not in self._files:
                 self._files[size] = PageFile(self.folder, size)
             self.link.synchronize()
-            flat = [x.reshape(-1).view(torch.uint8) for x in (page.keys, page.values)]
+            held = (page.keys, page.values)[: self.sites[layer].sides]
+            flat = [x.reshape(-1).view(torch.uint8) for x in held]
             self.pages[layer][row][index] = self._files[size].write(torch.cat(flat))
         except OSError as error:
             self._full_disk = True

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig, Qwen2Config, T5Config
+from transformers import DeepseekV3Config, LlamaConfig, Qwen2Config, T5Config
 
 from vericache_compile.cli import main
 
@@ -88,6 +88,15 @@ def test_sliding_windows_are_planned_as_they_are(tmp_path: Path, capsys: pytest.
     words = ["--model", str(tmp_path), "--context", "1000", "--dtype", "float32", "--compressor", "none", "--json"]
     load = json.loads(plan(capsys, *words, *GPU))["load"]
     assert load["kv"] == load["draft_kv"] == pytest.approx(1.1 * 2 * 2 * 32 * 4)
+
+
+def test_a_latent_cache_is_planned_with_its_own_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {"kv_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 12}
+    own = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2, "first_k_dense_replace": 3}
+    DeepseekV3Config(num_hidden_layers=3, **own, **sizes).save_pretrained(tmp_path)
+    words = ["--model", str(tmp_path), "--context", "1000", "--dtype", "float32", "--compressor", "none", "--json"]
+    load = json.loads(plan(capsys, *words, *GPU))["load"]
+    assert load["kv"] == load["draft_kv"] == pytest.approx(3 * (24 + 8) * 4)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vericache_compile.ops import attend, has_onednn, linear
+from vericache_compile.ops import attend, has_onednn, heads_mm, linear
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -70,11 +70,23 @@ CALL = (
 )
 CHANGED = (*CALL, 3, draw(4, seed=5), 2.0, [0.5, 0.25, 0.125, 0.0625], torch.bfloat16, True)
 """The same with a window, sinks, a soft cap and biases by distance."""
+LATENT = (draw(2, 4, 3, 10), draw(2, 1, 3, 10, seed=1), draw(2, 1, 3, 7, seed=2), draw(2, 1, 7, 7, seed=3),
+          draw(2, 1, 7, 3, seed=4), *CALL[5:], None, None, None, None, torch.float32, False, True)  # fmt: skip
+"""One key for all heads, of 7 numbers that are also the value, and 3 more."""
 PRODUCT = (draw(2, 3, 8), draw(5, 8, seed=1), draw(5, seed=2))
+BY_HEAD = (draw(2, 3, 4, 8), draw(4, 8, 5, seed=1))
 
 
 @pytest.mark.parametrize(
-    ("operator", "inputs"), [(attend, CALL), (attend, CHANGED), (linear, PRODUCT), (linear, (*PRODUCT[:2], None))]
+    ("operator", "inputs"),
+    [
+        (attend, CALL),
+        (attend, CHANGED),
+        (attend, LATENT),
+        (linear, PRODUCT),
+        (linear, (*PRODUCT[:2], None)),
+        (heads_mm, BY_HEAD),
+    ],
 )
 def test_torch_finds_no_fault_with_the_operators(operator: object, inputs: tuple[object, ...]) -> None:
     torch.library.opcheck(operator, inputs, test_utils=("test_schema", "test_faketensor"))
@@ -84,7 +96,12 @@ def test_torch_finds_no_fault_with_the_operators(operator: object, inputs: tuple
 def test_fake_results_have_the_strides_of_real_ones(transposed: bool) -> None:
     q, k, v, *rest = (x.mT.contiguous().mT if transposed and isinstance(x, Tensor) and x.dim() > 2 else x for x in CALL)
     x = PRODUCT[0].transpose(0, 1) if transposed else PRODUCT[0]
-    for operator, inputs in ((attend, (q, k, v, *rest)), (linear, (x, *PRODUCT[1:]))):
+    by_head = BY_HEAD[0].transpose(0, 1) if transposed else BY_HEAD[0]
+    for operator, inputs in (
+        (attend, (q, k, v, *rest)),
+        (linear, (x, *PRODUCT[1:])),
+        (heads_mm, (by_head, BY_HEAD[1])),
+    ):
         real = operator(*inputs)
         with FakeTensorMode() as mode:
             fake = operator(*(mode.from_tensor(x) if isinstance(x, Tensor) else x for x in inputs))
@@ -133,6 +150,21 @@ def test_a_cache_that_varies_over_a_window_is_refused() -> None:
         torch.func.vmap(lambda past: attend(*CALL[:3], past, *CALL[4:]))(past)
 
 
+def test_a_latent_is_cached_beside_the_rest_of_the_key() -> None:
+    q, k, v, latent, rotated, *rest = LATENT
+    keys = torch.cat([latent, rotated], dim=-1)
+    assert torch.equal(attend(*LATENT), attend(q, k, v, keys, latent, *rest[:4]))
+
+
+def test_each_heads_rows_are_multiplied_by_its_own_weight() -> None:
+    x, weight = BY_HEAD
+    torch.testing.assert_close(heads_mm(x, weight), torch.einsum("abhi,hio->abho", x, weight))
+    made = torch.func.vmap(lambda x: heads_mm(x, weight), in_dims=1)(x)
+    assert torch.equal(made, heads_mm(x.transpose(0, 1), weight))
+    with pytest.raises(NotImplementedError, match="a weight differs over the window"):
+        torch.func.vmap(lambda weight: heads_mm(x, weight))(draw(3, 4, 8, 5))
+
+
 @pytest.mark.parametrize("axis", [0, 1, 2])
 @pytest.mark.parametrize("bias", [PRODUCT[2], None])
 def test_a_window_of_products_is_one_product(bias: Tensor | None, axis: int) -> None:
@@ -160,3 +192,19 @@ def test_a_rows_product_has_the_same_bits_at_each_place(size: int, out: int, dty
         made = linear(x, weight, None)
         assert torch.equal(linear(x[places], weight, None), made[places]), rows
         assert torch.equal(linear(others, weight, None)[places[0]], made[0]), rows
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_heads_row_has_the_same_bits_at_each_place(turned: bool, dtype: torch.dtype) -> None:
+    """Weights as absorbing and as expanding reads them; float64 is for libraries other than oneDNN."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(3, 96, 160, generator=generator).to(dtype)
+    weight = weight.mT.contiguous().mT if turned else weight
+    for rows in (*range(2, 20), 32, 48):
+        x = torch.randn(rows, 3, 96, generator=generator).to(dtype)
+        places, others = torch.randperm(rows, generator=generator), torch.randn(rows, 3, 96).to(dtype)
+        others[places[0]] = x[0]
+        made = heads_mm(x, weight)
+        assert torch.equal(heads_mm(x[places], weight), made[places]), rows
+        assert torch.equal(heads_mm(others, weight)[places[0]], made[0]), rows

@@ -195,7 +195,7 @@ def check_sites(sites: Sequence[Site]) -> None:
     for site in sites:
         if not can_spell(site):
             raise UnsupportedGraph(
-                f"a cache of {site.dtype} with {site.head_size} elements per head",
+                f"a cache of {site.dtype} with {min(site.cached_sizes)} elements per head",
                 f"layer {site.layer}",
                 "use float32, bfloat16 or float16, with heads of at least 16 elements",
             )

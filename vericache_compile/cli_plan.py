@@ -125,6 +125,9 @@ def _sites(model: Any, dtype: Any) -> list[Site]:
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     site = Site(0, heads, kv_heads, size, size, size**-0.5, dtype, None)
+    if (rank := getattr(config, "kv_lora_rank", None)) and (rotated := getattr(config, "qk_rope_head_dim", None)):
+        size = config.qk_nope_head_dim + rotated
+        site = Site(0, heads, 1, rank + rotated, rank, size**-0.5, dtype, None, latent=True)
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     windows = [getattr(config, "sliding_window", None) if kind == "sliding_attention" else None for kind in kinds]
     return [replace(site, layer=layer, window=window) for layer, window in enumerate(windows)]

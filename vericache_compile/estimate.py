@@ -8,6 +8,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from vericache_compile.compressors.base import Compressor
+from vericache_compile.compressors.dense import DenseKV
 from vericache_compile.compressors.facts import Facts, reader_of
 from vericache_compile.passes.program import example, placeholders
 from vericache_compile.plan import Site
@@ -56,7 +57,8 @@ def _bytes_per_token(method: Compressor, site: Site) -> float:
         facts = Facts(read=reader_of(keys, values))
         region = method.knowing(facts).compress(keys, values, queries)
         if region.covered:
-            return region.nbytes / region.covered
+            own = region.keys.nbytes if site.latent and isinstance(region, DenseKV) else region.nbytes
+            return own / region.covered
     return float(site.bytes_per_token)  # all stay in the exact tail
 
 

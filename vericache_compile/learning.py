@@ -25,15 +25,18 @@ def calibrate(model: Any, ids: Tensor, compressor: str, out: str | os.PathLike[s
 
     `model` is a transformers model, compiled or not; it runs uncompiled, and for some methods backwards. Returns what
     the file says of itself. Raises OptionError for a method that is not calibrated, and where the file cannot be
-    written.
+    written; VericacheError for a model that caches a latent.
     """
     method = learner(compressor)
     original = getattr(model, "_orig_mod", model)
-    learned = method.learn(original, ids, turns_of(original, ids) if "pre_rope" in method.wants else ())
     sites = {
         layer: [seen.keys.shape[0], seen.keys.shape[2], seen.values.shape[2]]
         for layer, seen in observe(original, ids[:1, :2])
     }
+    if sites[min(sites)][1] == getattr(original.config.get_text_config(), "kv_lora_rank", None):
+        fix = "use the method without a calibration file: it fits itself to each prompt"
+        raise VericacheError("a latent cache, of which no method learns yet", type(original).__name__, fix)
+    learned = method.learn(original, ids, turns_of(original, ids) if "pre_rope" in method.wants else ())
     return write(out, method.name, repr(method), original, [sites[layer] for layer in sorted(sites)], learned)
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from vericache_compile.kernels.row_invariant_linear import is_row_invariant, row_invariant_linear
+from vericache_compile.kernels.row_invariant_linear import is_row_invariant, row_invariant_by_head, row_invariant_linear
 
 
 @torch.library.custom_op("vericache::attend", mutates_args=())
@@ -30,6 +30,7 @@ def attend(
     slopes: list[float] | None = None,
     slope_dtype: torch.dtype = torch.float32,
     relative: bool = False,
+    latent: bool = False,
 ) -> Tensor:
     """Attend from new tokens over a row's past columns [pads, lengths) and, causally, over the new tokens.
 
@@ -37,8 +38,11 @@ def attend(
     [B] (int64), scale multiplies the scores. With a window a token sees that many columns, its own included, and
     past_k and past_v hold the C columns before `lengths`. Whatever other columns hold (NaN too) is not read. Then
     scores s become soft_cap * tanh(s / soft_cap), slopes[h] * place is added (see `plan.Alibi`), and sinks [H] take
-    part in the softmax without a value. Returns [B, H, T, E].
+    part in the softmax without a value. With `latent` (see `plan.Site`) the cached keys are [past_k, past_v], side by
+    side, and the cached values past_k [B, 1, C, E]. Returns [B, H, T, E].
     """
+    if latent:
+        past_k, past_v = torch.cat([past_k, past_v], dim=-1), past_k
     batch, heads, tokens, _ = q.shape
     columns = past_k.shape[2]
     column = torch.arange(columns, device=q.device)[None]
@@ -141,6 +145,45 @@ def _linear_window(info, in_dims, x, weight, bias):  # type: ignore[no-untyped-d
 torch.library.register_vmap("vericache::linear", _linear_window)
 
 
+@torch.library.custom_op("vericache::heads_mm", mutates_args=())
+def heads_mm(x: Tensor, weight: Tensor) -> Tensor:
+    """Each head's rows by its own weight: x [..., H, in], weight [H, in, out]. Returns [..., H, out].
+
+    As in `linear`, a row's bits do not depend on where it stands among the others, nor on what they hold.
+    """
+    flat = x.flatten(0, -3)
+    if is_row_invariant(weight):
+        made = row_invariant_by_head(flat, weight.mT)
+    else:
+        made = torch.stack([_rows_apart(flat[:, head], own.t()) for head, own in enumerate(weight)], dim=1)
+    return made.view(*x.shape[:-1], weight.shape[2])
+
+
+def _rows_apart(x: Tensor, weight: Tensor) -> Tensor:
+    """x [M, in] by weight [out, in], either way round in memory."""
+    if has_onednn(weight) or has_onednn(weight.t()):
+        made: Tensor = torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, None, "none", [], "")
+        return made
+    count = x.shape[0]
+    padded = F.pad(x, (0, 0, 0, -count % ROWS)) if count > 2 else x
+    return F.linear(padded, weight)[:count]
+
+
+@heads_mm.register_fake
+def _heads_mm_fake(x, weight):  # type: ignore[no-untyped-def]
+    return x.new_empty((*x.shape[:-1], weight.shape[2]))
+
+
+def _heads_mm_window(info, in_dims, x, weight):  # type: ignore[no-untyped-def]
+    """The window is one more leading axis of each head's rows."""
+    if in_dims[1] is not None:
+        raise NotImplementedError("a weight differs over the window")
+    return heads_mm(x.movedim(in_dims[0], 0), weight), 0
+
+
+torch.library.register_vmap("vericache::heads_mm", _heads_mm_window)
+
+
 @torch.library.custom_op("vericache::prefetch", mutates_args=())
 def prefetch(lengths: Tensor, layer: int) -> Tensor:
     """Ask for a site's full KV, columns [0, lengths) of each row, without waiting; asking twice is asking once.
@@ -203,6 +246,8 @@ def _experts_mm_window(info, in_dims, x, weight, experts, rows):  # type: ignore
 
 torch.library.register_vmap("vericache::experts_mm", _experts_mm_window)
 
+ROWS = 4
+"""Row counts above 2 are filled up to a multiple of this where a library was seen to keep rows apart only then."""
 EXPERT_ROWS = 16
 """Rows per GEMM of an expert in verify."""
 
@@ -216,5 +261,7 @@ OUTSIDE = (ATTEND, PREFETCH, WAIT)
 """What runs between segments, not in them."""
 EXPERTS_MM = torch.ops.vericache.experts_mm.default
 """The node target of a product with the weights of chosen experts; it waits for the host, which reads the choice."""
+HEADS_MM = torch.ops.vericache.heads_mm.default
+"""The node target of a product of each head's rows with a weight of its own."""
 LINEAR = torch.ops.vericache.linear.default
 """The node target of a product with a weight."""

@@ -65,6 +65,27 @@ class Site:
     """Newest columns that the returned cache tensors are cut to; None where they are not cut."""
     in_place: bool = False
     """Whether the cache tensors have room for every column, and are written in place."""
+    latent: bool = False
+    """Multi-head latent attention (arXiv 2405.04434): the one key that all heads share is [latent, rotated part], and
+    its value is the latent, which is held once. The caller's cache tensors are the latent and the rotated part."""
+
+    @property
+    def cached_sizes(self) -> tuple[int, int]:
+        """Numbers per head and column of the caller's two cache tensors."""
+        return (self.value_size, self.head_size - self.value_size) if self.latent else (self.head_size, self.value_size)
+
+    @property
+    def sides(self) -> int:
+        """How many tensors hold a site's keys and values: 1 where values are a part of the keys, else 2."""
+        return 1 if self.latent else 2
+
+    def attended(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys [..., D] and values [..., E] of what the caller's cache tensors hold, side by side."""
+        return (torch.cat([first, second], dim=-1), first) if self.latent else (first, second)
+
+    def cached(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """What the caller's cache tensors hold of keys [..., D] and values [..., E]: views."""
+        return (values, keys[..., self.value_size :]) if self.latent else (keys, values)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -79,7 +100,7 @@ class Site:
     @property
     def bytes_per_token(self) -> int:
         """Bytes of full KV that one token of one sequence takes at this site."""
-        return self.kv_heads * (self.head_size + self.value_size) * self.dtype.itemsize
+        return self.kv_heads * sum(self.cached_sizes) * self.dtype.itemsize
 
     def columns_read(self, tokens: int) -> int:
         """Of so many cached tokens those that a step reads at this site."""

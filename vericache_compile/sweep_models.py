@@ -43,6 +43,20 @@ SLIDING: dict[str, Any] = {"sliding_window": 16}
 MIXED: dict[str, Any] = SLIDING | {"layer_types": ["sliding_attention", "full_attention"]}
 EXPERTS: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
 HEADS: dict[str, Any] = {"head_dim": 16}
+LATENT: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+    "moe_intermediate_size": 32,
+}
 
 MODELS: dict[str, dict[str, Any]] = {
     "llama": COMMON,
@@ -90,21 +104,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3_moe": COMMON | HEADS | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
     "granitemoe": COMMON | EXPERTS,
     "gpt_oss": COMMON | HEADS | MIXED | EXPERTS | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
-    "deepseek_v3": COMMON
-    | {
-        "num_key_value_heads": 4,
-        "n_routed_experts": 4,
-        "num_experts_per_tok": 2,
-        "n_group": 1,
-        "topk_group": 1,
-        "first_k_dense_replace": 1,
-        "kv_lora_rank": 16,
-        "q_lora_rank": 32,
-        "qk_nope_head_dim": 16,
-        "qk_rope_head_dim": 16,
-        "v_head_dim": 16,
-        "moe_intermediate_size": 32,
-    },
+    "deepseek_v2": COMMON | LATENT | {"topk_method": "greedy"},
+    "deepseek_v3": COMMON | LATENT,
+    "glm4_moe_lite": COMMON | LATENT,
 }
 """Configurations by name: transformers' model type, and after a hyphen what is particular."""
 

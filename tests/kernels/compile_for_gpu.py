@@ -57,7 +57,16 @@ def main(capability: int, dtype: str, size: int) -> dict[str, int]:
     read, stages = region_tile(size * width)
     region = {**both, **own, "ROWS": 16, "TILE": read, "BITS": 4, "ZERO": True}
     region |= {"KEY_GROUP": 32, "KEY_CHANNELS": 0, "VALUE_GROUP": 32, "VALUE_CHANNELS": 32}
-    inner = {"IN": 4096, "OUT": 4096, "BIAS": True, "ROWS": ROWS, "OUTS": OUTS, "INS": BYTES // width, "w_column": 1}
+    inner = {
+        "HEADS": 1,
+        "IN": 4096,
+        "OUT": 4096,
+        "BIAS": True,
+        "ROWS": ROWS,
+        "OUTS": OUTS,
+        "INS": BYTES // width,
+        "w_column": 1,
+    }
     window = {"WINDOW": 16, "REACH": 0}
     biased = {"BIAS": True, "RELATIVE": True}
     verify, draft = verify_attention_triton, draft_attention_triton

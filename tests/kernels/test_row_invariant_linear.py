@@ -11,6 +11,7 @@ from torch import Tensor
 from vericache_compile import ops
 from vericache_compile.kernels.row_invariant_linear import (
     is_row_invariant,
+    row_invariant_by_head,
     row_invariant_linear,
     row_invariant_linear_reference,
 )
@@ -61,6 +62,18 @@ def test_a_rows_bits_do_not_depend_on_its_place_or_on_the_others(dtype: torch.dt
         others = draw(device, dtype, rows, 200, seed=3)
         others[-1] = x[0]
         assert torch.equal(row_invariant_linear(others, weight, None)[-1], made[0]), rows
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_each_heads_rows_have_their_own_weight(dtype: torch.dtype, turned: bool, device: torch.device) -> None:
+    x = draw(device, dtype, 20, 5, 3, 70).transpose(1, 2)[:, :, 2]
+    weight = draw(device, dtype, 3, 45, 70, seed=1)
+    weight = weight.mT.contiguous().mT if turned else weight
+    made = row_invariant_by_head(x, weight)
+    for head in range(3):
+        assert torch.equal(made[:, head], row_invariant_linear(x[:, head], weight[head], None)), head
+    assert torch.equal(ops.heads_mm(x, weight.mT), made), "the canonical operator takes it"
 
 
 def test_strided_rows_are_read_as_they_lie(device: torch.device) -> None:

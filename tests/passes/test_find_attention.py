@@ -238,12 +238,13 @@ class Lopsided(Newest):
         return logits, keys[:, :, -4:], values[:, :, -5:]
 
 
+COMPUTED = "keys or values computed anew from what is cached, otherwise than of a latent by one weight"
 NOT_RETURNED = "attention over keys or values that are not returned"
 REFUSED = [
     (Dropped, "attention with dropout", "dropout_p=0.1"),
     (Causal, "is_causal=True over a filled cache", "is_causal=True"),
     (Flat, "an attention that is not [batch, heads, tokens, size]", "scaled_dot_product_attention(*flat)"),
-    (Doubled, "keys or values computed anew from what is cached (a latent cache)", "2 * k"),
+    (Doubled, COMPUTED, "2 * k"),
     (Kept, NOT_RETURNED, "scaled_dot_product_attention(q, k, v"),
     (Front, "an append to something other than the cache", "torch.cat([new, past]"),
     (Sinks, "an append that is not cat([past, new], -2)", "torch.cat([past[:, :, :2]"),

@@ -20,25 +20,35 @@ BYTES = 256
 
 def row_invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [..., in], weight [out, in] with any strides, bias [out] or None. Returns [..., out]."""
+    flat = x.reshape(-1, 1, x.shape[-1])
+    return _multiply(flat, weight[None], bias).view(*x.shape[:-1], weight.shape[0])
+
+
+def row_invariant_by_head(x: Tensor, weight: Tensor) -> Tensor:
+    """x [M, H, in], each head's rows by its own weight [H, out, in] with any strides. Returns [M, H, out]."""
+    return _multiply(x, weight, None)
+
+
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [M, H, in] by weight [H, out, in], plus bias [out]."""
     from vericache_compile.kernels import row_invariant_linear_triton as programs
 
-    flat = x.reshape(-1, x.shape[-1])
-    if flat.stride(-1) != 1:
-        flat = flat.contiguous()
-    count, (outs, size) = flat.shape[0], weight.shape
-    out = torch.empty((*x.shape[:-1], outs), dtype=x.dtype, device=x.device)
-    with on(flat):
-        programs.multiply[(-(-count // ROWS), -(-outs // OUTS))](
-            flat, weight, weight if bias is None else bias, out, count, flat.stride(0), *weight.stride(),
-            IN=size, OUT=outs, BIAS=bias is not None, ROWS=ROWS, OUTS=OUTS, INS=BYTES // x.element_size(),
-            num_warps=4, num_stages=3,
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    count, (heads, outs, size) = x.shape[0], weight.shape
+    out = torch.empty((count, heads, outs), dtype=x.dtype, device=x.device)
+    with on(x):
+        programs.multiply[(-(-count // ROWS), -(-outs // OUTS), heads)](
+            x, weight, weight if bias is None else bias, out, count, *x.stride()[:2], *weight.stride(),
+            HEADS=heads, IN=size, OUT=outs, BIAS=bias is not None, ROWS=ROWS, OUTS=OUTS,
+            INS=BYTES // x.element_size(), num_warps=4, num_stages=3,
         )  # fmt: skip
     return out
 
 
 def is_row_invariant(weight: Tensor) -> bool:
     """Whether the kernel is for such a weight, and there."""
-    return weight.dim() == 2 and serves(weight)
+    return weight.dim() in (2, 3) and serves(weight)
 
 
 def row_invariant_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
