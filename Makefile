@@ -46,13 +46,14 @@ test: compiler lint
 test-all: compiler lint
 	@$(PYTEST)
 
-# TESTS narrows what runs; only torch and transformers are pinned, all else is what fits them.
+# TESTS narrows what runs; only torch and transformers are pinned, all else is what fits them (the interpreter of
+# triton 3.6, which torch 2.11 comes with, takes no newer numpy).
 COMPAT := .venv-torch-$(TORCH)-transformers-$(TRANSFORMERS)
 TESTS ?= tests
 test-compat: compiler
 	@: $(or $(TORCH),$(error give TORCH=<version>)) $(or $(TRANSFORMERS),$(error give TRANSFORMERS=<version>))
 	@mkdir -p build
-	@printf 'torch==%s\ntransformers==%s\n' "$(TORCH)" "$(TRANSFORMERS)" >build/$(COMPAT).txt
+	@printf 'torch==%s\ntransformers==%s\nnumpy<2.4\n' "$(TORCH)" "$(TRANSFORMERS)" >build/$(COMPAT).txt
 	@$(MAKE) VENV=$(COMPAT) PINS=build/$(COMPAT).txt $(COMPAT)/.installed
 	@OMP_NUM_THREADS=1 $(COMPAT)/bin/pytest --numprocesses=auto --maxprocesses=8 --dist=loadfile -m "not slow" $(TESTS)
 

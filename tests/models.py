@@ -6,6 +6,8 @@ from functools import cache
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
@@ -17,7 +19,9 @@ from transformers import (
 
 from vericache_compile.testing import VOCABULARY, Switch, make_prompt
 
-__all__ = ["BATCHES", "COMPRESSORS", "PROMPTS", "VOCABULARY", "WINDOWS", "Switch", "make_prompt", "make_tiny"]
+__all__ = ["BATCHES", "COMPRESSORS", "OLDER", "PROMPTS", "VOCABULARY", "WINDOWS", "Switch", "make_prompt", "make_tiny"]
+OLDER = Version(transformers.__version__) < Version("5.23")
+"""Whether transformers is one that spells some things in another way."""
 POSITIONS = 4096
 NEW = 40
 """New tokens per run of the exactness grid: compressors x windows x batches x prompt lengths."""

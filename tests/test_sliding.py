@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from callers import OPTIONS, Caller, both, greedy, prompt, step_by_step
-from models import SLIDING, SLIDING_WINDOW, VOCABULARY, Switch, make_prompt, make_tiny
+from models import OLDER, SLIDING, SLIDING_WINDOW, VOCABULARY, Switch, make_prompt, make_tiny
 from test_canonical import logits_of, random_guess, use_drafter
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
@@ -68,11 +68,14 @@ def prompt_lookup(model: PreTrainedModel) -> Tensor:
     return greedy(model, prompt(), prompt_lookup_num_tokens=3, count=20)
 
 
+ALIKE = pytest.mark.skipif(
+    OLDER, reason="older transformers crop sliding layers to another length than full ones, which raises"
+)
 CALLERS = [
     pytest.param(several_ways, marks=pytest.mark.slow),
     a_cache_without_a_configuration,
     a_cache_from_the_uncompiled_model,
-    prompt_lookup,
+    pytest.param(prompt_lookup, marks=ALIKE),
 ]
 
 

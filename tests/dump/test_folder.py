@@ -93,7 +93,7 @@ def test_files_carry_shapes_types_source_lines_and_what_was_found(folder: Path) 
     text = stages(folder)[-1].read_text()
     assert 'f32[4, 1, 1, 64]"' in text
     assert "modeling_llama.py:" in text
-    assert "code: logits = self.lm_head(hidden_states)" in text
+    assert "code: logits = self.lm_head(hidden_states" in text
     assert "# site 2: 4 heads, 2 KV heads, size 16, float32" in text
     assert "the same program as 2" in text
 

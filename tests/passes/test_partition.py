@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from graphs import Toy, Twin, run_until, tiny_decode, toy_decode
+from models import OLDER
 from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -114,6 +115,8 @@ def test_positions_given_or_computed_and_masks_make_no_difference(name: str, bat
         program = run_until(tiny_decode(name, batch, loop), "partition", batch=batch)
         return {segment.key for segments in program.segments.values() for segment in segments}
 
+    if name == "llama" and batch > 1 and OLDER:
+        pytest.skip("older transformers expand RoPE's frequencies over the rows of given positions")
     assert keys(loop) == keys("generate")
 
 

@@ -15,11 +15,14 @@ from vericache_compile.passes.prove_mask import prove_mask
 from vericache_compile.plan import Alibi
 
 
-@pytest.mark.parametrize(("batch", "masked"), [(1, 0), (3, 3)])
+@pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
-def test_the_masks_of_real_models_are_proved(name: str, batch: int, masked: int) -> None:
+def test_the_masks_of_real_models_are_proved(name: str, batch: int) -> None:
+    """One row without padding has a mask in some versions of transformers, and none in others."""
     program = run_until(tiny_decode(name, batch), "split_captured", batch=batch)
     before = program.module.print_readable(False)
+    masked = sum(nodes.mask is not None for nodes in program.sites)
+    assert masked == 3 or (batch == 1 and masked == 0)
     assert prove_mask(program) == prove_mask(program) == masked
     assert program.module.print_readable(False) == before, "a proof changes nothing"
 
