@@ -17,6 +17,9 @@ from vericache_compile.terminal import format_bytes, print_table
 class Attention(nn.Module):
     """Causal self-attention over its own buffers [B, K, C, D]; heads share keys in pairs."""
 
+    keys: Tensor
+    values: Tensor
+
     def __init__(self, width: int, heads: int, batch: int, columns: int) -> None:
         super().__init__()
         self.heads, self.kv_heads = heads, heads // 2
@@ -34,13 +37,14 @@ class Attention(nn.Module):
         self.keys[:, :, input_pos] = k
         self.values[:, :, input_pos] = v
         attended = F.scaled_dot_product_attention(q, self.keys, self.values, attn_mask=seen, enable_gqa=True)
-        return self.to_out(attended.transpose(1, 2).flatten(2))
+        made: Tensor = self.to_out(attended.transpose(1, 2).flatten(2))
+        return made
 
 
 def turn(x: Tensor, turns: Tensor) -> Tensor:
     """RoPE: x [B, T, H, D] turned by cosines and sines [T, D / 2, 2]."""
     cos, sin = turns[:, None].unbind(-1)
-    one, other = x.unflatten(-1, (-1, 2)).unbind(-1)
+    one, other = x.view(*x.shape[:-1], -1, 2).unbind(-1)
     return torch.stack([one * cos - other * sin, other * cos + one * sin], dim=-1).flatten(-2).to(x.dtype)
 
 
@@ -58,7 +62,8 @@ class Layer(nn.Module):
         """x [B, T, width]; returns the same shape."""
         x = x + self.attention(self.norm_attention(x), input_pos, turns, seen)
         fed = self.norm_feed(x)
-        return x + self.down(F.silu(self.gate(fed)) * self.up(fed))
+        made: Tensor = x + self.down(F.silu(self.gate(fed)) * self.up(fed))
+        return made
 
 
 class Decoder(nn.Module):
@@ -80,7 +85,8 @@ class Decoder(nn.Module):
         x = self.embed(ids)
         for layer in self.layers:
             x = layer(x, input_pos, turns, seen)
-        return self.to_logits(self.norm(x))
+        logits: Tensor = self.to_logits(self.norm(x))
+        return logits
 
 
 @torch.no_grad()

@@ -53,7 +53,7 @@ def scenes(program: Program, nodes: Sequence[Node], given: Collection[Node] = ()
     window, chunk or clamp that begins to bite at 4,096 columns is seen at 4,099. Raises UnsupportedGraph where there is
     no such scene.
     """
-    lengths = [5, 9, 70, 1000, *(c + 3 for c in sorted(set(_constants(nodes, given))) if 5 < c <= LONGEST)]
+    lengths = [5, 9, 70, 1000, *(c + 3 for c in sorted(set(constants(nodes, given))) if 5 < c <= LONGEST)]
     edges = [edge for edge in bounds(program) or () if edge is not None]
     lengths = [past for past in dict.fromkeys((*lengths, *edges)) if holds_at(program, past)]
     if not lengths:
@@ -67,7 +67,7 @@ def scenes(program: Program, nodes: Sequence[Node], given: Collection[Node] = ()
     return [*plain, *(Scene(past, padded[i % 3]) for i, past in enumerate(lengths) if past >= 4)]
 
 
-def _constants(nodes: Sequence[Node], given: Collection[Node]) -> Iterator[int]:
+def constants(nodes: Sequence[Node], given: Collection[Node]) -> Iterator[int]:
     """Integers among the arguments and symbolic sizes that nodes are computed with."""
     for node in ancestors(nodes, given):
         value = example(node)

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 from torch.fx import Interpreter, Node
 
+from vericache_compile.passes.evaluate import LONGEST, constants
 from vericache_compile.passes.program import Program, ancestors, example, expression, mutates, target_name, unsupported
 
 FIX = "use transformers' DynamicCache (the default), or write each token by keys[:, :, input_pos] = k, input_pos [1]"
 TRIED = (0, 5, 300)
-"""Past lengths that the column is computed for."""
+"""Past lengths that the column is computed for in a buffer of unknown size, beside those near constants."""
 ALL = (slice(None), slice(None))
 
 
@@ -79,7 +80,7 @@ def find_counters(program: Program, writes: list[Write]) -> dict[Node, Node | No
     counters: dict[Node, Node | None] = {}
     for write in writes:
         own = [node for node in ancestors([write.at]) if node.op == "placeholder"]
-        if len(own) != 1 or not _is_counter(own[0]) or not all(_lands_at(program, write, own[0], k) for k in TRIED):
+        if len(own) != 1 or not _is_counter(own[0]) or not _lands_at_its_length(program, write, own[0]):
             raise unsupported("a cache that is updated in place at a column that is not its length", write.call, FIX)
         counters[own[0]] = None
     for counter in counters:
@@ -96,16 +97,30 @@ def _is_counter(node: Node) -> bool:
     return isinstance(value, Tensor) and value.shape in ((), (1,)) and value.dtype == torch.int64
 
 
-def _lands_at(program: Program, write: Write, counter: Node, past: int) -> bool:
-    """Whether the column that a token is written to is the number of columns before it."""
+def _lands_at_its_length(program: Program, write: Write, counter: Node) -> bool:
+    """Whether a token is written to the column that is the number of those before it, for each that the buffer has."""
+    buffer = write.call.args[0]
+    assert isinstance(buffer, Node), "a write is found by its buffer"
+    room = example(buffer).shape[2]
+    near = {known + more for known in constants([write.at], ()) if known < LONGEST for more in range(-3, 4)}
+    lengths = range(room) if isinstance(room, int) else sorted(past for past in near.union(TRIED) if past >= 0)
+    past = torch.tensor(list(lengths), device=example(counter).device)
+    try:
+        found = torch.func.vmap(lambda own: _column(program, write, counter, own))(past)
+    except RuntimeError:  # it cannot be computed for some length, or not for several at once
+        return False
+    return torch.equal(found.flatten(1), past[:, None])
+
+
+def _column(program: Program, write: Write, counter: Node, past: Tensor) -> Tensor:
+    """The columns [1] that a token is written to when the counter holds `past` []."""
     interpreter = Interpreter(program.module)
     needed = set(ancestors([write.at])) - {counter}
-    value = example(counter)
-    interpreter.env[counter] = torch.full(value.shape, past, device=value.device)
+    interpreter.env[counter] = past.reshape(example(counter).shape).clone()
     for node in program.module.graph.nodes:
         if node is write.call:
             break
         if node in needed or (mutates(node) and node.args[0] is counter):
             interpreter.env[node] = interpreter.run_node(node)
-    found = interpreter.env[write.at]
-    return isinstance(found, Tensor) and found.flatten().tolist() == [past]
+    found: Tensor = interpreter.env[write.at]
+    return found

@@ -21,7 +21,7 @@ from vericache_compile.plan import CapturedPlan
 from vericache_compile.runtime.sequence_table import SequenceTable
 from vericache_compile.runtime.sequences import Sequence
 
-Stamps = tuple[tuple[int, int], ...]
+Stamps = tuple[tuple[object, ...], ...]
 
 
 @dataclass
@@ -37,11 +37,12 @@ class Mirror:
 def find_mirror(table: SequenceTable, plan: CapturedPlan, inputs: Rows[Any], columns: int) -> Mirror:
     """The mirror of a call's buffers [B, K, C, D], of which `columns` are filled; copied anew where they changed."""
     buffers = _buffers(plan, inputs)
-    found = table.mirrors.get(buffers[0].data_ptr())
+    pointer = buffers[0].data_ptr()
+    found = table.mirrors.get(pointer)
+    if found is None:
+        weakref.finalize(buffers[0].untyped_storage(), table.mirrors.pop, pointer, None)
     if found is None or found.stamps != _stamps(buffers) or found.columns < columns:
-        found = Mirror(_copy(table, plan, inputs, columns), _stamps(buffers), columns)
-        table.mirrors[buffers[0].data_ptr()] = found
-        weakref.finalize(buffers[0].untyped_storage(), _forget, table, buffers[0].data_ptr(), weakref.ref(found))
+        found = table.mirrors[pointer] = Mirror(_copy(table, plan, inputs, columns), _stamps(buffers), columns)
     return found
 
 
@@ -59,7 +60,9 @@ def write_back(mirror: Mirror, plan: CapturedPlan, inputs: Rows[Any], column: in
 
 
 def paddings(shown: Tensor, columns: int) -> list[int] | None:
-    """Left padding per row of a whole mask [B, 1, 1, C], if it is causal with left padding at `columns`."""
+    """Left padding per row of a whole mask [B, 1, 1, C] (leading ones may be left out), if it is causal with left
+    padding at `columns`."""
+    shown = shown[(None,) * (4 - shown.dim())]
     if shown.shape[1] != 1:
         return None
     rows = (shown == 0 if shown.is_floating_point() else shown)[:, 0, 0].cpu()
@@ -82,7 +85,7 @@ def _buffers(plan: CapturedPlan, inputs: Rows[Any]) -> list[Tensor]:
 
 
 def _stamps(buffers: Rows[Tensor]) -> Stamps:
-    return tuple((buffer.data_ptr(), buffer._version) for buffer in buffers)
+    return tuple((x.data_ptr(), x._version, tuple(x.shape), x.stride()) for x in buffers)
 
 
 def _copy(table: SequenceTable, plan: CapturedPlan, inputs: Rows[Any], columns: int) -> Sequence:
@@ -95,9 +98,3 @@ def _copy(table: SequenceTable, plan: CapturedPlan, inputs: Rows[Any], columns: 
     for row in made.rows:
         row.length = columns
     return made
-
-
-def _forget(table: SequenceTable, pointer: int, held: weakref.ref[Mirror]) -> None:
-    mirror = held()
-    if mirror is not None and table.mirrors.get(pointer) is mirror:
-        del table.mirrors[pointer]

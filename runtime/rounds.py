@@ -314,8 +314,8 @@ def _standing(row: Row, plan: DecodePlan, window: list[int], predicted: list[int
 
 
 def _late(sequence: Sequence, start: Start) -> Callable[[int, Tensor], None] | None:
-    """Where full KV lives outside the device, what adds the last round's attention while keys are there again."""
-    drawn, asked = sequence.drawn, sequence.asked
+    """Where full KV lives outside the device, what adds the last round's attention while keys are there again; once."""
+    drawn, asked, sequence.asked = sequence.drawn, sequence.asked, None
     if drawn is None or asked is None:
         return None
     return lambda layer, keys: drawn.add_window(layer, asked, start.columns, keys, start.pads)

@@ -205,6 +205,8 @@ class Session:
         pads: list[int] | None = [0] * inputs[captured.roles.tokens].shape[0]
         if shown is not None:
             pads = paddings(inputs[shown], columns)
+            if pads is not None and len(pads) < inputs[captured.roles.tokens].shape[0]:
+                pads *= inputs[captured.roles.tokens].shape[0]  # one mask for all rows
         elif captured.roles.mask is not None:
             pads = paddings(inputs[captured.roles.mask][:, None, None] != 0, columns)
         if pads is None:

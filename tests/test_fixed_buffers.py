@@ -124,14 +124,25 @@ def test_rows_are_bit_equal_whatever_drafts_do(batch: int, monkeypatch: pytest.M
 
 
 def test_buffers_whose_changes_nobody_counts_are_left_alone(caplog: pytest.LogCaptureFixture) -> None:
+    model = make()
     with torch.inference_mode(), caplog.at_level("WARNING", logger="vericache_compile"):
-        model = make()
+        for layer in model.layers:
+            layer.attention.keys, layer.attention.values = layer.attention.keys + 0, layer.attention.values + 0
         model.compile(backend="vericache", options=OPTIONS)
         assert torch.equal(tokens_of(model, prompt(), 12), tokens_of(make(), prompt(), 12))
     assert stats(model)["rounds"] == 0
     [said] = [record.getMessage() for record in caplog.records if "no rounds" in record.getMessage()]
     assert "where: the cache" in said
     assert "fix: make the buffers outside of torch.inference_mode()" in said
+
+
+def test_a_table_of_masks_whose_changes_nobody_counts_is_not_relied_on() -> None:
+    model = make()
+    with torch.inference_mode():
+        model.seen = model.seen.clone()
+    model.compile(backend="vericache", options=OPTIONS)
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="a mask or position that depends on"):
+        tokens_of(model, prompt(), 12)
 
 
 class Given(nn.Module):
@@ -175,6 +186,29 @@ def test_buffers_given_as_arguments_with_left_padding() -> None:
     (ours, k), (plain, plain_k) = padded(model), padded(Given())
     assert torch.equal(ours, plain)
     torch.testing.assert_close(k, plain_k, atol=1e-4, rtol=1e-4)
+    assert stats(model)["rounds"] > 0
+
+
+@torch.no_grad()
+def rows_by_turns(model: nn.Module) -> Tensor:
+    """Tokens of other rows of the same buffers by turns, under one mask of three axes or four for them all."""
+    ids, k, v = prompt(20, batch=3), *torch.zeros(2, 3, Given.heads, COLUMNS, Given.size).unbind(0)
+    columns, at = torch.arange(COLUMNS), torch.arange(20)
+    model(ids, k, v, at, (columns <= at[:, None])[None, None], at[None])
+    made = []
+    for step in range(18):
+        rows = (slice(0, 2), slice(0, 3, 2), slice(0, 1))[step // 6]
+        fed = ids[rows, -1:] if step % 6 == 0 else made[-1]
+        at = torch.tensor(20 + step % 6)
+        shown = (columns <= at)[None, None] if step % 2 else (columns <= at)[None, None, None]
+        made.append(model(fed, k[rows], v[rows], at, shown, at.view(1, 1))[:, -1:].argmax(-1))
+    return torch.cat(made)
+
+
+def test_other_rows_of_the_same_buffers_are_other_caches() -> None:
+    model = Given()
+    model.compile(backend="vericache", options=OPTIONS)
+    assert torch.equal(rows_by_turns(model), rows_by_turns(Given()))
     assert stats(model)["rounds"] > 0
 
 

@@ -113,7 +113,8 @@ def _take(
             low = config.draft_dtype_on(inputs[parameters[0]].device)
             watching = first or make_observers(config, made.dumps_failed)
             window, inductor = config.window, config.inductor
-            staging, buffers = staging_of(config, inputs, parameters), {i: inputs[i] for i in buffered}
+            staging = staging_of(config, inputs, parameters)
+            buffers = {i: inputs[i] for i in buffered if not inputs[i].is_inference()}
             how = (values, low, staging, watching, buffers)
             try:
                 plans[key] = plan_capture(gm, batch, window, inductor, made.compiled, *how)
@@ -172,14 +173,16 @@ def staging_of(config: Config, inputs: Sequence[Any], parameters: Sequence[int])
 
 def identity_of(tensor: Tensor) -> tuple[int, int]:
     """What changes when a tensor is another one, or changed in place: masks are proved for what it holds."""
-    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+    return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
 
 
 def buffers_of(gm: GraphModule, inputs: Sequence[Any]) -> dict[int, Tensor]:
-    """The model's buffers of whole numbers or truth values, which masks are made from, by input."""
+    """The model's buffers of whole numbers or truth values, which masks are made from, by input; none made in inference
+    mode, whose changes nobody counts."""
     nodes = gm.graph.find_nodes(op="placeholder", sort=True)
     held = {i: x for i, x in enumerate(inputs) if isinstance(x, Tensor) and not isinstance(x, torch.nn.Parameter)}
-    return {i: x for i, x in held.items() if is_weight(nodes[i]) and not x.is_floating_point()}
+    counted = {i: x for i, x in held.items() if not x.is_inference()}
+    return {i: x for i, x in counted.items() if is_weight(nodes[i]) and not x.is_floating_point()}
 
 
 def check_parameters(parameters: Sequence[int]) -> None:

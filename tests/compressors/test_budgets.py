@@ -57,6 +57,11 @@ def test_heads_share_what_a_layer_keeps(random_row: Row, method: str) -> None:
     assert shared.covered == even.covered
 
 
+def test_scores_may_be_whole_numbers_and_a_pyramid_steep(random_row: Row) -> None:
+    assert sum(regions("ada | streaming(keep=0.3)", random_row(132))[0].head_slots) == 2 * 40
+    assert [each.slots for each in regions("pyramid(beta=1e17) | streaming(keep=0.2)", random_row(132))][-1] == 5
+
+
 def test_both_at_once_and_bits(random_row: Row) -> None:
     slots = [sum(region.head_slots) for region in regions("pyramid(beta=4) | ada | knorm(keep=0.4)", random_row(132))]
     assert slots == [140, 100, 60, 20]
@@ -81,6 +86,7 @@ def test_tokens_are_plain_ones(heads: int) -> None:
     [
         ("pyramid", "is a budget", "a method after it"),
         ("pyramid | kivi", "'kivi' has no budget to spread", "pyramid | snapkv"),
+        ("pyramid | pyramidkv", "'pyramidkv' spreads its budget itself", "pyramidkv alone"),
         ("ada | chunkkv", "'chunkkv' cannot share its budget out", "ada | snapkv"),
         ("ada | snapkv | kivi", "'chain' cannot share its budget out", "ada | snapkv"),
         ("pyramid(beta=0.5) | snapkv", "beta=0.5", "from 1 up"),

@@ -118,6 +118,13 @@ class Behind(Buffered):
         new.add_(before)
 
 
+class Ring(Buffered):
+    """Writes around in a ring that is one shorter than its buffer."""
+
+    def write(self, buffer: Tensor, new: Tensor, counter: Tensor) -> None:
+        buffer.index_copy_(2, (torch.arange(1) + counter) % (buffer.shape[2] - 1), new)
+
+
 class Skipping(Buffered):
     """Counts in steps of two."""
 
@@ -130,6 +137,7 @@ class Skipping(Buffered):
     [
         (Ahead, "at a column that is not its length"),
         (Early, "at a column that is not its length"),
+        (Ring, "at a column that is not its length"),
         (Twice, "not by one write of columns"),
         (Repeating, "not by one write of columns"),
         (Behind, "read before it is updated"),

@@ -164,7 +164,7 @@ class Ada(HeadSharing):
 
 def share_out(scores: Tensor, count: int, floor: float) -> Tensor:
     """Places [K * count], ascending, in the flattened scores [K, C]: of each head int(floor * count), else the best."""
-    safe = int(floor * count)
+    scores, safe = scores.float(), int(floor * count)
     if safe:
         own = scores.topk(safe, dim=1).indices
         scores = scores.scatter(1, own, float("inf"))

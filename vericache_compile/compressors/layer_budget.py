@@ -79,7 +79,7 @@ def pyramid_share(keep: float, beta: float, layer: int, layers: int) -> float:
     most = 2 * keep - least
     if most > 1:
         most, least = 1.0, 2 * keep - 1
-    return most - layer * (most - least) / (layers - 1)
+    return max(most - layer * (most - least) / (layers - 1), least)
 
 
 def check_beta(beta: float, method: str) -> None:
@@ -97,6 +97,9 @@ def keep_of(method: Compressor) -> float:
         fix = "write one that keeps a fraction of the tokens, as in pyramid | snapkv(keep=0.2)"
         raise OptionError(f"{method.name!r} has no budget to spread", "a compressor after pyramid |", fix)
     keep: float = vars(method)["keep"]
+    if vars(method.for_layer(0, 2)).get("keep", keep) != keep:
+        fix = "write pyramid | snapkv(keep=0.2), or pyramidkv alone"
+        raise OptionError(f"{method.name!r} spreads its budget itself", "a compressor after pyramid |", fix)
     return keep
 
 

@@ -13,12 +13,12 @@ import torch
 from torch.fx import Node
 
 from vericache_compile.dump.source import module_source
-from vericache_compile.passes.evaluate import bind_symbols, concrete
+from vericache_compile.passes.evaluate import bind_symbols, concrete, least_room
 from vericache_compile.passes.program import Program, example, placeholders
 from vericache_compile.plan import Output
 
 COLUMNS = 64
-"""Cached columns that the program starts with, or as many as a cache of a fixed size has beside a window."""
+"""Cached columns that the program starts with, or as many as a buffer written in place has beside a window."""
 
 
 def repro(program: Program, mode: str) -> str:
@@ -30,6 +30,7 @@ def repro(program: Program, mode: str) -> str:
         "MODE": mode,
         "COLUMNS": columns,
         "WINDOW": program.window,
+        "FITS": columns > 0,
         "BATCH": program.batch,
         "VOCABULARY": _vocabulary(program),
         "CONSTANTS": constants,
@@ -64,10 +65,10 @@ def _variant_input(node: Node) -> tuple[Any, ...]:
 
 
 def _columns(program: Program) -> int:
-    rooms = [
-        example(program.placeholders[i]).shape[2] for s in program.sites if s.site.in_place for i in s.site.past or ()
-    ]
-    return min([COLUMNS, *(int(room) - program.window for room in rooms)])
+    """Cached columns to start with; 0 where buffers have no room for a window beside any, or do not say."""
+    if not program.found_roles.counters:
+        return COLUMNS
+    return min(COLUMNS, max((least_room(program) or 0) - program.window, 0))
 
 
 def _captured_inputs(program: Program, columns: int) -> Iterator[tuple[Any, ...]]:
