@@ -114,6 +114,9 @@ class Session:
         """Run a prefill, a second turn, or any call that no round can serve: as captured, on real KV."""
         with self._lock, torch.no_grad():
             if plan.in_place:
+                if plan.roles.tokens_per_call == 1:
+                    fix = "give a whole mask four axes, [B, 1, 1, C]; a padding mask, a column per token so far"
+                    self._say_as_captured("a mask of two axes and of one size, over buffers", "the mask", fix)
                 self._note_fed(plan, inputs, None, None)
                 return list(plan.module(*inputs))
             sequence, columns = self._sequence(plan, inputs) if plan.attends_to_past else (None, 0)

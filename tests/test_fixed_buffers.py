@@ -212,6 +212,27 @@ def test_other_rows_of_the_same_buffers_are_other_caches() -> None:
     assert stats(model)["rounds"] > 0
 
 
+@torch.no_grad()
+def test_a_mask_of_two_axes_is_said_to_stop_rounds(caplog: pytest.LogCaptureFixture) -> None:
+    def decode(model: nn.Module) -> Tensor:
+        ids, (k, v), columns = (
+            prompt(1),
+            torch.zeros(2, 1, Given.heads, COLUMNS, Given.size).unbind(0),
+            torch.arange(COLUMNS),
+        )
+        made = []
+        for at in map(torch.tensor, range(8)):
+            ids = model(ids, k, v, at, (columns <= at)[None], at.view(1, 1))[:, -1:].argmax(-1)
+            made.append(ids)
+        return torch.cat(made)
+
+    model = Given()
+    model.compile(backend="vericache", options=OPTIONS)
+    with caplog.at_level("WARNING", logger="vericache_compile"):
+        assert torch.equal(decode(model), decode(Given()))
+    assert [record.getMessage() for record in caplog.records if "a mask of two axes" in record.getMessage()]
+
+
 class Counting(nn.Module):
     """The model itself counts what it has seen, and computes its mask from that."""
 
