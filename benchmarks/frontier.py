@@ -10,6 +10,12 @@ from typing import Any
 from rich.table import Table
 
 COLUMNS = ("at", "method", "setting", "bytes")
+WHY = {
+    "kvzip": "what repeating a text asks for favours no token for being new, and this text goes on from its newest.",
+    "lagkv": "each chunk keeps the same share, whatever is in it.",
+    "refreekv": "it ranks tokens as `streaming` does and takes as many as one query asks for: no budget, no choice.",
+}
+"""Why a method gives fewer tokens per round than `streaming` at some share."""
 MEASURED = ("tokens per round", "compress", "draft step", "alone", "streaming", "same")
 
 
@@ -110,6 +116,10 @@ def markdown(report: Mapping[str, Any]) -> str:
     for share in sorted({point.share for point in points(report)}):
         own = [row[1:] for row in rows(report) if row[0] == f"{share:.0%}"]
         parts += [f"## At {share:.0%} of the bytes", "\n".join(_markdown_rows(head, own))]
+    worse = {row[1] for row in rows(report) if "worse" in row[-2]}
+    why = [f"- `{name}`: {WHY.get(name.partition('+')[0], 'not known.')}" for name in sorted(worse)]
+    if why:
+        parts += ["## Worse than `streaming`", "\n".join(why)]
     return "\n\n".join(parts) + "\n"
 
 
