@@ -162,7 +162,8 @@ def fit_ranges(
 ) -> Ranges:
     """Ranges and levels of keys [K, S, D] and values [K, S, Dv], by weights shaped as they are, or none."""
     channels, skipped = keys.transpose(1, 2).contiguous(), int(outliers / 2 * keys.shape[1])
-    low, high = (channels.topk(skipped + 1, dim=2, largest=way).values[..., -1][:, None] for way in (False, True))
+    ends = (channels.topk(skipped + 1, dim=2, largest=largest).values[..., -1] for largest in (False, True))
+    low, high = (end[:, None].clone() for end in ends)
     scaled = (scale_down(keys, low, high), split_values(values, outliers)[3])
     mass = (None, None) if weights is None else (weights[0], weights[1].transpose(0, 1).flatten(1).unsqueeze(0))
     levels = [k_means(x, own, 2**bits) for x, own in zip(scaled, mass, strict=True)]
