@@ -11,9 +11,12 @@ from rich.table import Table
 
 COLUMNS = ("at", "method", "setting", "bytes")
 WHY = {
+    "kvsharer": "a layer that reads another one's cache is wrong from the first token here, and it takes more bytes.",
     "kvzip": "what repeating a text asks for favours no token for being new, and this text goes on from its newest.",
     "lagkv": "each chunk keeps the same share, whatever is in it.",
+    "recalkv": "the subspace was learnt of other text; without a file it is fitted to the prompt's own first tokens.",
     "refreekv": "it ranks tokens as `streaming` does and takes as many as one query asks for: no budget, no choice.",
+    "spark": "at a quarter of the bytes 82 % of each token's channels go; the paper prunes 50 to 80 % of the keys'.",
 }
 """Why a method gives fewer tokens per round than `streaming` at some share."""
 MEASURED = ("tokens per round", "compress", "draft step", "alone", "streaming", "same")
