@@ -107,6 +107,8 @@ def markdown(report: Mapping[str, Any]) -> str:
     texts = [f"{name} ({lengths[name]:,} tokens, read in {took:.1f} s)" for name, took in prefill.items()]
     parts = [
         "# Measured as drafters",
+        "[Dropping](dropping.md) · [quantising](quantising.md) · [low rank and layers](low_rank_and_layers.md) · "
+        "[mixed](mixed.md)",
         "`benchmarks/compressors.py --markdown` wrote this page. SmolLM2-135M in float32, greedy, W = 16, so at most "
         f"16 tokens per round; {report['new_tokens']} new tokens, drafts in the model's own weights. "
         f"{machine['device']} with {machine['threads']} thread(s), torch {machine['torch']}, transformers "
