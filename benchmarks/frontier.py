@@ -12,7 +12,7 @@ from rich.table import Table
 COLUMNS = ("at", "method", "setting", "bytes")
 WHY = {
     "kvsharer": "a layer that reads another one's cache is wrong from the first token here, and it takes more bytes.",
-    "kvzip": "what repeating a text asks for favours no token for being new, and this text goes on from its newest.",
+    "kvzip": "its scores favour no token for being new; `streaming` keeps just those.",
     "lagkv": "each chunk keeps the same share, whatever is in it.",
     "recalkv": "the subspace was learnt of other text; without a file it is fitted to the prompt's own first tokens.",
     "refreekv": "it ranks tokens as `streaming` does and takes as many as one query asks for: no budget, no choice.",

@@ -71,11 +71,8 @@ def prove_mask(program: Program) -> int:
 
 def _prove_tables(program: Program, rules: dict[Node, _Rule]) -> None:
     """Prove masks that are looked up in buffers, whose rows may hold anything, at each column that can be written."""
-    zero, room, tables = (
-        _products(program, 0.0),
-        least_room(program),
-        {program.placeholders[i] for i in program.buffers},
-    )
+    zero, room = _products(program, 0.0), least_room(program)
+    tables = {program.placeholders[i] for i in program.buffers}
     for node in [node for node in rules if not tables.isdisjoint(ancestors([node], zero))]:
         if room is None or program.found_roles.mask is not None:
             fix = "look it up in a buffer for one size of cache without padding, or give it whole: [B, 1, T, C]"

@@ -59,10 +59,10 @@ def write_back(mirror: Mirror, plan: CapturedPlan, inputs: Rows[Any], column: in
     mirror.stamps, mirror.columns = _stamps(_buffers(plan, inputs)), column + 1
 
 
-def paddings(shown: Tensor, columns: int) -> list[int] | None:
-    """Left padding per row of a whole mask [B, 1, 1, C] (leading ones may be left out), if it is causal with left
+def paddings(shown: Tensor, columns: int, batch: int) -> list[int] | None:
+    """Left padding per row of a whole mask [B or 1, 1, 1, C] (leading ones may be left out), if it is causal with left
     padding at `columns`."""
-    shown = shown[(None,) * (4 - shown.dim())]
+    shown = shown[(None,) * (4 - shown.dim())].expand(batch, -1, -1, -1)
     if shown.shape[1] != 1:
         return None
     rows = (shown == 0 if shown.is_floating_point() else shown)[:, 0, 0].cpu()

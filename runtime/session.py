@@ -17,7 +17,7 @@ from vericache_compile.compressors.base import Compressor
 from vericache_compile.compressors.facts import KINDS
 from vericache_compile.errors import GhostError, PageLost
 from vericache_compile.plan import CapturedPlan, DecodePlan, Output, OutputRole, Roles, Tier
-from vericache_compile.runtime import pieces, rounds
+from vericache_compile.runtime import drafting, pieces, rounds
 from vericache_compile.runtime.counts import Counts
 from vericache_compile.runtime.drawn import Drawn
 from vericache_compile.runtime.executor import WeightCasts, bind_weights
@@ -205,13 +205,12 @@ class Session:
         captured = plan.captured
         counted = torch.stack([inputs[i].flatten() for i in captured.roles.counters]).flatten().tolist()
         columns, shown = int(counted[0]), captured.roles.shown
-        pads: list[int] | None = [0] * inputs[captured.roles.tokens].shape[0]
+        batch = inputs[captured.roles.tokens].shape[0]
+        pads: list[int] | None = [0] * batch
         if shown is not None:
-            pads = paddings(inputs[shown], columns)
-            if pads is not None and len(pads) < inputs[captured.roles.tokens].shape[0]:
-                pads *= inputs[captured.roles.tokens].shape[0]  # one mask for all rows
+            pads = paddings(inputs[shown], columns, batch)
         elif captured.roles.mask is not None:
-            pads = paddings(inputs[captured.roles.mask][:, None, None] != 0, columns)
+            pads = paddings(inputs[captured.roles.mask][:, None, None] != 0, columns, batch)
         if pads is None:
             self._say_as_captured("a mask that is not causal with left padding", "the mask", PAD)
         if not (counts := has_versions(captured, inputs)):
@@ -445,11 +444,11 @@ class Session:
             for row, token in zip(copy.rows, first, strict=True):
                 row.token = token
                 row.offset = 0 if plan.position_rule == "column" else -row.pad
-            start = rounds.make_start(copy, device)
+            start = drafting.make_start(copy, device)
             telling = Telling(copy, plan, inputs, self._rotations, self.compressor.wants)
-            draft = rounds.prepare_draft(copy, start, self.compressor, count, Counts(), telling)
+            draft = drafting.prepare_draft(copy, start, self.compressor, count, Counts(), telling)
             bound = bind_weights(plan.draft, inputs, self.casts)
-            return rounds.draft_tokens(copy, draft, plan, bound, start, count)[:, 1:].tolist()
+            return drafting.draft_tokens(copy, draft, plan, bound, start, count)[:, 1:].tolist()
 
 
 def _note_tokens(sequence: Sequence, tokens: Tensor, columns: int) -> None:

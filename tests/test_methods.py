@@ -7,7 +7,7 @@ import torch
 
 from vericache_compile import stats
 from vericache_compile.compressors.table import COMPRESSORS
-from vericache_compile.runtime import rounds
+from vericache_compile.runtime import drafting
 from vericache_compile.testing import GATHER, KV_HEADS, check_tokens, make_prompt, tiny_model
 
 
@@ -19,7 +19,7 @@ def fresh_dynamo() -> None:
 @pytest.fixture(autouse=True)
 def gathering(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few tokens gather in a tail before they are compressed in."""
-    monkeypatch.setattr(rounds, "CHUNK", GATHER)
+    monkeypatch.setattr(drafting, "CHUNK", GATHER)
 
 
 @pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.slow), 3])

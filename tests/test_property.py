@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from vericache_compile import stats
-from vericache_compile.runtime import compression, rounds
+from vericache_compile.runtime import compression, drafting
 
 CONFIGURATIONS: list[Any] = [
     (1, {"compressor": "streaming", "keep": 0.2, "window": 4}),
@@ -161,7 +161,7 @@ def make_caller(request: pytest.FixtureRequest) -> Iterator[Callable[[], Caller]
     plain, ours = make_tiny("llama"), make_tiny("llama")
     ours.compile(backend="vericache", options={**options, "inductor": False})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rounds, "CHUNK", 6)
+        patch.setattr(drafting, "CHUNK", 6)
         patch.setattr(compression, "EXACT", 4)
         yield lambda: Caller(plain, ours, batch)
     found = stats(ours)

@@ -73,9 +73,9 @@ def compressor_suite(*texts: str) -> type:
 
         @pytest.fixture
         def gathering(self, monkeypatch: pytest.MonkeyPatch) -> None:
-            from vericache_compile.runtime import rounds
+            from vericache_compile.runtime import drafting
 
-            monkeypatch.setattr(rounds, "CHUNK", GATHER)
+            monkeypatch.setattr(drafting, "CHUNK", GATHER)
 
     return CompressorSuite
 

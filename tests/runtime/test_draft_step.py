@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from vericache_compile.kernels import draft_attention, launch, verify_attention
 from vericache_compile.passes.pipeline import plan_capture
 from vericache_compile.plan import DecodePlan
-from vericache_compile.runtime import capture, draft_step, rounds, slots
+from vericache_compile.runtime import capture, draft_step, drafting, rounds, slots
 from vericache_compile.runtime.caches import DraftKV
 from vericache_compile.runtime.capture import Captured, Launch, Pool
 from vericache_compile.runtime.draft_step import DraftStep
@@ -118,7 +118,7 @@ def test_full_kv_from_elsewhere_is_asked_for_before_the_first_step(monkeypatch: 
 def test_a_step_lives_as_long_as_its_draft_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is kept until what it reads has moved, and no cycle holds its buffers until a garbage collection."""
     monkeypatch.setattr(draft_step, "serves", lambda device, plan, draft: True)
-    monkeypatch.setattr(rounds, "CHUNK", 16)
+    monkeypatch.setattr(drafting, "CHUNK", 16)
     steps: list[weakref.ref[DraftStep]] = []
     drafts: list[weakref.ref[DraftKV]] = []
     original = draft_step.step_of
@@ -181,7 +181,7 @@ def test_steps_are_replayed_or_where_recording_fails_launched(
 
     capture._tell.cache_clear()
     monkeypatch.setattr(capture, "record", record)
-    monkeypatch.setattr(rounds, "CHUNK", 8)
+    monkeypatch.setattr(drafting, "CHUNK", 8)
     monkeypatch.setattr(draft_step, "serves", lambda device, plan, draft: True)
     monkeypatch.setattr(draft_step, "Captured", lambda device, what: Captured(torch.device("cuda"), what))
     model, inputs = make_tiny("llama"), make_prompt(40, 3)

@@ -18,7 +18,7 @@ from vericache_compile.compressors.base import CompressedKV
 from vericache_compile.compressors.facts import KINDS, Facts
 from vericache_compile.compressors.none import NoCompression
 from vericache_compile.model_state import state_of
-from vericache_compile.runtime import repeat, rounds
+from vericache_compile.runtime import drafting, repeat
 from vericache_compile.runtime.drawn import attention_drawn
 from vericache_compile.runtime.sequences import Sequence
 
@@ -90,7 +90,7 @@ class Told:
 @pytest.fixture(scope="module")
 def told() -> Iterator[Told]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rounds, "CHUNK", 8)
+        patch.setattr(drafting, "CHUNK", 8)
         patch.setattr(repeat, "CHUNK", 20)
         patch.setitem(table._registered, "listener", Listener)
         torch._dynamo.reset()

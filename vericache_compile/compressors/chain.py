@@ -15,6 +15,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from vericache_compile.compressors.around import Around
 from vericache_compile.compressors.base import CompressedKV, Compressor
 from vericache_compile.compressors.facts import KINDS, Facts
 from vericache_compile.compressors.quantizer import QuantizedKV, Quantizer
@@ -56,29 +57,18 @@ class ChainKV(CompressedKV):
 
 
 @dataclass(frozen=True)
-class Chain(Compressor):
-    """`drop` chooses tokens, `quantise` stores them; its residual is not kept, `drop` leaves a window to the tail."""
+class Chain(Around):
+    """`drop` chooses tokens, `quantise` stores them; its residual is not kept, `drop` leaves a window to the tail.
+
+    The quantiser is told nothing, since chosen tokens do not stand side by side.
+    """
 
     name: ClassVar[str] = "chain"
+    around: ClassVar[str] = "drop"
     paper: ClassVar[str] = "arXiv 2412.12706"
 
     drop: Chooser
     quantise: Quantizer
-
-    @property
-    def queries(self) -> int:
-        """Those that `drop` reads."""
-        return self.drop.queries
-
-    @property
-    def wants(self) -> frozenset[str]:
-        """What `drop` wants; the quantiser is told nothing, since chosen tokens do not stand side by side."""
-        return self.drop.wants
-
-    @property
-    def refresh(self) -> int:  # type: ignore[override]
-        """When `drop` chooses anew."""
-        return self.drop.refresh
 
     def knowing(self, facts: Facts) -> Self:
         """The chain with `drop` told of one row of one site."""

@@ -19,6 +19,7 @@ from typing import ClassVar, NamedTuple, Self
 
 from torch import Tensor
 
+from vericache_compile.compressors.around import Around
 from vericache_compile.compressors.base import Compressor
 from vericache_compile.compressors.dense import is_number
 from vericache_compile.compressors.facts import KINDS, Facts
@@ -98,11 +99,13 @@ class HeadSharing(Compressor):
 
 
 @dataclass(frozen=True)
-class Ada(HeadSharing):
+class Ada(Around, HeadSharing):
     """Any method that scores tokens per head, its budget shared out among the heads of a layer by its scores."""
 
     name: ClassVar[str] = "ada"
+    around: ClassVar[str] = "scorer"
     paper: ClassVar[str] = "arXiv 2407.11550"
+    needs: ClassVar[tuple[str, ...]] = ("count",)
 
     scorer: Scorer
     floor: float = 0.2
@@ -113,21 +116,6 @@ class Ada(HeadSharing):
             fix = "write one that keeps each head's best tokens, as in ada | snapkv(keep=0.2), or knorm, or h2o"
             raise OptionError(f"{self.scorer.name!r} cannot share its budget out", "a compressor after ada |", fix)
         check_floor(self.floor, self.name)
-
-    @property
-    def queries(self) -> int:
-        """Those that the scorer reads."""
-        return self.scorer.queries
-
-    @property
-    def wants(self) -> frozenset[str]:
-        """What the scorer wants, and the counts."""
-        return self.scorer.wants | {"count"}
-
-    @property
-    def refresh(self) -> int:  # type: ignore[override]
-        """When the scorer chooses anew."""
-        return self.scorer.refresh
 
     @property
     def later(self) -> Ada:

@@ -16,10 +16,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from vericache_compile.compressors.around import Around
 from vericache_compile.compressors.base import CompressedKV, Compressor
-from vericache_compile.compressors.chain import Chain
 from vericache_compile.compressors.dense import is_number
-from vericache_compile.compressors.head_budget import Ada
 from vericache_compile.errors import OptionError
 from vericache_compile.plan import Site
 
@@ -27,10 +26,11 @@ BETA = 20.0
 
 
 @dataclass(frozen=True)
-class Pyramid(Compressor):
+class Pyramid(Around):
     """Any method that keeps a fraction, with a pyramid of budgets around it."""
 
     name: ClassVar[str] = "pyramid"
+    around: ClassVar[str] = "method"
     paper: ClassVar[str] = "arXiv 2406.02069"
     needs: ClassVar[tuple[str, ...]] = ("layers",)
 
@@ -41,21 +41,6 @@ class Pyramid(Compressor):
     def __post_init__(self) -> None:
         check_beta(self.beta, self.name)
         keep_of(self.method)
-
-    @property
-    def queries(self) -> int:
-        """Those that the method reads."""
-        return self.method.queries
-
-    @property
-    def wants(self) -> frozenset[str]:
-        """What the method wants, and its layer."""
-        return self.method.wants | {"layers"}
-
-    @property
-    def refresh(self) -> int:  # type: ignore[override]
-        """When the method chooses anew."""
-        return self.method.refresh
 
     def for_layer(self, layer: int, layers: int) -> Compressor:
         """The method with the budget of site `layer` of `layers`."""
@@ -89,30 +74,23 @@ def check_beta(beta: float, method: str) -> None:
 
 
 def keep_of(method: Compressor) -> float:
-    """The fraction that a method keeps; raises OptionError for one that keeps none."""
-    inner = _inner(method)
-    if inner is not None:
-        return keep_of(getattr(method, inner))
+    """The fraction that a method keeps; raises OptionError for one that keeps none, or spreads it itself."""
+    if isinstance(method, Around) and not isinstance(method, Pyramid) and "keep" not in method.parameters:
+        return keep_of(method.inner)
+    where = "a compressor after pyramid |"
     if "keep" not in method.parameters:
         fix = "write one that keeps a fraction of the tokens, as in pyramid | snapkv(keep=0.2)"
-        raise OptionError(f"{method.name!r} has no budget to spread", "a compressor after pyramid |", fix)
+        raise OptionError(f"{method.name!r} has no budget to spread", where, fix)
     keep: float = vars(method)["keep"]
     if vars(method.for_layer(0, 2)).get("keep", keep) != keep:
         fix = "write pyramid | snapkv(keep=0.2), or pyramidkv alone"
-        raise OptionError(f"{method.name!r} spreads its budget itself", "a compressor after pyramid |", fix)
+        raise OptionError(f"{method.name!r} spreads its budget itself", where, fix)
     return keep
 
 
 def with_keep(method: Any, keep: float) -> Compressor:
     """The same method, which keeps another fraction."""
-    inner = _inner(method)
-    changed = {"keep": keep} if inner is None else {inner: with_keep(getattr(method, inner), keep)}
+    own = "keep" in method.parameters
+    changed: dict[str, object] = {"keep": keep} if own else {method.around: with_keep(method.inner, keep)}
     made: Compressor = replace(method, **changed)
     return made
-
-
-def _inner(method: Compressor) -> str | None:
-    """The name of the part of a method that has its budget; None for the method itself."""
-    if isinstance(method, Ada):
-        return "scorer"
-    return "drop" if isinstance(method, Chain) and "keep" not in method.parameters else None
