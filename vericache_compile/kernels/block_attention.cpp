@@ -10,6 +10,12 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__FMA__) || defined(__AVX512F__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
 #if defined(__AVX512F__)
 constexpr int LANES = 16, TILE = 8;
 #elif defined(__AVX__)
@@ -28,21 +34,36 @@ static inline Floats load(const float* p) { return *reinterpret_cast<const Float
 static inline void store(float* p, Floats x) { *reinterpret_cast<Floats*>(p) = x; }
 static inline Floats fill(float x) { return x - Floats{}; }
 
+// a * b + c, with one rounding where the machine has it. It is spelled out, and the compiler is told to fuse nothing by
+// itself: for some machines it fuses one instantiation of a loop and not another, and a row's bits follow.
+static inline Floats fused(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX__) && defined(__FMA__)
+  return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  return (Floats)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return a * b + c;
+#endif
+}
+static inline Floats fused(Floats a, Floats b, float c) { return fused(a, b, fill(c)); }
+
 // exp(x) for x <= 0, to about one unit in the last place; exactly 0 below -87; NaN stays NaN.
 static inline Floats exponential(Floats x) {
   const Floats magic = fill(12582912.0f);
   const Floats low = fill(-87.0f);
   const Floats y = x < low ? low : x;
-  const Floats t = y * 1.44269504088896341f + magic;
+  const Floats t = fused(y, fill(1.44269504088896341f), magic);
   const Floats n = t - magic;
-  const Floats r = (y - n * 0.693359375f) - n * -2.12194440e-4f;
+  const Floats r = fused(n, fill(2.12194440e-4f), fused(n, fill(-0.693359375f), y));
   Floats p = fill(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
+  p = fused(p, r, 1.3981999507e-3f);
+  p = fused(p, r, 8.3334519073e-3f);
+  p = fused(p, r, 4.1665795894e-2f);
+  p = fused(p, r, 1.6666665459e-1f);
+  p = fused(p, r, 5.0000001201e-1f);
+  p = fused(p * r, r, r) + 1.0f;
   const Ints bits = reinterpret_cast<Ints>(p) + (reinterpret_cast<Ints>(t) << 23);
   const Floats scaled = reinterpret_cast<Floats>(bits);
   return x < low ? Floats{} : x == x ? scaled : x;
@@ -55,11 +76,11 @@ static inline Floats hyperbolic_tangent(Floats x) {
   const Floats far = (1.0f - e) / (1.0f + e);
   const Floats z = x * x;
   Floats p = fill(-5.70498872745e-3f);
-  p = p * z + 2.06390887954e-2f;
-  p = p * z - 5.37397155531e-2f;
-  p = p * z + 1.33314422036e-1f;
-  p = p * z - 3.33332819422e-1f;
-  const Floats near = p * z * x + x;
+  p = fused(p, z, 2.06390887954e-2f);
+  p = fused(p, z, -5.37397155531e-2f);
+  p = fused(p, z, 1.33314422036e-1f);
+  p = fused(p, z, -3.33332819422e-1f);
+  const Floats near = fused(p * z, x, x);
   return size < fill(0.625f) ? near : x < Floats{} ? -far : far;
 }
 
@@ -73,8 +94,8 @@ static inline void tile(const float* a, int64_t a_row, int64_t a_step, const flo
     for (int n = 0; n < N; ++n) right[n] = load(b + s * b_step + n * LANES);
 #pragma GCC unroll 8
     for (int i = 0; i < ROWS; ++i) {
-      const float left = a[i * a_row + s * a_step];
-      for (int n = 0; n < N; ++n) total[i][n] += left * right[n];
+      const Floats left = fill(a[i * a_row + s * a_step]);
+      for (int n = 0; n < N; ++n) total[i][n] = fused(left, right[n], total[i][n]);
     }
   }
   for (int i = 0; i < ROWS; ++i)
@@ -182,10 +203,10 @@ static void merge(float* parts, int64_t blocks, int64_t value_size, const float*
     for (int64_t i = 0; i < blocks; ++i) {
       float* part = at + i * stride;
       const Floats share = exponential(load(part + value_size * rows) - highest);
-      whole += load(part + (value_size + 1) * rows) * share;
+      whole = fused(load(part + (value_size + 1) * rows), share, whole);
       for (int64_t e = 0; e < value_size; ++e) {
         const Floats before = i == 0 ? Floats{} : load(at + e * rows);
-        store(at + e * rows, before + load(part + e * rows) * share);
+        store(at + e * rows, fused(load(part + e * rows), share, before));
       }
     }
     for (int64_t e = 0; e < value_size; ++e) store(at + e * rows, load(at + e * rows) / whole);
@@ -216,7 +237,7 @@ static inline void weigh(const float* shares, const float* values, int64_t v_row
     Floats part[N];
     for (int n = 0; n < N; ++n) part[n] = load(values + c * v_row + n * LANES);
     for (int r = 0; r < ROWS; ++r)
-      for (int n = 0; n < N; ++n) total[r][n] += shares[r * BLOCK + c] * part[n];
+      for (int n = 0; n < N; ++n) total[r][n] = fused(fill(shares[r * BLOCK + c]), part[n], total[r][n]);
   }
   for (int r = 0; r < ROWS; ++r)
     for (int n = 0; n < N; ++n) store(out + r * out_row + n * LANES, total[r][n]);
@@ -236,7 +257,7 @@ static void attend_few(const float* query, const float* keys, const float* value
     Floats total[ROWS] = {};
     for (int64_t d = 0; d < shape.size; d += LANES) {
       const Floats part = load(key + d);
-      for (int r = 0; r < ROWS; ++r) total[r] += part * load(query + r * shape.q_head + d);
+      for (int r = 0; r < ROWS; ++r) total[r] = fused(part, load(query + r * shape.q_head + d), total[r]);
     }
     for (int r = 0; r < ROWS; ++r)
       scores[r][c] = how.scale * sum<LANES / 2>(reinterpret_cast<const float*>(&total[r]));

@@ -21,8 +21,8 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 BLOCK = 256
-FLAGS = ("-fno-unsafe-math-optimizations", "-fno-finite-math-only", "-ffp-contract=fast")
-"""Sums keep their order and NaN its meaning, whatever Inductor is set to; products and sums fuse, everywhere alike."""
+FLAGS = ("-fno-unsafe-math-optimizations", "-fno-finite-math-only", "-ffp-contract=off")
+"""Sums keep their order and NaN its meaning, whatever Inductor is set to; products and sums fuse where that is written."""
 SIZES = ("batch", "heads", "kv_heads", "window", "size", "value_size")
 STRIDES = tuple(f"{tensor}_{axis}" for tensor in "qkv" for axis in ("batch", "head", "row"))
 
