@@ -18,12 +18,15 @@ from vericache_compile.compressors.facts import reader_of
 from vericache_compile.kernels.block_attention import BLOCK
 from vericache_compile.plan import Site, Tier
 from vericache_compile.runtime.attention import Visible
+from vericache_compile.runtime.remainder import Remainder
 
 if TYPE_CHECKING:
     from vericache_compile.runtime.draft_step import DraftStep
 
 GROWTH = 1024
 """Columns added when a full cache is out of room."""
+Remainders = list[Remainder | None]
+"""What regions of one site leave out, per row; None where full KV comes whole."""
 Reaches = Sequence[int | None]
 """Per site the columns that a token attends to, None for all; empty where it is all at every site."""
 
@@ -136,6 +139,8 @@ class DraftLayer:
     values: Tensor
     packed: bool
     """Whether regions are kept packed and materialised at each use; else they live in `keys` and `values`."""
+    remainders: Remainders
+    """What each row's region leaves out of full KV, where that lives in host memory."""
     reach: int | None = None
     """Columns that a token attends to (a sliding layer: all of them in the tail, and no region); None for all."""
 
@@ -147,7 +152,9 @@ class DraftLayer:
     @property
     def nbytes(self) -> int:
         """Bytes allocated."""
-        return bytes_of(self.keys, self.values) + (sum(region.nbytes for region in self.regions) if self.packed else 0)
+        regions = sum(region.nbytes for region in self.regions) if self.packed else 0
+        notes = sum(each.held.nbytes for each in self.remainders if each is not None)
+        return bytes_of(self.keys, self.values) + regions + notes
 
     def write(self, k: Tensor, v: Tensor, columns: Sequence[int]) -> None:
         """Write k [B, K, T, D] and v [B, K, T, E] to the tail, row b from column columns[b] on."""
@@ -248,6 +255,12 @@ class DraftKV:
     def valid(self, columns: Sequence[int]) -> bool:
         """Whether rows may be `columns` long at every site."""
         return all(layer.valid(columns) for layer in self.layers)
+
+    @property
+    def apart(self) -> int:
+        """Bytes in host memory of what regions leave out."""
+        found = (each for layer in self.layers for each in layer.remainders)
+        return sum(each.nbytes - each.held.nbytes for each in found if each is not None)
 
     @property
     def reaches(self) -> list[int | None]:

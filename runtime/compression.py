@@ -6,8 +6,9 @@ Shapes: B batch, K KV heads, D head size, E value head size.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from vericache_compile.compressors.base import CompressedKV, Compressor
@@ -15,9 +16,11 @@ from vericache_compile.compressors.borrowed import BorrowedKV
 from vericache_compile.compressors.dense import DenseKV
 from vericache_compile.compressors.facts import Facts
 from vericache_compile.compressors.none import NoCompression
-from vericache_compile.plan import Site
-from vericache_compile.runtime.caches import DraftKV, DraftLayer, FullKV, Reaches, keys_and_values
+from vericache_compile.plan import Site, Tier
+from vericache_compile.runtime.caches import DraftKV, DraftLayer, FullKV, Reaches, Remainders, keys_and_values
+from vericache_compile.runtime.remainder import carry_over, set_apart
 from vericache_compile.runtime.sliding import OutOfWindow
+from vericache_compile.runtime.tiers import PagedKV
 
 EXACT = 32
 """Newest tokens that stay in the exact tail when older ones are compressed in."""
@@ -41,6 +44,17 @@ class Columns:
 
 Regions = list[list[CompressedKV]]
 """A region per site and row."""
+
+
+@dataclass
+class Early:
+    """Regions that prefill made while each site's keys and values were on the device anyway."""
+
+    compressor: Compressor
+    pads: list[int]
+    regions: Regions = field(default_factory=list)
+    remainders: list[Remainders] = field(default_factory=list)
+    """What they leave out, per site and row."""
 
 
 Tell = Callable[[int, int, int, int], Facts]
@@ -82,7 +96,7 @@ def compress(
     columns: Sequence[int],
     queries: Sequence[Sequence[Tensor | None]],
     room: int,
-    early: Regions | None = None,
+    early: Early | None = None,
     tell: Tell | None = None,
     placed: Collection[int] = (),
     reaches: Reaches = (),
@@ -109,7 +123,7 @@ def compress(
             and layer not in placed
             and own.donor == compressor.for_layer(layer, len(full.sites)).donor
         ):
-            ready = early[layer]
+            ready = early.regions[layer]
         begin = 0 if ready is None else min(p + r.covered for p, r in zip(pads, ready, strict=True))
         exact = Columns(*full.read(layer, begin, max(columns)), [begin] * full.batch)
         if ready is not None:
@@ -119,8 +133,35 @@ def compress(
             regions = compress_site(own, exact, site, spans, queries[layer], made, tell)
         if layer in placed and not _keeps_all(regions):
             regions, whole = _keep_all(exact, list(zip(pads, columns, strict=True))), True
-        layers.append(_place(site, regions, pads, exact, columns, room))
+        if early is None or ready is None:
+            apart = leave_out(full, site, exact, regions, pads)
+        else:
+            apart = early.remainders[layer]
+        layers.append(_place(site, regions, pads, exact, columns, room, apart))
+    _check(layers)
     return DraftKV(compressor, layers, columns, pads, whole)
+
+
+def leave_out(
+    full: FullKV, site: Site, exact: Columns, regions: Sequence[CompressedKV], begins: Sequence[int]
+) -> Remainders:
+    """What each row's region leaves out of its columns from begins[b] on, where full KV lives in host memory."""
+    if full.tier is not Tier.HOST:
+        return [None] * len(regions)
+    assert isinstance(full, PagedKV), "host memory holds pages"
+    return [
+        set_apart(site, *exact.row(b, begin, begin + region.covered), region, begin, full.link)
+        for b, (region, begin) in enumerate(zip(regions, begins, strict=True))
+    ]
+
+
+def _check(layers: Sequence[DraftLayer]) -> None:
+    """Forget what was left out by regions that hold something else than tokens as they were cached; the host waits."""
+    found = [(layer, b, each) for layer in layers for b, each in enumerate(layer.remainders) if each is not None]
+    sure = torch.stack([each.sure for *_, each in found]).tolist() if found else []
+    for (layer, b, _), well in zip(found, sure, strict=True):
+        if not well:
+            layer.remainders[b] = None
 
 
 def extend(
@@ -159,7 +200,8 @@ def extend(
         if layer in placed and not _keeps_all(regions):
             exact, whole = Columns(*full.read(layer, 0, max(columns)), [0] * full.batch), True
             regions = _keep_all(exact, list(zip(pads, columns, strict=True)))
-        layers.append(_place(site, regions, pads, exact, columns, room))
+        made = zip(held.remainders, held.regions, regions, strict=True)
+        layers.append(_place(site, regions, pads, exact, columns, room, [carry_over(*each) for each in made]))
     return DraftKV(before.compressor, layers, before.made, pads, whole)
 
 
@@ -215,7 +257,13 @@ def _stand_in(keys: Tensor, site: Site, count: int) -> Tensor:
 
 
 def _place(
-    site: Site, regions: list[CompressedKV], pads: Sequence[int], exact: Columns, columns: Sequence[int], room: int
+    site: Site,
+    regions: list[CompressedKV],
+    pads: Sequence[int],
+    exact: Columns,
+    columns: Sequence[int],
+    room: int,
+    remainders: Remainders | None = None,
 ) -> DraftLayer:
     """Allocate a site's draft cache, move unpacked regions into it, and fill the tails with what is exact."""
     starts = [pad + region.covered for pad, region in zip(pads, regions, strict=True)]
@@ -224,7 +272,7 @@ def _place(
     longest = max(column - start for column, start in zip(columns, starts, strict=True))
     width = (0 if packed else slots) + longest + room
     keys, values = keys_and_values(site, (*exact.keys.shape[:2], width), exact.keys)
-    made = DraftLayer(regions, slots, starts, keys, values, packed)
+    made = DraftLayer(regions, slots, starts, keys, values, packed, remainders or [None] * len(regions))
     for b, region in enumerate(regions):
         if not packed and isinstance(region, DenseKV):
             own = slice(slots - region.slots, slots)

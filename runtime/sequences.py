@@ -15,7 +15,7 @@ from vericache_compile.compressors.base import Compressor
 from vericache_compile.plan import DecodePlan
 from vericache_compile.runtime import ghosts
 from vericache_compile.runtime.caches import DraftKV, FullKV
-from vericache_compile.runtime.compression import CHUNK, Regions
+from vericache_compile.runtime.compression import CHUNK, Early
 from vericache_compile.runtime.drawn import Asked, Drawn, Repeated
 from vericache_compile.runtime.pace import Pace
 
@@ -95,15 +95,6 @@ class Queries:
         return self.tensor[b, :, : self.counts[b]] if self.counts[b] else None
 
 
-@dataclass
-class Early:
-    """Regions that prefill made while each site's keys and values were on the device anyway."""
-
-    compressor: Compressor
-    pads: list[int]
-    regions: Regions
-
-
 class Sequence:
     """One cache: full KV, compressed KV, held rows, per row."""
 
@@ -143,10 +134,11 @@ class Sequence:
     @property
     def nbytes(self) -> int:
         """Bytes of KV held, full and draft, and of what is noted about it."""
-        return sum(x.nbytes for x in (self.full, self.draft, self.drawn, self.repeated) if x is not None)
+        apart = self.draft.apart if self.draft is not None else 0
+        return apart + sum(x.nbytes for x in (self.full, self.draft, self.drawn, self.repeated) if x is not None)
 
-    def take_early(self, compressor: Compressor, columns: Rows[int]) -> Regions | None:
-        """The regions that prefill made for this compressor, once; None where there are none that still hold."""
+    def take_early(self, compressor: Compressor, columns: Rows[int]) -> Early | None:
+        """What prefill made for this compressor, once; None where there is nothing that still holds."""
         early, self.early = self.early, None
         if early is None or early.compressor is not compressor or early.pads != [row.pad for row in self.rows]:
             return None
@@ -155,7 +147,7 @@ class Sequence:
             for regions in early.regions
             for row, column, region in zip(self.rows, columns, regions, strict=True)
         ]
-        return early.regions if min(spare) >= 0 and max(spare) <= CHUNK else None
+        return early if min(spare) >= 0 and max(spare) <= CHUNK else None
 
     def cut_calls(self, columns: int) -> None:
         """What calls computed from column `columns` on no longer stands."""

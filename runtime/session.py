@@ -18,6 +18,7 @@ from vericache_compile.compressors.facts import KINDS
 from vericache_compile.errors import GhostError, PageLost
 from vericache_compile.plan import CapturedPlan, DecodePlan, Output, OutputRole, Roles, Tier
 from vericache_compile.runtime import drafting, pieces, rounds
+from vericache_compile.runtime.compression import Early
 from vericache_compile.runtime.counts import Counts
 from vericache_compile.runtime.drawn import Drawn
 from vericache_compile.runtime.executor import WeightCasts, bind_weights
@@ -25,7 +26,7 @@ from vericache_compile.runtime.mirrors import find_mirror, has_versions, padding
 from vericache_compile.runtime.recovery import Call, record, recover
 from vericache_compile.runtime.rotations import Rotations
 from vericache_compile.runtime.sequence_table import SequenceTable
-from vericache_compile.runtime.sequences import Early, Row, Sequence
+from vericache_compile.runtime.sequences import Row, Sequence
 from vericache_compile.runtime.sliding import columns_after, columns_of, columns_shown, is_short
 from vericache_compile.runtime.slots import Ring
 from vericache_compile.runtime.store import Store
@@ -51,6 +52,8 @@ class Footprint:
     staging: int = 0
     """The ring of device slots that the rest comes to."""
     draft: int = 0
+    apart: int = 0
+    """Copies in host memory of what drafts leave out."""
     tokens: int = 0
     """Tokens held, over all rows."""
 
@@ -146,7 +149,7 @@ class Session:
             sequence.drawn = Drawn.empty(plan.sites, batch, device)
         early = not columns and not sequence.full.resident and not self.compressor.wants & KINDS
         compresses = early and all(site.alibi is None for site in plan.sites)
-        sequence.early = Early(self.compressor, pads, []) if compresses else None
+        sequence.early = Early(self.compressor, pads) if compresses else None
         shown = columns_shown(plan, inputs)
         try:
             made = plan.module(Store(sequence, columns, self.compressor.queries, pads, shown), *inputs)
@@ -312,10 +315,10 @@ class Session:
             self._record.fed(sequence, column, inputs[plan.roles.tokens].tolist())
 
     def _note(self, sequence: Sequence) -> None:
-        draft = sequence.draft.nbytes if sequence.draft is not None else 0
+        full, draft = sequence.full, sequence.draft
         tokens = sum(row.length - row.pad for row in sequence.rows)
-        full = sequence.full
-        self.footprint = Footprint(full.nbytes, full.nbytes * full.resident, self.ring.nbytes, draft, tokens)
+        drafts = (0, 0) if draft is None else (draft.nbytes, draft.apart)
+        self.footprint = Footprint(full.nbytes, full.nbytes * full.resident, self.ring.nbytes, *drafts, tokens)
         self.placement = str(full.tier)
         self._newest = weakref.ref(sequence)
 

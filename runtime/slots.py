@@ -205,8 +205,13 @@ class PagedIncoming(Incoming):
     def _row(self, layer: int, b: int, keys: Tensor, values: Tensor) -> Iterator[int]:
         reach = self.reaches[layer] if self.reaches else None
         oldest = self._pads[b] if reach is None else max(self._pads[b], self.columns[b] + 1 - reach)
-        first = oldest // BLOCK * BLOCK
-        return self.paged.copy_to(layer, b, slice(first, self._end(layer, b)), keys[b], values[b])
+        first, end = oldest // BLOCK * BLOCK, self._end(layer, b)
+        apart = self.draft.layers[layer].remainders[b] if self.draft is not None else None
+        if apart is not None:
+            yield from self.paged.copy_to(layer, b, slice(first, apart.begin), keys[b], values[b])
+            yield from apart.copy_to(self.paged.link, keys[b], values[b])
+            first = apart.end
+        yield from self.paged.copy_to(layer, b, slice(first, end), keys[b], values[b])
 
     def _end(self, layer: int, b: int) -> int:
         """The first column that the draft cache holds exactly, and all after it."""
@@ -221,6 +226,8 @@ class PagedIncoming(Incoming):
             return
         held = self.draft.layers[layer]
         for b, column in enumerate(self.columns):
+            if (apart := held.remainders[b]) is not None:
+                apart.put_in_order((keys[b], values[b]), held.regions[b])
             own = slice(held.exact_from[b], column)
             slots = slice(held.offset + own.start - held.starts[b], held.offset + own.stop - held.starts[b])
             keys[b, :, own] = held.keys[b, :, slots]

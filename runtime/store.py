@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from vericache_compile.latent import absorb
-from vericache_compile.runtime.compression import Columns, compress_site
-from vericache_compile.runtime.sequences import Early, Queries, Sequence
+from vericache_compile.runtime.compression import Columns, Early, compress_site, leave_out
+from vericache_compile.runtime.sequences import Queries, Sequence
 from vericache_compile.runtime.sliding import OutOfWindow
 
 
@@ -65,10 +65,12 @@ class Store:
         if sites[layer].kept is not None:
             rows = zip(k, v, early.pads, strict=True)
             early.regions.append([OutOfWindow.like(own_k, own_v, k.shape[2] - pad) for own_k, own_v, pad in rows])
+            early.remainders.append([None] * k.shape[0])
             return
         own = early.compressor.for_layer(layer, len(sites))
         spans = [(pad, k.shape[2]) for pad in early.pads]
         asked = [None if held is None else held.row(b) for b in range(k.shape[0])]
-        early.regions.append(
-            compress_site(own, Columns(k, v, [0] * k.shape[0]), sites[layer], spans, asked, early.regions)
-        )
+        exact = Columns(k, v, [0] * k.shape[0])
+        made = compress_site(own, exact, sites[layer], spans, asked, early.regions)
+        early.regions.append(made)
+        early.remainders.append(leave_out(self.sequence.full, sites[layer], exact, made, early.pads))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vericache_compile.compressors.spec import parse
-from vericache_compile.estimate import bytes_read, compressed_bytes
+from vericache_compile.estimate import bytes_read, bytes_reloaded, compressed_bytes
 from vericache_compile.plan import Site
 
 SITE = Site(0, 4, 2, 16, 16, 0.25, torch.float32, (0, 1))
@@ -43,3 +43,18 @@ def test_a_sliding_window_is_kept_whole_and_read_no_further() -> None:
     assert compressed_bytes(method, [SITE, sliding]) == pytest.approx(1.25 * size, rel=0.02)
     assert bytes_read(method, [SITE, sliding], 1000) == (1100 * size, pytest.approx(350 * size, rel=0.02))
     assert bytes_read(method, [sliding], 10) == (10 * size, 10 * size)
+
+
+def test_what_drafts_hold_as_it_was_cached_is_not_brought_again() -> None:
+    sliding = replace(SITE, layer=1, window=100)
+    size = SITE.bytes_per_token
+    for text, share in {
+        "none": 0,
+        "knorm(keep=0.25)": 0.75,
+        "adakv(keep=0.25)": 0.75,
+        "kivi": 1,
+        "quest(whole=0)": 1,
+    }.items():
+        assert bytes_reloaded(parse(text, {}), [SITE, sliding], 1000) == pytest.approx(1000 * share * size, rel=0.02)
+    shared = bytes_reloaded(parse("kvsharer(share=0.5)", {}), [replace(SITE, layer=i) for i in range(4)], 10)
+    assert 0 < shared < 40 * size, "layers that borrow hold nothing of their own"

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from vericache_compile import stats
-from vericache_compile.runtime import slots
+from vericache_compile.runtime import drafting, slots
 from vericache_compile.runtime.tiers import PagedKV
 
 ELSEWHERE: list[dict[str, Any]] = [
@@ -27,6 +27,9 @@ ELSEWHERE: list[dict[str, Any]] = [
     {"placement": "host", "staging_mb": 0.6, "link_gbps": 0.5},
     {"placement": "host", "compressor": "none"},
     {"placement": "host", "compressor": "streaming", "staging_mb": 0.001},
+    {"placement": "host", "compressor": "snapkv", "keep": 0.3, "staging_mb": 0.001},
+    {"placement": "host", "compressor": "adakv", "keep": 0.3},
+    {"placement": "host", "compressor": "h2o(refresh=16)"},
     {"placement": "disk", "staging_mb": 64},
     {"placement": "disk", "staging_mb": 0.001, "compressor": "kivi"},
 ]
@@ -63,6 +66,25 @@ def test_rows_are_bit_equal_wherever_full_kv_lives(
     use_drafter(monkeypatch, random_guess(VOCABULARY))
     for choice in ({"placement": "host", "staging_mb": 0.001}, {"placement": "disk"}):
         assert torch.equal(first, logits_of(model, switch, inputs, 40, **choice, **EAGER)), "random guesses"
+
+
+@pytest.mark.parametrize("compressor", ["snapkv", "adakv", "streaming", "h2o(refresh=20)"])
+def test_what_drafts_hold_as_it_was_cached_does_not_come_in_again(
+    compressor: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also while tails are compressed in, and a draft cache is made anew: same rows, and fewer bytes over the link."""
+    monkeypatch.setattr(drafting, "CHUNK", 12)
+    model, inputs = make_tiny("llama"), make_prompt(500, 3)
+    switch = compiled(model)
+    first = logits_of(model, switch, inputs, 60, **EAGER)
+    came = []
+    for keep in (0.5, 0.25):
+        how = {"placement": "host", "compressor": compressor, "keep": keep}
+        assert torch.equal(first, logits_of(model, switch, inputs, 60, **how, **EAGER))
+        made = stats(model)["bytes"]
+        came.append(made["transferred"] / stats(model)["rounds"] / made["full"])
+        assert bool(made["set_apart"]) == (compressor != "streaming"), "it lets go of tokens when others join"
+    assert came[0] < came[1] < 0.9
 
 
 def test_a_prefill_leaves_one_sites_kv_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,6 +89,7 @@ def stats(model: torch.nn.Module) -> dict[str, Any]:
             "staging": held.staging,
             "transferred": counts.traffic.nbytes,
             "draft": held.draft,
+            "set_apart": held.apart,
             "draft_weights": session.casts.nbytes,
             "per_token_full": sum(site.bytes_per_token for site in made.sites),
             "per_token_draft": held.draft / held.tokens if held.tokens else 0.0,

@@ -86,7 +86,7 @@ def find_load(args: argparse.Namespace, options: Config) -> Load:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from vericache_compile.estimate import bytes_read
+    from vericache_compile.estimate import bytes_read, bytes_reloaded
     from vericache_compile.runtime.planner import Load
 
     device, path = _device(args), model_path(args)
@@ -101,7 +101,8 @@ def find_load(args: argparse.Namespace, options: Config) -> Load:
         raise VericacheError(found, f"--model {args.model}", fix) from error
     weights = sum(parameter.nbytes for parameter in model.parameters())
     sites = _sites(model, dtype)
-    full, draft = bytes_read(options.make_compressor(), sites, args.context)
+    compressor = options.make_compressor()
+    full, draft = bytes_read(compressor, sites, args.context)
     low = options.draft_dtype_on(device)
     return Load(
         weights=float(weights),
@@ -113,6 +114,7 @@ def find_load(args: argparse.Namespace, options: Config) -> Load:
         batch=args.batch,
         window=options.window,
         tokens_per_round=args.tokens_per_round or 0.875 * options.window,
+        reload=bytes_reloaded(compressor, sites, args.context) / full,
     )
 
 

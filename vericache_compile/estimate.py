@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch.fx import GraphModule, Node
 
-from vericache_compile.compressors.base import Compressor
+from vericache_compile.compressors.base import CompressedKV, Compressor
 from vericache_compile.compressors.dense import DenseKV
 from vericache_compile.compressors.facts import Facts, reader_of
 from vericache_compile.passes.program import example, placeholders
@@ -49,7 +49,44 @@ def _draft_bytes(compressor: Compressor, sites: Sequence[Site]) -> list[float]:
     return found
 
 
+def bytes_reloaded(compressor: Compressor, sites: Sequence[Site], tokens: int) -> float:
+    """Bytes of one sequence's full KV over so many tokens that a round brings from host memory, at all sites together.
+
+    What drafts hold as it was cached is left out: sliding windows, and what a method keeps without changing it.
+    """
+    shares: dict[tuple[object, ...], float] = {}
+    total = 0.0
+    for site in sites:
+        if site.window is not None:
+            continue
+        method = compressor.for_layer(site.layer, len(sites))
+        shape = (repr(method), site.heads, site.kv_heads, site.head_size, site.value_size)
+        if shape not in shares:
+            shares[shape] = _share_reloaded(method, site)
+        total += shares[shape] * site.bytes_per_token * tokens
+    return total
+
+
+def _share_reloaded(method: Compressor, site: Site) -> float:
+    if method.donor is not None:
+        return 1.0
+    region = _probe(method, site)
+    if region is None:
+        return 0.0  # all stay in the exact tail
+    own = region.as_cached
+    return 1.0 if own is None else 1 - sum(own) / (len(own) * region.covered)
+
+
 def _bytes_per_token(method: Compressor, site: Site) -> float:
+    region = _probe(method, site)
+    if region is None:
+        return float(site.bytes_per_token)
+    own = region.keys.nbytes if site.latent and isinstance(region, DenseKV) else region.nbytes
+    return own / region.covered
+
+
+def _probe(method: Compressor, site: Site) -> CompressedKV | None:
+    """A region of zeros; None where all stays in the exact tail."""
     for tokens in PROBES:
         keys = torch.zeros(site.kv_heads, tokens, site.head_size, dtype=site.dtype)
         values = torch.zeros(site.kv_heads, tokens, site.value_size, dtype=site.dtype)
@@ -57,9 +94,8 @@ def _bytes_per_token(method: Compressor, site: Site) -> float:
         facts = Facts(read=reader_of(keys, values))
         region = method.knowing(facts).compress(keys, values, queries)
         if region.covered:
-            own = region.keys.nbytes if site.latent and isinstance(region, DenseKV) else region.nbytes
-            return own / region.covered
-    return float(site.bytes_per_token)  # all stay in the exact tail
+            return region
+    return None
 
 
 GATHERS = (torch.ops.aten.embedding.default, torch.ops.aten.index.Tensor, torch.ops.aten.index_select.default)

@@ -48,6 +48,12 @@ def test_swapped_verify_is_bound_by_the_link() -> None:
     assert swapped.device_bytes < 50e9
 
 
+def test_what_drafts_hold_does_not_come_over_the_link() -> None:
+    half = by_name(replace(LLAMA, reload=0.5), GPU)[SWAPPED]
+    assert half.tokens_per_second == pytest.approx(7 * 14 / (0.5 * LLAMA.full / 55e9), rel=0.15)
+    assert any("50% of full KV" in line for line in half.arithmetic)
+
+
 def test_a_batch_that_does_not_fit_is_made_smaller() -> None:
     found = by_name(replace(LLAMA, batch=20), GPU)
     for name in (PLAIN, RESIDENT):

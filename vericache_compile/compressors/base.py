@@ -48,6 +48,15 @@ class CompressedKV(ABC):
         return 0
 
     @property
+    def as_cached(self) -> tuple[int, ...] | None:
+        """Slots per KV head [K], each of a token as it was cached, in ascending order; None where that is not so.
+
+        Where full KV lives in host memory the others are set apart there, and only they come in again. Whether it is
+        so is checked bit by bit: a method that is wrong gives the same rows, only later.
+        """
+        return None
+
+    @property
     def packed(self) -> tuple[PackedSide, PackedSide] | None:
         """Keys and values as a kernel can read them; None where only `materialize` gives them."""
         return None

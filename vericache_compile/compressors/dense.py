@@ -29,6 +29,11 @@ class DenseKV(CompressedKV):
         return self.keys.shape[1]
 
     @property
+    def as_cached(self) -> tuple[int, ...]:
+        """All slots."""
+        return (self.slots,) * self.keys.shape[0]
+
+    @property
     def nbytes(self) -> int:
         """Bytes of keys and values, wherever they lie."""
         return self.keys.nbytes + self.values.nbytes

@@ -32,6 +32,11 @@ class RaggedKV(CompressedKV):
         return self.counts
 
     @property
+    def as_cached(self) -> tuple[int, ...]:
+        """All slots."""
+        return self.counts
+
+    @property
     def nbytes(self) -> int:
         """Bytes allocated."""
         return self.keys.nbytes + self.values.nbytes

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 BLOCK = 256
 FLAGS = ("-fno-unsafe-math-optimizations", "-fno-finite-math-only", "-ffp-contract=off")
-"""Sums keep their order and NaN its meaning, whatever Inductor is set to; products and sums fuse where that is written."""
+"""Sums keep their order and NaN its meaning, whatever Inductor is set to; what fuses is written so."""
 SIZES = ("batch", "heads", "kv_heads", "window", "size", "value_size")
 STRIDES = tuple(f"{tensor}_{axis}" for tensor in "qkv" for axis in ("batch", "head", "row"))
 
