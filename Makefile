@@ -2,6 +2,7 @@
 # make test      lint, types and the test suite         make test-all   with the slow tests
 # make bench     the figures of the README              make lint       ruff and mypy only
 # make test-compat TORCH=2.12.0 TRANSFORMERS=5.17.0      the tests on other versions, in an environment of their own
+# make test-transformers SOURCE=/path/to/transformers    its own generation tests, on compiled models
 #
 # All of them build .venv first, and reuse it afterwards. Choose a Python with `make PYTHON=/path/to/python3.12 ...`.
 # Where packages come from is pip's own configuration. torch==2.13.0 in constraints.txt also stands for its CPU
@@ -27,7 +28,7 @@ CXX := $(shell command -v g++ || command -v clang++ || command -v c++)
 endif
 export CXX
 
-.PHONY: help demo test test-all test-compat lint bench clean compiler
+.PHONY: help demo test test-all test-compat test-transformers lint bench clean compiler
 help:
 	@sed -n 's/^# make/make/p' Makefile
 
@@ -57,12 +58,20 @@ test-compat: compiler
 	@$(MAKE) VENV=$(COMPAT) PINS=build/$(COMPAT).txt $(COMPAT)/.installed
 	@OMP_NUM_THREADS=1 $(COMPAT)/bin/pytest --numprocesses=auto --maxprocesses=8 --dist=loadfile -m "not slow" $(TESTS)
 
+# SOURCE is a checkout of transformers, best of the version in constraints.txt; its tests need a few packages more.
+PEER := .venv-transformers
+test-transformers: compiler
+	@: $(or $(SOURCE),$(error give SOURCE=<a checkout of transformers>))
+	@$(MAKE) VENV=$(PEER) $(PEER)/.installed
+	@$(PEER)/bin/python -m pip install -q --disable-pip-version-check -c $(PINS) parameterized httpx datasets
+	@OMP_NUM_THREADS=1 $(PEER)/bin/python tests/transformers_generation.py "$(SOURCE)" --json build/transformers-generation.json
+
 bench: compiler $(STAMP)
 	@$(BIN)/python benchmarks/decode.py
 	@$(BIN)/python benchmarks/first_call.py
 
 clean:
-	@rm -rf $(VENV) .venv-torch-* build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage htmlcov
+	@rm -rf $(VENV) .venv-torch-* $(PEER) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage htmlcov
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 compiler:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -49,3 +51,18 @@ def test_a_run_that_is_not_finished_can_be_shown(report: dict[str, Any], tmp_pat
     assert frontier.table(report).row_count == 2
     frontier.plot(report, tmp_path / "plot.svg")
     assert (tmp_path / "plot.svg").stat().st_size > 1000
+
+
+def test_the_documents_say_what_was_measured() -> None:
+    root = Path(__file__).parents[2]
+    report = json.loads((root / "benchmarks/results/compressors-amd-epyc.json").read_text())
+    assert (root / "docs/compressors/measured.md").read_text() == frontier.markdown(report)
+    readme = (root / "README.md").read_text()
+    for point in frontier.points(report):
+        if "+" in point.method:
+            continue
+        [row] = re.findall(rf"^\| `(?:int8`, `)?{point.method}`.*\|$", readme, re.MULTILINE)
+        rates = ", ".join(f"{point.runs[name]['tokens_per_round']:.1f}" for name in frontier.prompts_of(report))
+        kib = frontier.mean(run["bytes_per_token"] for run in point.runs.values()) / 1024
+        assert rates in row
+        assert f"{kib:.1f}" in row
