@@ -27,6 +27,7 @@ GROWTH = 1024
 """Columns added when a full cache is out of room."""
 Remainders = list[Remainder | None]
 """What regions of one site leave out, per row; None where full KV comes whole."""
+
 Reaches = Sequence[int | None]
 """Per site the columns that a token attends to, None for all; empty where it is all at every site."""
 
@@ -56,6 +57,11 @@ def write_columns(target: Tensor, source: Tensor, columns: Sequence[int]) -> Non
         return
     for b, column in enumerate(columns):
         target[b, :, column : column + width] = source[b]
+
+
+def apart(sites: Sequence[Remainders]) -> int:
+    """Bytes in host memory of what regions of all sites leave out."""
+    return sum(each.nbytes for site in sites for each in site if each is not None)
 
 
 class FullKV:
@@ -153,7 +159,7 @@ class DraftLayer:
     def nbytes(self) -> int:
         """Bytes allocated."""
         regions = sum(region.nbytes for region in self.regions) if self.packed else 0
-        notes = sum(each.held.nbytes for each in self.remainders if each is not None)
+        notes = sum(bytes_of(each.held, each.firsts) for each in self.remainders if each is not None)
         return bytes_of(self.keys, self.values) + regions + notes
 
     def write(self, k: Tensor, v: Tensor, columns: Sequence[int]) -> None:
@@ -259,8 +265,7 @@ class DraftKV:
     @property
     def apart(self) -> int:
         """Bytes in host memory of what regions leave out."""
-        found = (each for layer in self.layers for each in layer.remainders)
-        return sum(each.nbytes - each.held.nbytes for each in found if each is not None)
+        return apart([layer.remainders for layer in self.layers])
 
     @property
     def reaches(self) -> list[int | None]:

@@ -16,7 +16,7 @@ from vericache_compile.compressors.borrowed import BorrowedKV
 from vericache_compile.compressors.dense import DenseKV
 from vericache_compile.compressors.facts import Facts
 from vericache_compile.compressors.none import NoCompression
-from vericache_compile.plan import Site, Tier
+from vericache_compile.plan import Site
 from vericache_compile.runtime.caches import DraftKV, DraftLayer, FullKV, Reaches, Remainders, keys_and_values
 from vericache_compile.runtime.remainder import carry_over, set_apart
 from vericache_compile.runtime.sliding import OutOfWindow
@@ -52,6 +52,8 @@ class Early:
 
     compressor: Compressor
     pads: list[int]
+    apart: bool
+    """Whether what regions leave out is set apart."""
     regions: Regions = field(default_factory=list)
     remainders: list[Remainders] = field(default_factory=list)
     """What they leave out, per site and row."""
@@ -100,13 +102,15 @@ def compress(
     tell: Tell | None = None,
     placed: Collection[int] = (),
     reaches: Reaches = (),
+    apart: bool = False,
 ) -> DraftKV:
     """Compress each row's columns [pads[b], columns[b]) at every site, or take the regions that were made `early`.
 
     `queries[layer][b]` are those of `compress_site`, and `tell` is. Tails get room for `room` columns more. Slots do
     not say where in the text a token stood: sites in `placed`, which need to know, keep every token where the method
     drops some, and are given no `early` regions. A site that reaches a number of columns back (`reaches`, a sliding
-    window) is not compressed: its tail has all that the next token sees.
+    window) is not compressed: its tail has all that the next token sees. With `apart` what regions leave out is set
+    apart in host memory.
     """
     layers: list[DraftLayer] = []
     whole = False
@@ -117,13 +121,13 @@ def compress(
             layers.append(_place_window(site, exact, pads, columns, room, reach))
             continue
         own = _method(compressor, layer, full.sites, reaches)
-        ready = None
+        ready, left = None, None
         if (
             early is not None
             and layer not in placed
             and own.donor == compressor.for_layer(layer, len(full.sites)).donor
         ):
-            ready = early.regions[layer]
+            ready, left = early.regions[layer], early.remainders[layer]
         begin = 0 if ready is None else min(p + r.covered for p, r in zip(pads, ready, strict=True))
         exact = Columns(*full.read(layer, begin, max(columns)), [begin] * full.batch)
         if ready is not None:
@@ -133,22 +137,20 @@ def compress(
             regions = compress_site(own, exact, site, spans, queries[layer], made, tell)
         if layer in placed and not _keeps_all(regions):
             regions, whole = _keep_all(exact, list(zip(pads, columns, strict=True))), True
-        if early is None or ready is None:
-            apart = leave_out(full, site, exact, regions, pads)
-        else:
-            apart = early.remainders[layer]
-        layers.append(_place(site, regions, pads, exact, columns, room, apart))
+        if left is None:
+            left = leave_out(full, site, exact, regions, pads, apart)
+        layers.append(_place(site, regions, pads, exact, columns, room, left))
     _check(layers)
     return DraftKV(compressor, layers, columns, pads, whole)
 
 
 def leave_out(
-    full: FullKV, site: Site, exact: Columns, regions: Sequence[CompressedKV], begins: Sequence[int]
+    full: FullKV, site: Site, exact: Columns, regions: Sequence[CompressedKV], begins: Sequence[int], apart: bool
 ) -> Remainders:
-    """What each row's region leaves out of its columns from begins[b] on, where full KV lives in host memory."""
-    if full.tier is not Tier.HOST:
+    """What each row's region leaves out of its columns from begins[b] on, set apart where that is wanted."""
+    if not apart:
         return [None] * len(regions)
-    assert isinstance(full, PagedKV), "host memory holds pages"
+    assert isinstance(full, PagedKV), "full KV that lives in host memory is in pages"
     return [
         set_apart(site, *exact.row(b, begin, begin + region.covered), region, begin, full.link)
         for b, (region, begin) in enumerate(zip(regions, begins, strict=True))
@@ -200,8 +202,9 @@ def extend(
         if layer in placed and not _keeps_all(regions):
             exact, whole = Columns(*full.read(layer, 0, max(columns)), [0] * full.batch), True
             regions = _keep_all(exact, list(zip(pads, columns, strict=True)))
-        made = zip(held.remainders, held.regions, regions, strict=True)
-        layers.append(_place(site, regions, pads, exact, columns, room, [carry_over(*each) for each in made]))
+        left = list(map(carry_over, held.remainders, held.regions, regions))
+        layers.append(_place(site, regions, pads, exact, columns, room, left))
+    _check(layers)
     return DraftKV(before.compressor, layers, before.made, pads, whole)
 
 
@@ -246,7 +249,7 @@ def _place_window(
     starts = _window_starts(pads, columns, reach)
     k, v = exact.keys[0], exact.values[0]
     regions: list[CompressedKV] = [OutOfWindow.like(k, v, start - pad) for start, pad in zip(starts, pads, strict=True)]
-    made = _place(site, regions, pads, exact, columns, room)
+    made = _place(site, regions, pads, exact, columns, room, [None] * len(regions))
     made.reach = reach
     return made
 
@@ -263,7 +266,7 @@ def _place(
     exact: Columns,
     columns: Sequence[int],
     room: int,
-    remainders: Remainders | None = None,
+    remainders: Remainders,
 ) -> DraftLayer:
     """Allocate a site's draft cache, move unpacked regions into it, and fill the tails with what is exact."""
     starts = [pad + region.covered for pad, region in zip(pads, regions, strict=True)]
@@ -272,7 +275,7 @@ def _place(
     longest = max(column - start for column, start in zip(columns, starts, strict=True))
     width = (0 if packed else slots) + longest + room
     keys, values = keys_and_values(site, (*exact.keys.shape[:2], width), exact.keys)
-    made = DraftLayer(regions, slots, starts, keys, values, packed, remainders or [None] * len(regions))
+    made = DraftLayer(regions, slots, starts, keys, values, packed, remainders)
     for b, region in enumerate(regions):
         if not packed and isinstance(region, DenseKV):
             own = slice(slots - region.slots, slots)

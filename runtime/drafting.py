@@ -91,7 +91,9 @@ def prepare_draft(
             draft = extend(draft, full, start.pads, start.columns, queries, room, tell, placed)
         else:
             early, reaches = sequence.take_early(compressor, start.columns), reaches_of(plan)
-            draft = compress(compressor, full, start.pads, start.columns, queries, room, early, tell, placed, reaches)
+            how = (room, early, tell, placed, reaches)
+            apart = sequence.sets_apart(compressor, max(start.columns), plan.captured.staging_bytes)
+            draft = compress(compressor, full, start.pads, start.columns, queries, *how, apart)
         sequence.draft = draft
         counts.compress_seconds += time.perf_counter() - began
     return draft

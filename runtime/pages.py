@@ -14,7 +14,7 @@ import math
 import os
 import tempfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import IO
@@ -61,21 +61,24 @@ class FilePage:
 def host_pages(site: Site, columns: int, count: int, pinned: bool) -> list[HostPage]:
     """`count` pages of `columns` columns in one allocation, zeroed; in pageable memory where none can be pinned."""
     shape, sizes = (count, site.kv_heads, columns), (site.head_size, site.value_size)[: site.sides]
-    held = [host_zeros((*shape, size), site.dtype, pinned) for size in sizes]
+    held = [host_memory((*shape, size), site.dtype, pinned) for size in sizes]
     keys, values = held[0], held[-1][..., : site.value_size]
     return [HostPage(keys[i], values[i]) for i in range(count)]
 
 
-def host_zeros(shape: tuple[int, ...], dtype: torch.dtype, pinned: bool) -> Tensor:
-    """Zeros in host memory, pinned where that is asked for; where it is refused pageable, which is said once."""
+def host_memory(
+    shape: tuple[int, ...], dtype: torch.dtype, pinned: bool, make: Callable[..., Tensor] = torch.zeros
+) -> Tensor:
+    """Zeros, or what else `make` makes, in host memory, pinned where that is asked for; where it is refused pageable,
+    which is said once."""
     with torch.inference_mode(False):
         try:
-            return torch.zeros(shape, dtype=dtype, pin_memory=pinned)
+            return make(shape, dtype=dtype, pin_memory=pinned)
         except RuntimeError as error:
             if not pinned:
                 raise
             _tell_pageable(str(error).split(". ")[0].splitlines()[0])
-            return torch.zeros(shape, dtype=dtype)
+            return make(shape, dtype=dtype)
 
 
 @cache

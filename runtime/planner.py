@@ -37,7 +37,8 @@ class Load:
     window: int = 16
     tokens_per_round: float = 14.0
     reload: float = 1.0
-    """Share of full KV that comes over the link from host memory: what drafts do not hold as it was cached."""
+    """Share of full KV that drafts do not hold as it was cached; where the ring is smaller than full KV no more than
+    that comes over the link."""
 
     @property
     def full(self) -> float:
@@ -137,12 +138,13 @@ def _swapped(load: Load, machine: Machine, staging_bytes: float | None) -> Choic
     slot = load.full / load.sites
     wanted = ring_bytes(load.draft_weights, load.window, machine) if staging_bytes is None else staging_bytes
     ring = min(max(wanted, slot), load.full)
-    early, late = (load.reload * size / machine.link_gbps / GB for size in (ring, load.full - ring))
+    share = load.reload if ring < load.full else 1.0
+    early, late = (share * size / machine.link_gbps / GB for size in (ring, load.full - ring))
     total = max(draft, early) + max(verify, late)
     needed = load.weights + load.copies + load.compressed + ring
     lines += (
-        f"transfer = {load.reload:.0%} of full KV {_gb(load.full)} (drafts hold the rest) / {machine.link_gbps:g} GB/s "
-        f"= {_ms(early + late)}, of which the ring of {_gb(ring)} lets {_ms(early)} go on under draft",
+        f"transfer = {'' if share == 1 else f'{share:.0%} of '}full KV {_gb(load.full)} / {machine.link_gbps:g} GB/s = "
+        f"{_ms(early + late)}, of which the ring of {_gb(ring)} lets {_ms(early)} go on under draft",
         f"round = max(draft, {_ms(early)}) + max(verify, {_ms(late)}) = {_ms(total)} for {load.tokens_per_round:g} "
         "tokens of each row",
     )

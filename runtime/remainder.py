@@ -1,8 +1,8 @@
 """What a region leaves out of full KV, set apart in host memory: all that a round has to bring of the region's tokens.
 
-A method that drops tokens keeps the others as they were cached. Which ones it keeps is found by comparing bits: no
-method has to say it, and none can say it wrong. On the device the two are put together in the order of the cache, so
-that attention gives the same bits as over full KV that came whole.
+A method that drops tokens keeps the others as they were cached (`CompressedKV.as_cached`). Which ones is found by
+comparing bits, so no method can say it wrong. On the device the two are put together in the order of the cache, so that
+attention gives the same bits as over full KV that came whole.
 
 Shapes: K KV heads, S tokens of a region, N slots of its fullest head, M tokens left out by its emptiest, D head size.
 """
@@ -10,14 +10,14 @@ Shapes: K KV heads, S tokens of a region, N slots of its fullest head, M tokens 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from vericache_compile.compressors.base import CompressedKV
 from vericache_compile.plan import Site
-from vericache_compile.runtime.pages import host_zeros
+from vericache_compile.runtime.pages import host_memory
 from vericache_compile.runtime.transfers import Link
 
 MARKS = 8
@@ -33,8 +33,10 @@ class Remainder:
     """[K, S] bool, on the device: whether the region holds a token."""
     sure: Tensor
     """A bool on the device: whether `held` is true to the bit. If not, all of this is of no use."""
+    firsts: Tensor
+    """[2, K, 1] on the device: where in [M tokens left out | N slots] a head's own begin, of both kinds."""
     counts: tuple[int, ...]
-    """Tokens left out, per KV head."""
+    """Tokens left out, per KV head; M is the most of them."""
     sides: tuple[Tensor, ...]
     """Keys, and values where they are held apart, in host memory: those of head 0 first, [sum(counts), D]."""
 
@@ -45,8 +47,8 @@ class Remainder:
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated, nearly all in host memory."""
-        return self.held.nbytes + sum(side.nbytes for side in self.sides)
+        """Bytes allocated in host memory."""
+        return sum(side.nbytes for side in self.sides)
 
     def copy_to(self, link: Link, *targets: Tensor) -> Iterator[int]:
         """Copy each head's tokens to the columns before `end` of the targets [K, C, *]; one head per step, as bytes."""
@@ -56,17 +58,13 @@ class Remainder:
 
     def put_in_order(self, targets: Sequence[Tensor], region: CompressedKV) -> None:
         """Columns [begin, end) of the targets [K, C, *], from the last of them (see `copy_to`) and the region."""
-        slots = region.as_cached
-        assert slots is not None, "whoever holds no tokens as they were cached leaves out nothing"
-        most, fullest = max(self.counts), region.slots
-        firsts = [[most - out, most + fullest - own] for out, own in zip(self.counts, slots, strict=True)]
-        out, own = torch.tensor(firsts, device=self.held.device).t().unsqueeze(-1)
+        most, count, parts = max(self.counts), len(self.sides), region.materialize()
         kept = self.held.cumsum(dim=1)  # of a token that is held, itself and those before it
         left = torch.arange(self.held.shape[1], device=self.held.device) - kept
-        order = torch.where(self.held, own + kept - 1, out + left).unsqueeze(-1)
-        for target, part, _ in zip(targets, region.materialize(), self.sides, strict=False):
+        order = torch.where(self.held, self.firsts[1] + kept - 1, self.firsts[0] + left)
+        for target, part in zip(targets[:count], parts[:count], strict=True):
             both = torch.cat([target[:, self.end - most : self.end], part], dim=1)
-            target[:, self.begin : self.end] = both.take_along_dim(order, dim=1)
+            target[:, self.begin : self.end] = _take(both, order)
 
 
 def set_apart(
@@ -82,31 +80,31 @@ def set_apart(
     keys, values = keys[:, : region.covered], values[:, : region.covered]
     held, sure = find_held(keys, values, *region.materialize(), own)
     counts = tuple(region.covered - slots for slots in own)
-    left = held.to(torch.uint8).argsort(dim=1, stable=True)[:, : max(counts), None]
-    sides = [side.take_along_dim(left, dim=1) for side in (keys, values)[: site.sides]]
-    made = tuple(host_zeros((sum(counts), side.shape[2]), side.dtype, link.pinned(keys.device)) for side in sides)
+    left = held.to(torch.uint8).argsort(dim=1, stable=True)[:, : max(counts)]
+    sides = [_take(side, left) for side in (keys, values)[: site.sides]]
+    pinned = link.pinned(keys.device)
+    made = tuple(host_memory((sum(counts), side.shape[2]), side.dtype, pinned, torch.empty) for side in sides)
     with link.outgoing(*sides):
         for side, target in zip(sides, made, strict=True):
             for own_side, count, place in zip(side, counts, torch.split(target, list(counts)), strict=True):
                 link.store(place[None], own_side[None, :count])
-    return Remainder(begin, held, sure, counts, made)
+    return Remainder(begin, held, sure, _firsts(counts, own, keys.device), counts, made)
 
 
 def carry_over(made: Remainder | None, before: CompressedKV, after: CompressedKV) -> Remainder | None:
-    """What `before` left out, where `after`, which covers more, still begins with what that held; else None."""
+    """What `before` left out, for `after`, which covers more: `sure` is whether that still begins with what the former
+    held. The host waits for nothing."""
     if made is None:
         return None
     first, now = before.as_cached, after.as_cached
-    if first is None or now is None:
+    if first is None or now is None or any(more < count for count, more in zip(first, now, strict=True)):
         return None
-    pairs = zip(before.materialize(), after.materialize(), strict=True)
-    same = [
-        torch.equal(_bits(old[head, -count:]), _bits(new[head, new.shape[1] - more :][:count]))
-        for old, new in pairs
-        for head, (count, more) in enumerate(zip(first, now, strict=True))
-        if count
-    ]
-    return made if all(same) else None
+    sure = made.sure
+    for old, new in zip(before.materialize(), after.materialize(), strict=True):
+        for head, (count, more) in enumerate(zip(first, now, strict=True)):
+            begins = new.shape[1] - more
+            sure = sure & (_bits(old[head, old.shape[1] - count :]) == _bits(new[head, begins : begins + count])).all()
+    return replace(made, sure=sure, firsts=_firsts(made.counts, now, made.held.device))
 
 
 def find_held(
@@ -114,21 +112,44 @@ def find_held(
 ) -> tuple[Tensor, Tensor]:
     """Which of keys [K, S, D] and values [K, S, E] lie, in their order, in the last slots[h] of each head's [K, N, *].
 
-    [K, S] bool, and a bool that says whether it is so for each slot and to the bit. Nothing is waited for.
+    [K, S] bool, and a bool that says whether it is so for each slot and to the bit. The host waits for nothing.
     """
     theirs, order = _marks(keys).sort(dim=1, stable=True)
     at = torch.searchsorted(theirs, _marks(own_keys)).clamp(max=keys.shape[1] - 1)
     where = order.take_along_dim(at, dim=1)
-    firsts = torch.tensor(slots, device=keys.device).neg().add(own_keys.shape[1])
-    real = torch.arange(own_keys.shape[1], device=keys.device) >= firsts[:, None]
+    firsts = _on(keys.device, [[own_keys.shape[1] - own] for own in slots])
+    real = torch.arange(own_keys.shape[1], device=keys.device) >= firsts
     same = torch.ones_like(real)
     for full, own in ((keys, own_keys), (values, own_values)):
-        same &= (_bits(full).take_along_dim(where.unsqueeze(-1), dim=1) == _bits(own)).all(dim=-1)
+        same &= (_bits(_take(full, where)) == _bits(own)).all(dim=-1)
     rising = where.diff(dim=1) > 0
     sure = (same | ~real).all() & (rising | ~real[:, :-1]).all()
     held = real.new_zeros(keys.shape[0], keys.shape[1] + 1)  # the last column takes what lies before a head's slots
     held.scatter_(1, where.masked_fill(~real, keys.shape[1]), True)
     return held[:, :-1].contiguous(), sure
+
+
+def _firsts(counts: Sequence[int], slots: Sequence[int], device: torch.device) -> Tensor:
+    most, fullest = max(counts), max(slots)
+    pairs = [[[most - out] for out in counts], [[most + fullest - own] for own in slots]]
+    return _on(device, pairs)
+
+
+def _on(device: torch.device, values: Sequence[object]) -> Tensor:
+    """Whole numbers on the device; the host does not wait for the copy, as it would for one from pageable memory."""
+    made = torch.tensor(values)
+    return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made
+
+
+def _take(x: Tensor, tokens: Tensor) -> Tensor:
+    """Tokens [K, n] of x [K, T, D]: [K, n, D]. As rows of a matrix, which on a CPU is five times as fast."""
+    heads, count, size = x.shape
+    if x.stride(2) != 1 or x.stride(0) % size or x.stride(1) % size:
+        x = x.contiguous()
+    per_head, per_token = x.stride(0) // size, x.stride(1) // size
+    rows = tokens * per_token + torch.arange(heads, device=x.device)[:, None] * per_head
+    matrix = x.as_strided(((heads - 1) * per_head + (count - 1) * per_token + 1, size), (size, 1))
+    return matrix.index_select(0, rows.flatten()).view(*tokens.shape, size)
 
 
 def _bits(x: Tensor) -> Tensor:
@@ -137,6 +158,8 @@ def _bits(x: Tensor) -> Tensor:
 
 def _marks(x: Tensor) -> Tensor:
     """A number per token [K, T] of x [K, T, D]; tokens with different numbers are different."""
-    some = _bits(x[..., :: max(x.shape[-1] // MARKS, 1)][..., :MARKS]).to(torch.int64)
-    weights = [pow(0x9E3779B97F4A7C15, i + 1, 1 << 62) for i in range(some.shape[-1])]
-    return (some * torch.tensor(weights, device=x.device)).sum(dim=-1)
+    channels = _bits(x[..., :: max(x.shape[-1] // MARKS, 1)][..., :MARKS]).unbind(-1)
+    made = channels[0].to(torch.int64)
+    for channel in channels[1:]:
+        made = made * 0x1E3779B97F4A7C15 + channel
+    return made

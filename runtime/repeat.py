@@ -132,7 +132,7 @@ def _repeat(
     tokens = torch.tensor(padded, device=device).t().unsqueeze(-1).contiguous()
     pads = [row.pad for row in sequence.rows]
     reaches = [site.window for site in sites]
-    coming = incoming(sequence.full, None, ring, plan.staging_bytes, columns, pads, reaches)
+    coming = incoming(sequence.full, None, ring, plan.captured.staging_bytes, columns, pads, reaches)
     try:
         verify_tokens(coming, pads, plan, bound, tokens, torch.tensor(first, device=device), note)
     finally:

@@ -68,7 +68,9 @@ def run_round(
     draft = prepare_draft(sequence, start, compressor, plan.window, counts, telling)
     horizon = next_steps(sequence, plan.window)
     low = bind_weights(plan.draft, inputs, casts)
-    coming = incoming(sequence.full, draft, ring, plan.staging_bytes, start.columns, start.pads, reaches_of(plan))
+    coming = incoming(
+        sequence.full, draft, ring, plan.captured.staging_bytes, start.columns, start.pads, reaches_of(plan)
+    )
     launched, began = time.perf_counter(), moment(device)
     try:
         if known is None:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from vericache_compile.compressors.base import Compressor
-from vericache_compile.plan import DecodePlan
+from vericache_compile.plan import DecodePlan, Tier
 from vericache_compile.runtime import ghosts
-from vericache_compile.runtime.caches import DraftKV, FullKV
+from vericache_compile.runtime.caches import DraftKV, FullKV, apart
 from vericache_compile.runtime.compression import CHUNK, Early
 from vericache_compile.runtime.drawn import Asked, Drawn, Repeated
 from vericache_compile.runtime.pace import Pace
@@ -126,6 +126,7 @@ class Sequence:
         """Of the weights that the last call saw: where they lie, and autograd's version counters."""
         self.cut: set[int] = set()
         """Places (as ghosts spell them) of cache tensors that showed fewer columns than there were."""
+        self.forked = False
         self.regular = True
         """Whether the caller's last mask was causal with left padding."""
         self._templates: list[tuple[list[int], Tensor]] = []
@@ -134,8 +135,23 @@ class Sequence:
     @property
     def nbytes(self) -> int:
         """Bytes of KV held, full and draft, and of what is noted about it."""
-        apart = self.draft.apart if self.draft is not None else 0
-        return apart + sum(x.nbytes for x in (self.full, self.draft, self.drawn, self.repeated) if x is not None)
+        return self.apart + sum(x.nbytes for x in (self.full, self.draft, self.drawn, self.repeated) if x is not None)
+
+    @property
+    def apart(self) -> int:
+        """Bytes in host memory of what regions leave out."""
+        draft = 0 if self.draft is None else self.draft.apart
+        return draft + (0 if self.early is None else apart(self.early.remainders))
+
+    def sets_apart(self, compressor: Compressor, columns: int, staging_bytes: int) -> bool:
+        """Whether it pays to set apart what regions over so many columns leave out, so that no round brings the rest.
+
+        Not where the ring takes all of full KV, so that it comes while drafting runs; nor for regions that are soon
+        made anew: those of a fork (a beam lives for one token), or of a method that chooses anew all the time.
+        """
+        seldom = compressor.refresh == 0 or compressor.refresh >= CHUNK
+        size = self.full.batch * columns * sum(site.bytes_per_token for site in self.full.sites)
+        return self.full.tier is Tier.HOST and size > staging_bytes and seldom and not self.forked
 
     def take_early(self, compressor: Compressor, columns: Rows[int]) -> Early | None:
         """What prefill made for this compressor, once; None where there is nothing that still holds."""
@@ -190,6 +206,7 @@ class Sequence:
     def fork(self, number: int, rows: Rows[int], columns: int) -> Sequence:
         """A new sequence of the given rows (repeats allowed), holding the first `columns` columns."""
         made = Sequence(number, self.full.select(rows, columns))
+        made.forked = True
         made.regular, made.version, made.horizon, made.cut = self.regular, self.version, self.horizon, set(self.cut)
         for new, old in zip(made.rows, (self.rows[r] for r in rows), strict=True):
             new.pad, new.offset, new.length = old.pad, old.offset, min(old.length, columns)

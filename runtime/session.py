@@ -53,7 +53,7 @@ class Footprint:
     """The ring of device slots that the rest comes to."""
     draft: int = 0
     apart: int = 0
-    """Copies in host memory of what drafts leave out."""
+    """Copies in host memory of what regions leave out."""
     tokens: int = 0
     """Tokens held, over all rows."""
 
@@ -149,7 +149,8 @@ class Session:
             sequence.drawn = Drawn.empty(plan.sites, batch, device)
         early = not columns and not sequence.full.resident and not self.compressor.wants & KINDS
         compresses = early and all(site.alibi is None for site in plan.sites)
-        sequence.early = Early(self.compressor, pads) if compresses else None
+        apart = sequence.sets_apart(self.compressor, count, plan.staging_bytes)
+        sequence.early = Early(self.compressor, pads, apart) if compresses else None
         shown = columns_shown(plan, inputs)
         try:
             made = plan.module(Store(sequence, columns, self.compressor.queries, pads, shown), *inputs)
@@ -315,10 +316,10 @@ class Session:
             self._record.fed(sequence, column, inputs[plan.roles.tokens].tolist())
 
     def _note(self, sequence: Sequence) -> None:
-        full, draft = sequence.full, sequence.draft
+        full, draft = sequence.full, sequence.draft.nbytes if sequence.draft is not None else 0
         tokens = sum(row.length - row.pad for row in sequence.rows)
-        drafts = (0, 0) if draft is None else (draft.nbytes, draft.apart)
-        self.footprint = Footprint(full.nbytes, full.nbytes * full.resident, self.ring.nbytes, *drafts, tokens)
+        held = (full.nbytes, full.nbytes * full.resident, self.ring.nbytes, draft, sequence.apart)
+        self.footprint = Footprint(*held, tokens)
         self.placement = str(full.tier)
         self._newest = weakref.ref(sequence)
 

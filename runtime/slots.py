@@ -116,11 +116,10 @@ def _slots(size: int, count: int, device: torch.device) -> list[Tensor] | None:
 class PagedIncoming(Incoming):
     """Full KV that comes from a tier outside the device, through the ring.
 
-    Only what the draft cache, if there is one, does not hold exactly is brought: the columns before each row's tail and
-    before the newest tokens of its region that were kept as they are, of a sliding layer those that its window has
-    there. The rest is copied from there to its place. Older tokens that a method kept come in all the same: to leave
-    out single columns is to copy in pieces of a few hundred bytes, which takes the link longer (docs/gpu.md). What lies
-    in a slot beyond a row's window is zero up to the end of its block.
+    What the draft cache, if there is one, holds as it was cached is copied from there: each row's tail, the newest
+    tokens of its region that were kept as they are, and where the others were set apart (`remainder.py`) all that it
+    kept. Of a sliding layer only what its window sees is brought. What lies in a slot beyond a row's window is zero up
+    to the end of its block.
     """
 
     def __init__(

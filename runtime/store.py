@@ -73,4 +73,4 @@ class Store:
         exact = Columns(k, v, [0] * k.shape[0])
         made = compress_site(own, exact, sites[layer], spans, asked, early.regions)
         early.regions.append(made)
-        early.remainders.append(leave_out(self.sequence.full, sites[layer], exact, made, early.pads))
+        early.remainders.append(leave_out(self.sequence.full, sites[layer], exact, made, early.pads, early.apart))

@@ -19,7 +19,7 @@ from torch import Tensor
 from vericache_compile.kernels.block_attention import BLOCK
 from vericache_compile.plan import Site, Tier
 from vericache_compile.runtime.caches import GROWTH, FullKV
-from vericache_compile.runtime.pages import FilePage, HostPage, PageFile, host_pages, host_zeros, sides
+from vericache_compile.runtime.pages import FilePage, HostPage, PageFile, host_memory, host_pages, sides
 from vericache_compile.runtime.transfers import Link
 
 log = logging.getLogger(__name__)
@@ -200,7 +200,7 @@ class PagedKV(FullKV):
     def _load(self, layer: int, page: FilePage) -> HostPage:
         """A file's page in host memory of its own."""
         site = self.sites[layer]
-        buffer = host_zeros((self._page_bytes(layer),), torch.uint8, self.link.pinned(self.device))
+        buffer = host_memory((self._page_bytes(layer),), torch.uint8, self.link.pinned(self.device))
         page.read(buffer)
         return HostPage(*sides(buffer, site, site.kv_heads, self.page))
 

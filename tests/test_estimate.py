@@ -56,5 +56,8 @@ def test_what_drafts_hold_as_it_was_cached_is_not_brought_again() -> None:
         "quest(whole=0)": 1,
     }.items():
         assert bytes_reloaded(parse(text, {}), [SITE, sliding], 1000) == pytest.approx(1000 * share * size, rel=0.02)
-    shared = bytes_reloaded(parse("kvsharer(share=0.5)", {}), [replace(SITE, layer=i) for i in range(4)], 10)
-    assert 0 < shared < 40 * size, "layers that borrow hold nothing of their own"
+    borrowing = parse("kvsharer(share=0.5)", {})
+    alike = [replace(SITE, layer=layer) for layer in range(4)]
+    assert bytes_reloaded(borrowing, alike, 10) == 20 * size, "layers that borrow hold nothing of their own"
+    apart = [replace(SITE, layer=layer, value_size=(16, 8)[layer % 2]) for layer in range(4)]
+    assert bytes_reloaded(borrowing, apart, 10) == 0, "none lends to one of another shape"

@@ -68,23 +68,36 @@ def test_rows_are_bit_equal_wherever_full_kv_lives(
         assert torch.equal(first, logits_of(model, switch, inputs, 40, **choice, **EAGER)), "random guesses"
 
 
-@pytest.mark.parametrize("compressor", ["snapkv", "adakv", "streaming", "h2o(refresh=20)"])
+@pytest.mark.parametrize("compressor", ["snapkv", "adakv", "streaming", "h2o"])
 def test_what_drafts_hold_as_it_was_cached_does_not_come_in_again(
     compressor: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also while tails are compressed in, and a draft cache is made anew: same rows, and fewer bytes over the link."""
+    """Also while tails are compressed in: same rows, and fewer bytes over the link."""
     monkeypatch.setattr(drafting, "CHUNK", 12)
     model, inputs = make_tiny("llama"), make_prompt(500, 3)
     switch = compiled(model)
     first = logits_of(model, switch, inputs, 60, **EAGER)
     came = []
     for keep in (0.5, 0.25):
-        how = {"placement": "host", "compressor": compressor, "keep": keep}
+        how = {"placement": "host", "staging_mb": 0.001, "compressor": compressor, "keep": keep}
         assert torch.equal(first, logits_of(model, switch, inputs, 60, **how, **EAGER))
         made = stats(model)["bytes"]
         came.append(made["transferred"] / stats(model)["rounds"] / made["full"])
         assert bool(made["set_apart"]) == (compressor != "streaming"), "it lets go of tokens when others join"
     assert came[0] < came[1] < 0.9
+
+
+def test_nothing_is_set_apart_where_it_would_not_pay() -> None:
+    """Where the ring takes all, or regions are made anew all the time: rows are the same, all of full KV comes."""
+    model, inputs = make_tiny("llama"), make_prompt(500)
+    switch = compiled(model)
+    first = logits_of(model, switch, inputs, 40, **EAGER)
+    small = {"placement": "host", "staging_mb": 0.001}
+    for how in ({**small, "staging_mb": 64}, {**small, "compressor": "h2o(refresh=16)"}):
+        assert torch.equal(first, logits_of(model, switch, inputs, 40, **how, **EAGER))
+        assert stats(model)["bytes"]["set_apart"] == 0
+    logits_of(model, switch, inputs, 1, **small, **EAGER)
+    assert stats(model)["bytes"]["set_apart"] > 0, "prefill has set it apart already"
 
 
 def test_a_prefill_leaves_one_sites_kv_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,70 +19,50 @@ PROBES = (1024, 16384)
 
 def compressed_bytes(compressor: Compressor, sites: Sequence[Site]) -> float:
     """Bytes per token that the compressor takes at all sites together, measured on a region of zeros."""
-    return sum(_draft_bytes(compressor, sites))
+    return sum(draft for draft, _ in _per_token(compressor, sites))
 
 
 def bytes_read(compressor: Compressor, sites: Sequence[Site], tokens: int) -> tuple[float, float]:
     """Bytes of one sequence's KV that a full step and a draft step read over so many tokens, at all sites together."""
     columns = [site.columns_read(tokens) for site in sites]
     full = sum(site.bytes_per_token * read for site, read in zip(sites, columns, strict=True))
-    draft = sum(size * read for size, read in zip(_draft_bytes(compressor, sites), columns, strict=True))
+    draft = sum(size * read for (size, _), read in zip(_per_token(compressor, sites), columns, strict=True))
     return float(full), draft
 
 
-def _draft_bytes(compressor: Compressor, sites: Sequence[Site]) -> list[float]:
-    """Bytes per token of draft's cache at each site; sliding windows are kept as they are."""
-    measured: dict[tuple[object, ...], float] = {}
-    found: list[float] = []
+def bytes_reloaded(compressor: Compressor, sites: Sequence[Site], tokens: int) -> float:
+    """Bytes of one sequence's full KV over so many tokens that drafts do not hold as it was cached, at all sites."""
+    return tokens * sum(left for _, left in _per_token(compressor, sites))
+
+
+def _per_token(compressor: Compressor, sites: Sequence[Site]) -> list[tuple[float, float]]:
+    """Per site and token: bytes of draft's cache, and bytes of full KV that it does not hold as they were cached.
+
+    Sliding windows are kept as they are, and so is a site that would borrow from one of another shape.
+    """
+    measured: dict[tuple[object, ...], tuple[float, float]] = {}
+    found: list[tuple[float, float]] = []
     for site in sites:
-        method = compressor.for_layer(site.layer, len(sites))
+        method, full = compressor.for_layer(site.layer, len(sites)), float(site.bytes_per_token)
         shape = (repr(method), site.heads, site.kv_heads, site.head_size, site.value_size)
         if site.window is not None:
-            found.append(float(site.bytes_per_token))
+            found.append((full, 0.0))
         elif method.donor is not None:
-            lends = sites[method.donor].shape == site.shape  # one of another shape lends nothing
-            found.append(0.0 if lends else float(site.bytes_per_token))
+            found.append((0.0, full) if sites[method.donor].shape == site.shape else (full, 0.0))
         else:
             if shape not in measured:
-                measured[shape] = _bytes_per_token(method, site)
+                measured[shape] = _measure(method, site)
             found.append(measured[shape])
     return found
 
 
-def bytes_reloaded(compressor: Compressor, sites: Sequence[Site], tokens: int) -> float:
-    """Bytes of one sequence's full KV over so many tokens that a round brings from host memory, at all sites together.
-
-    What drafts hold as it was cached is left out: sliding windows, and what a method keeps without changing it.
-    """
-    shares: dict[tuple[object, ...], float] = {}
-    total = 0.0
-    for site in sites:
-        if site.window is not None:
-            continue
-        method = compressor.for_layer(site.layer, len(sites))
-        shape = (repr(method), site.heads, site.kv_heads, site.head_size, site.value_size)
-        if shape not in shares:
-            shares[shape] = _share_reloaded(method, site)
-        total += shares[shape] * site.bytes_per_token * tokens
-    return total
-
-
-def _share_reloaded(method: Compressor, site: Site) -> float:
-    if method.donor is not None:
-        return 1.0
-    region = _probe(method, site)
+def _measure(method: Compressor, site: Site) -> tuple[float, float]:
+    region, full = _probe(method, site), float(site.bytes_per_token)
     if region is None:
-        return 0.0  # all stay in the exact tail
-    own = region.as_cached
-    return 1.0 if own is None else 1 - sum(own) / (len(own) * region.covered)
-
-
-def _bytes_per_token(method: Compressor, site: Site) -> float:
-    region = _probe(method, site)
-    if region is None:
-        return float(site.bytes_per_token)
+        return full, 0.0
     own = region.keys.nbytes if site.latent and isinstance(region, DenseKV) else region.nbytes
-    return own / region.covered
+    kept = region.as_cached or (0,)
+    return own / region.covered, full * (1 - sum(kept) / (len(kept) * region.covered))
 
 
 def _probe(method: Compressor, site: Site) -> CompressedKV | None:

@@ -192,6 +192,8 @@ class CapturedPlan:
     sites: tuple[Site, ...]
     outputs: tuple[OutputRole, ...]
     attends_to_past: bool
+    staging_bytes: int = 0
+    """Device memory for full KV that comes in from outside the device: the ring's."""
 
     @property
     def in_place(self) -> bool:
@@ -288,8 +290,6 @@ class DecodePlan:
     """given | column | unpadded: where a token's position comes from."""
     position_limit: int | None
     """First position that the model cannot embed; None where there is no such limit."""
-    staging_bytes: int = 0
-    """Device memory for full KV that comes in from outside the device."""
     rotations: tuple[Rope | None, ...] = ()
     """Per site; None where keys are not rotated, or where it is not known how."""
     column_limit: int | None = None

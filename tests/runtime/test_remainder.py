@@ -9,7 +9,7 @@ from torch import Tensor
 from vericache_compile.compressors.base import CompressedKV
 from vericache_compile.compressors.spec import parse
 from vericache_compile.plan import Site
-from vericache_compile.runtime.remainder import Remainder, carry_over, find_held, set_apart
+from vericache_compile.runtime.remainder import Remainder, _take, carry_over, find_held, set_apart
 from vericache_compile.runtime.transfers import Link
 from vericache_compile.testing import random_row
 
@@ -64,12 +64,14 @@ def test_what_joins_a_region_later_leaves_its_remainder_as_it_was() -> None:
         region, made = apart_from(method, row)
         longer = region.extend(*more)
         carried = carry_over(made, region, longer)
-        assert carried is made is not None
+        assert carried is not None
+        assert bool(carried.sure)
         for got, full in zip(assembled(carried, longer, 16, 12), (keys, values), strict=True):
             assert torch.equal(got, full[:, : region.covered])
     region, made = apart_from("streaming(keep=0.3)", row)
     assert made is not None
-    assert carry_over(made, region, region.extend(*more)) is None, "it lets go of tokens when others join"
+    carried = carry_over(made, region, region.extend(*more))
+    assert carried is None or not carried.sure, "it lets go of tokens when others join"
 
 
 def test_a_region_of_other_numbers_is_found_out() -> None:
@@ -91,14 +93,33 @@ def test_a_region_of_other_numbers_is_found_out() -> None:
         assert not find_held(keys, values, keys[:, other], values[:, other], slots)[1]
 
 
-def test_tokens_that_are_alike_are_not_told_apart_wrongly() -> None:
+def test_tokens_that_are_alike_come_whole_where_both_are_kept() -> None:
     """Without positions in keys a text that repeats itself has many tokens with the same key and value."""
-    keys, values, queries = random_row(TOKENS)
-    keys[:, 40:80], values[:, 40:80] = keys[:, :40], values[:, :40]
-    region, made = apart_from("snapkv(keep=0.5, window=4)", (keys, values, queries))
+    keys, values, _ = random_row(TOKENS)
+    keys[:, 40], values[:, 40] = keys[:, 20], values[:, 20]
+    for own, certain in (([3, 20, 30, 40, 50], False), ([3, 20, 30, 50], True)):
+        held, sure = find_held(keys, values, keys[:, own], values[:, own], (len(own),) * 2)
+        assert bool(sure) == certain
+        if certain:
+            assert held[0].nonzero().flatten().tolist() == own
+
+
+def test_a_region_that_keeps_everything_is_put_in_place_by_itself() -> None:
+    row = random_row(TOKENS)
+    region, made = apart_from("adakv(keep=1.0, window=4)", row)
     assert made is not None
-    if made.sure:
-        assert torch.equal(assembled(made, region, 16, 12)[0], keys[:, : region.covered])
+    assert made.counts == (0, 0)
+    assert made.nbytes == 0
+    assert torch.equal(assembled(made, region, 16, 12)[0], row[0][:, : region.covered])
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2)])
+def test_tokens_are_taken_from_tensors_that_lie_otherwise(order: tuple[int, ...]) -> None:
+    """Heads within tokens, as a model makes them, or a view of a longer cache."""
+    x = torch.randn(5, 7, 12).permute(order)[:, 1:]
+    chosen = torch.tensor([[0, 3], [2, 1], [1, 1], [3, 0], [0, 0], [2, 2], [3, 3]])[: x.shape[0]]
+    assert torch.equal(_take(x, chosen), x.take_along_dim(chosen.unsqueeze(-1), dim=1))
+    assert torch.equal(_take(x[..., :5], chosen), x[..., :5].take_along_dim(chosen.unsqueeze(-1), dim=1))
 
 
 def test_regions_of_other_things_leave_nothing_apart() -> None:

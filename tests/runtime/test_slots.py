@@ -44,7 +44,7 @@ def paged(full: FullKV, fill: Fill) -> PagedKV:
 
 def draft_of(full: FullKV, method: str) -> DraftKV:
     unseen: list[list[Tensor | None]] = [[None, None] for _ in full.sites]
-    return compress(parse(method, {}), full, PADS, COLUMNS, unseen, 2 * WINDOW)
+    return compress(parse(method, {}), full, PADS, COLUMNS, unseen, 2 * WINDOW, apart=isinstance(full, PagedKV))
 
 
 def open_round(full: FullKV, ring: Ring, slots: int, method: str = "streaming(keep=0.2)") -> PagedIncoming:
