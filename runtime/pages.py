@@ -14,7 +14,7 @@ import math
 import os
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import IO
@@ -66,11 +66,9 @@ def host_pages(site: Site, columns: int, count: int, pinned: bool) -> list[HostP
     return [HostPage(keys[i], values[i]) for i in range(count)]
 
 
-def host_memory(
-    shape: tuple[int, ...], dtype: torch.dtype, pinned: bool, make: Callable[..., Tensor] = torch.zeros
-) -> Tensor:
-    """Zeros, or what else `make` makes, in host memory, pinned where that is asked for; where it is refused pageable,
-    which is said once."""
+def host_memory(shape: tuple[int, ...], dtype: torch.dtype, pinned: bool, *, zeroed: bool = True) -> Tensor:
+    """Host memory, pinned where that is asked for; where it is refused pageable, which is said once."""
+    make = torch.zeros if zeroed else torch.empty
     with torch.inference_mode(False):
         try:
             return make(shape, dtype=dtype, pin_memory=pinned)

@@ -83,7 +83,7 @@ def set_apart(
     left = held.to(torch.uint8).argsort(dim=1, stable=True)[:, : max(counts)]
     sides = [_take(side, left) for side in (keys, values)[: site.sides]]
     pinned = link.pinned(keys.device)
-    made = tuple(host_memory((sum(counts), side.shape[2]), side.dtype, pinned, torch.empty) for side in sides)
+    made = tuple(host_memory((sum(counts), side.shape[2]), side.dtype, pinned, zeroed=False) for side in sides)
     with link.outgoing(*sides):
         for side, target in zip(sides, made, strict=True):
             for own_side, count, place in zip(side, counts, torch.split(target, list(counts)), strict=True):
