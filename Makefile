@@ -2,7 +2,7 @@
 # make test      lint, types and the test suite         make test-all   with the slow tests
 # make bench     the figures of the README              make lint       ruff and mypy only
 # make test-compat TORCH=2.12.0 TRANSFORMERS=5.17.0      the tests on other versions, in an environment of their own
-# make test-transformers SOURCE=/path/to/transformers    its own generation tests, on compiled models
+# make test-transformers SOURCE=/path/to/transformers MODELS="llama qwen2"      its generation tests, on compiled models
 #
 # All of them build .venv first, and reuse it afterwards. Choose a Python with `make PYTHON=/path/to/python3.12 ...`.
 # Where packages come from is pip's own configuration. torch==2.13.0 in constraints.txt also stands for its CPU
@@ -60,11 +60,14 @@ test-compat: compiler
 
 # SOURCE is a checkout of transformers, best of the version in constraints.txt; its tests need a few packages more.
 PEER := .venv-transformers
+MODELS ?= llama qwen2
 test-transformers: compiler
 	@: $(or $(SOURCE),$(error give SOURCE=<a checkout of transformers>))
 	@$(MAKE) VENV=$(PEER) $(PEER)/.installed
 	@$(PEER)/bin/python -m pip install -q --disable-pip-version-check -c $(PINS) parameterized httpx datasets
-	@OMP_NUM_THREADS=1 $(PEER)/bin/python tests/transformers_generation.py "$(SOURCE)" --json build/transformers-generation.json
+	@mkdir -p build
+	@OMP_NUM_THREADS=1 $(PEER)/bin/python tests/transformers_generation.py "$(SOURCE)" --models $(MODELS) \
+	  --json build/transformers-generation.json
 
 bench: compiler $(STAMP)
 	@$(BIN)/python benchmarks/decode.py

@@ -162,4 +162,4 @@ def _marks(x: Tensor) -> Tensor:
     made = channels[0].to(torch.int64)
     for channel in channels[1:]:
         made = made * 0x1E3779B97F4A7C15 + channel
-    return made
+    return made.contiguous()

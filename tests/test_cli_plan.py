@@ -41,7 +41,7 @@ def test_the_choice_and_its_arithmetic(model: str, capsys: pytest.CaptureFixture
     out = plan(capsys, "--model", model, "--context", "128000", "--batch", "5", *GPU)
     assert "resident verify" in out
     assert "round = draft + verify" in out
-    assert "of full KV" in out
+    assert "transfer = 80% of full KV" in out
 
 
 def test_json(model: str, capsys: pytest.CaptureFixture[str]) -> None:

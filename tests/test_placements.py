@@ -27,9 +27,7 @@ ELSEWHERE: list[dict[str, Any]] = [
     {"placement": "host", "staging_mb": 0.6, "link_gbps": 0.5},
     {"placement": "host", "compressor": "none"},
     {"placement": "host", "compressor": "streaming", "staging_mb": 0.001},
-    {"placement": "host", "compressor": "snapkv", "keep": 0.3, "staging_mb": 0.001},
-    {"placement": "host", "compressor": "adakv", "keep": 0.3},
-    {"placement": "host", "compressor": "h2o(refresh=16)"},
+    {"placement": "host", "compressor": "adakv", "staging_mb": 0.001},
     {"placement": "disk", "staging_mb": 64},
     {"placement": "disk", "staging_mb": 0.001, "compressor": "kivi"},
 ]

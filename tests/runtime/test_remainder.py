@@ -14,12 +14,7 @@ from vericache_compile.runtime.transfers import Link
 from vericache_compile.testing import random_row
 
 Row = tuple[Tensor, Tensor, Tensor]
-DROPPING = (
-    "streaming(keep=0.3)",
-    "snapkv(keep=0.3, window=4)",
-    "adakv(keep=0.3, window=4)",
-    "knorm(keep=1.0)",
-)
+DROPPING = ("streaming(keep=0.3)", "snapkv(keep=0.3, window=4)", "adakv(keep=0.3, window=4)")
 BEGIN, TOKENS = 5, 200
 
 
@@ -47,9 +42,7 @@ def assembled(made: Remainder, region: CompressedKV, *sizes: int) -> list[Tensor
 def test_both_parts_together_are_full_kv(method: str, dtype: torch.dtype) -> None:
     row = random_row(TOKENS)
     region, made = apart_from(method, row, dtype)
-    if made is None:
-        assert region.exact == region.covered
-        return
+    assert made is not None
     assert bool(made.sure)
     assert made.end == BEGIN + region.covered
     assert sum(made.counts) == 2 * region.covered - sum(region.head_slots or (region.slots,) * 2)
