@@ -15,7 +15,9 @@ from torch import Tensor
 
 from vericache_compile.compressors.base import CompressedKV, Compressor
 from vericache_compile.compressors.facts import reader_of
+from vericache_compile.kernels import launch
 from vericache_compile.kernels.block_attention import BLOCK
+from vericache_compile.kernels.write_token import write_token
 from vericache_compile.plan import Site, Tier
 from vericache_compile.runtime.attention import Visible
 from vericache_compile.runtime.remainder import Remainder
@@ -168,9 +170,12 @@ class DraftLayer:
         write_columns(self.keys, k, at)
         write_columns(self.values, v, at)
 
-    def write_at(self, k: Tensor, v: Tensor, tails: Tensor) -> None:
-        """Write k [B, K, 1, D] and v [B, K, 1, E] to the tail, row b at place tails[b]; tails [B] is on the device."""
-        at = (tails + self.offset).view(-1, 1, 1, 1)
+    def write_at(self, k: Tensor, v: Tensor, places: Tensor) -> None:
+        """Write k [B, K, 1, D] and v [B, K, 1, E] to places[b] of row b's buffers; places [B] is on the device."""
+        if launch.serves(k):
+            write_token(self.keys, self.values, k, v, places)
+            return
+        at = places.view(-1, 1, 1, 1)
         self.keys.scatter_(2, at.expand_as(k), k)
         self.values.scatter_(2, at.expand_as(v), v)
 

@@ -59,8 +59,10 @@ class DraftStep:
             self.forced = torch.zeros((batch, 1), dtype=torch.bool, device=device)
             self.drafted = torch.zeros((capacity, batch), dtype=torch.int64, device=device)
             self.place = torch.zeros(1, dtype=torch.int64, device=device)
-            starts = torch.tensor([layer.starts for layer in layers], device=device)
-            self.sites = [_Site(layer, own) for layer, own in zip(layers, starts, strict=True)]
+            self.starts = torch.tensor([layer.starts for layer in layers], device=device)
+            before = torch.tensor([[[layer.offset], [layer.slots]] for layer in layers], device=device)
+            self.offsets, self.slots = before.unbind(1)
+        self.sites = [_Site(layer) for layer in layers]
         self._step: Captured[None] = Captured(device, "a draft step")
 
     def fits(self, plan: DecodePlan, bound: Bound, horizon: int) -> bool:
@@ -100,42 +102,44 @@ class DraftStep:
     def _launch(self) -> None:
         limit = self.plan.position_limit
         positions = self.positions if limit is None else self.positions.clamp(max=limit - 1)
-        (token,) = execute(self.plan.draft, self.bound, self.tokens, positions, self._attend)
+        tails = self.columns - self.starts  # [sites, B], as what follows: of all sites at once
+        lengths = list(zip(tails, tails + self.offsets, tails + self.slots, strict=True))
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
+            site, held = self.plan.captured.sites[layer], self.sites[layer]
+            tail, place, newest = lengths[layer]
+            held.layer.write_at(k, v, place)
+            return held.attend(q, tail, newest, site.scale, scores_of(site, sinks, 0, q.device))
+
+        (token,) = execute(self.plan.draft, self.bound, self.tokens, positions, attend)
         self.tokens.copy_(torch.where(self.forced, self.first, token))
         self.place += 1
         self.drafted.index_copy_(0, self.place, self.tokens.t())
         self.positions += 1
         self.columns += 1
 
-    def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
-        site, held = self.plan.captured.sites[layer], self.sites[layer]
-        tails = self.columns - held.starts
-        held.layer.write_at(k, v, tails)
-        return held.attend(q, tails, site.scale, scores_of(site, sinks, 0, q.device))
-
 
 class _Site:
     """One site's draft cache, with what its attention reads besides on the device."""
 
-    def __init__(self, layer: DraftLayer, starts: Tensor) -> None:
-        """Starts [B] are the columns at which tails start."""
-        self.layer, self.starts = layer, starts
+    def __init__(self, layer: DraftLayer) -> None:
+        self.layer = layer
         regions = [region.packed for region in layer.regions] if layer.packed else []
         self.regions: list[Region] = [region for region in regions if region is not None]
         if len(self.regions) < len(regions):
             self.regions = []
         heads = layer.keys.shape[1]
         lefts = region_lefts(self.regions, heads) if self.regions else layer.lefts
-        self.lefts = torch.tensor(lefts, device=starts.device)
+        self.lefts = torch.tensor(lefts, device=layer.keys.device)
 
-    def attend(self, q: Tensor, tails: Tensor, scale: float, scores: Scores | None) -> Tensor:
-        """q [B, H, 1, D] over region and tail, whose newest token is at place tails[b]. Returns [B, H, 1, E]."""
+    def attend(self, q: Tensor, tails: Tensor, newest: Tensor, scale: float, scores: Scores | None) -> Tensor:
+        """q [B, H, 1, D] over region and tail, whose newest token is at place tails[b], in slot newest[b]. Returns
+        [B, H, 1, E]."""
         layer = self.layer
         if launch.serves(q):
             how = {} if scores is None else scores._asdict()
             if self.regions:
                 return draft_attention(q, layer.keys, layer.values, tails, self.lefts, scale, self.regions, **how)
-            newest = tails + layer.slots
             return draft_attention(q, *layer.read_whole(), newest, self.lefts, scale, reach=layer.reach, **how)
         return attend_compressed(q, *layer.read_whole(), layer.visible((tails + 1).tolist()), scale, {}, scores)
 

@@ -21,7 +21,7 @@ from vericache_compile.plan import Staging
 from vericache_compile.runtime.caches import DraftKV, FullKV, Reaches, write_columns
 from vericache_compile.runtime.clock import Moment, moment, seconds_between
 from vericache_compile.runtime.counts import Span, Traffic
-from vericache_compile.runtime.pages import FilePage, sides
+from vericache_compile.runtime.pages import sides
 from vericache_compile.runtime.tiers import PagedKV
 from vericache_compile.runtime.transfers import Transfer
 
@@ -197,8 +197,7 @@ class PagedIncoming(Incoming):
         while self._wanted and self._free:
             layer, slot = self._wanted.popleft(), self._free.popleft()
             rows = (self._row(layer, b, *self._views(layer, slot)) for b in range(self.paged.batch))
-            files = any(isinstance(page, FilePage) for row in self.paged.pages[layer] for page in row[:1])
-            transfer = self.paged.link.submit(chain.from_iterable(rows), reads_files=files)
+            transfer = self.paged.link.submit(chain.from_iterable(rows))
             self._under_way[layer] = (slot, transfer)
 
     def _row(self, layer: int, b: int, keys: Tensor, values: Tensor) -> Iterator[int]:

@@ -1,8 +1,10 @@
 """The link between a tier and the device: owns its thread, or on an accelerator its stream and events.
 
-A transfer is a generator that copies one piece per step and yields its bytes. On the CPU a worker thread drives it,
-held back to `gbps` where that is given, so that overlap with drafting can be measured on any machine. On an accelerator
-copies from pinned memory are put on a stream of the link's own at once; what reads files goes through the thread there.
+A transfer is a generator that copies one piece per step and yields its bytes. A worker thread drives it: putting
+thousands of pieces on a stream takes as long as many drafts, which the caller launches meanwhile. On the CPU the thread
+is held back to `gbps` where that is given, so that overlap with drafting can be measured on any machine; on an
+accelerator copies from pinned memory go on a stream of the link's own, and what goes out on another: links carry both
+ways at once, and what comes in must not wait for what verify has yet to compute.
 """
 
 from __future__ import annotations
@@ -29,14 +31,15 @@ NAP = 0.002
 class Transfer:
     """One transfer under way."""
 
-    def __init__(self, job: Iterator[int], thread: threading.Thread | None) -> None:
+    def __init__(self, job: Iterator[int], thread: threading.Thread, after: torch.cuda.Event | None) -> None:
+        """`after`: what must be done on the device before its first copy."""
         self.job = job
         self.nbytes = 0
         self.began = 0.0
         """When the link took it up, in seconds on `time.perf_counter`'s clock."""
         self.error: BaseException | None = None
         self._asked = time.perf_counter()
-        self._thread = thread
+        self._thread, self._after = thread, after
         self._done = threading.Event()
         self._first: Moment = 0.0
         self._last: Moment = 0.0
@@ -52,6 +55,8 @@ class Transfer:
         try:
             with torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext(), torch.no_grad():
                 if stream is not None:
+                    if self._after is not None:
+                        stream.wait_event(self._after)
                     self._first = self._last = moment(stream.device)
                 for nbytes in self.job:
                     self.nbytes += nbytes
@@ -82,7 +87,7 @@ class Transfer:
     def drain(self) -> bool:
         """Return once it has come to its end, well or not; False where its thread is dead, so that it never will."""
         while not self._done.wait(PULSE):
-            if self._thread is not None and not self._thread.is_alive():
+            if not self._thread.is_alive():
                 return self.done
         return True
 
@@ -104,11 +109,12 @@ class Link:
         self._queue: queue.SimpleQueue[Transfer | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._stream: torch.cuda.Stream | None = None
+        self._outgoing: torch.cuda.Stream | None = None
 
     def pinned(self, device: torch.device) -> bool:
-        """Whether pages for this device should be pinned; from then on the link has a stream of its own."""
+        """Whether pages for this device should be pinned; from then on the link has streams of its own."""
         if device.type == "cuda" and self._stream is None:
-            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self._stream, self._outgoing = (torch.cuda.Stream(device) for _ in range(2))  # type: ignore[no-untyped-call]
         return device.type == "cuda"
 
     def copy(self, target: Tensor, source: Tensor) -> Iterator[int]:
@@ -129,48 +135,50 @@ class Link:
         for to, own in zip(target, source, strict=True):
             to.copy_(own, non_blocking=True)
 
-    def submit(self, job: Iterator[int], *, reads_files: bool = False) -> Transfer:
+    def submit(self, job: Iterator[int]) -> Transfer:
         """Begin a transfer, after those before it."""
-        if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream())  # whoever used the slot before may still be reading
-        if self._stream is not None and not reads_files:
-            made = Transfer(job, None)
-            made.run(None, self._stream)
-            return made
-        if self._thread is None or not self._thread.is_alive():  # a forked process has none of its parent's
-            self._start()
-        made = Transfer(job, self._thread)
+        thread, after = self._thread, None
+        if thread is None or not thread.is_alive():  # a forked process has none of its parent's
+            thread = self._start()
+        if self._outgoing is not None:  # the slot may still be read, and a page be on its way out
+            self._outgoing.wait_stream(torch.cuda.current_stream())
+            after = self._outgoing.record_event()
+        made = Transfer(job, thread, after)
         self._queue.put(made)
         return made
 
     @contextlib.contextmanager
     def outgoing(self, *sources: Tensor) -> Iterator[None]:
-        """Copies from the device made in this block: on the link's stream, after what has been computed so far."""
-        if self._stream is None:
+        """Copies from the device made in this block: on a stream of the link's, after what has been computed so far."""
+        if self._outgoing is None:
             yield
             return
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
+        self._outgoing.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._outgoing):
             yield
         for source in sources:
-            source.record_stream(self._stream)
+            source.record_stream(self._outgoing)
 
     def catch_up(self) -> None:
         """What is launched from here on comes after what the link was given, so it may write to what that reads."""
-        if self._stream is not None:
-            torch.cuda.current_stream().wait_stream(self._stream)
+        for stream in self._streams():
+            torch.cuda.current_stream().wait_stream(stream)
 
     def synchronize(self) -> None:
-        """Return once what was put on the link's stream has happened, so that the host may read it."""
-        if self._stream is not None:
-            self._stream.synchronize()
+        """Return once what was put on the link's streams has happened, so that the host may read it."""
+        for stream in self._streams():
+            stream.synchronize()
 
-    def _start(self) -> None:
+    def _streams(self) -> list[torch.cuda.Stream]:
+        return [stream for stream in (self._stream, self._outgoing) if stream is not None]
+
+    def _start(self) -> threading.Thread:
         self._queue = queue.SimpleQueue()
         arguments = (self._queue, self.gbps, self._stream)
         self._thread = threading.Thread(target=_drive, args=arguments, name="vericache-link", daemon=True)
         self._thread.start()
         weakref.finalize(self, self._queue.put, None).atexit = False
+        return self._thread
 
 
 def _drive(jobs: queue.SimpleQueue[Transfer | None], gbps: float | None, stream: torch.cuda.Stream | None) -> None:

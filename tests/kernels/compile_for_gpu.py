@@ -16,7 +16,7 @@ from triton.compiler import ASTSource
 
 from vericache_compile.kernels import draft_attention_triton, row_invariant_linear_triton, verify_attention_triton
 from vericache_compile.kernels.draft_attention import region_tile
-from vericache_compile.kernels.row_invariant_linear import BYTES, OUTS, ROWS
+from vericache_compile.kernels.row_invariant_linear import Tiles, tiles_of
 from vericache_compile.kernels.verify_attention import SPLIT, tile_sizes
 
 PARTS = {"outs", "tops", "totals"}
@@ -57,16 +57,7 @@ def main(capability: int, dtype: str, size: int) -> dict[str, int]:
     read, stages = region_tile(size * width)
     region = {**both, **own, "ROWS": 16, "TILE": read, "BITS": 4, "ZERO": True}
     region |= {"KEY_GROUP": 32, "KEY_CHANNELS": 0, "VALUE_GROUP": 32, "VALUE_CHANNELS": 32}
-    inner = {
-        "HEADS": 1,
-        "IN": 4096,
-        "OUT": 4096,
-        "BIAS": True,
-        "ROWS": ROWS,
-        "OUTS": OUTS,
-        "INS": BYTES // width,
-        "w_column": 1,
-    }
+    products = {outs: tiles_of(outs, width) for outs in (4096, 14336)}
     window = {"WINDOW": 16, "REACH": 0}
     biased = {"BIAS": True, "RELATIVE": True}
     verify, draft = verify_attention_triton, draft_attention_triton
@@ -76,9 +67,23 @@ def main(capability: int, dtype: str, size: int) -> dict[str, int]:
             ("attend_splits", verify.attend_splits, 2, {**both, **own, **window, **biased, "ROWS": rows, "TILE": tile}),
             ("merge_splits", verify.merge_splits, 3, {**both, **window, "SINKS": True}),
             ("attend_region", draft.attend_region, stages, region),
-            ("multiply", row_invariant_linear_triton.multiply, 3, inner),
+            *(
+                (
+                    f"multiply, {outs} outputs",
+                    row_invariant_linear_triton.multiply,
+                    tiles.stages,
+                    inner(outs, tiles, width),
+                )
+                for outs, tiles in products.items()
+            ),
         )
     }
+
+
+def inner(outs: int, tiles: Tiles, width: int) -> dict[str, Any]:
+    """Constants of a product with a weight [outs, 4096]."""
+    shape = {"HEADS": 1, "IN": 4096, "OUT": outs, "BIAS": True, "w_column": 1}
+    return shape | {"ROWS": tiles.rows, "OUTS": tiles.outs, "INS": tiles.width // width}
 
 
 if __name__ == "__main__":

@@ -61,3 +61,11 @@ def test_a_transfer_that_drafting_hides_is_part_of_what_verifying_alone_would_ta
     for _ in range(ROUNDS):
         pace.note(Seen(15, 1.0, 3.0, 0.1, 2.0))
     assert pace.resting
+
+
+def test_rounds_that_compile_and_record_do_not_count() -> None:
+    """Kernels are compiled in the first round, recorded in the second: seconds that no later round takes."""
+    pace = Pace()
+    for seconds in (60.0, 20.0, *[3.0] * (ROUNDS - 2)):
+        pace.note(Seen(15, 8.0, seconds, 1.0))
+    assert not pace.resting

@@ -6,16 +6,35 @@ one sum in float32, over tiles of the inner dimension in ascending order, whatev
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vericache_compile.kernels.launch import on, serves
 
-ROWS, OUTS = 16, 32
-"""Rows and outputs of one tile; a window of 16 reads a weight once."""
-BYTES = 256
-"""Of a row that one step takes."""
+
+class Tiles(NamedTuple):
+    """How a product is cut, by its weight alone: a batch of four windows of 16 reads a weight once."""
+
+    rows: int
+    outs: int
+    width: int
+    """Bytes of a row that one step takes."""
+    stages: int
+    """Steps in flight."""
+
+
+WIDE = 8192
+"""Outputs from which on tiles of 64 keep every multiprocessor busy."""
+
+
+def tiles_of(outs: int, itemsize: int) -> Tiles:
+    """The tiles for a weight of so many outputs; float32 has no tensor cores to fill, so fewer rows."""
+    if itemsize == 4:
+        return Tiles(16, 32, 256, 3)
+    return Tiles(64, 64, 128, 6) if outs >= WIDE else Tiles(64, 32, 256, 4)
 
 
 def row_invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -37,11 +56,12 @@ def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         x = x.contiguous()
     count, (heads, outs, size) = x.shape[0], weight.shape
     out = torch.empty((count, heads, outs), dtype=x.dtype, device=x.device)
+    tiles = tiles_of(outs, x.element_size())
     with on(x):
-        programs.multiply[(-(-count // ROWS), -(-outs // OUTS), heads)](
+        programs.multiply[(-(-count // tiles.rows), -(-outs // tiles.outs), heads)](
             x, weight, weight if bias is None else bias, out, count, *x.stride()[:2], *weight.stride(),
-            HEADS=heads, IN=size, OUT=outs, BIAS=bias is not None, ROWS=ROWS, OUTS=OUTS,
-            INS=BYTES // x.element_size(), num_warps=4, num_stages=3,
+            HEADS=heads, IN=size, OUT=outs, BIAS=bias is not None, ROWS=tiles.rows, OUTS=tiles.outs,
+            INS=tiles.width // x.element_size(), num_warps=4, num_stages=tiles.stages,
         )  # fmt: skip
     return out
 
