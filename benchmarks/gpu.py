@@ -1,11 +1,13 @@
 """How fast is decoding long contexts on a GPU, when the KV cache may take so much of it and no more?
 
-Sides: plain generate, a static cache under Inductor, transformers' cache offloaded to the host, and vericache. The
-model is of the 8B class with random weights, which costs no download; how many tokens a round gives is measured apart,
-on the demo model and a real text, because random weights say nothing of it. Writes results/gpu-<machine>.json and
-takes under eight minutes: what no longer fits in them is not run, and is listed with its reason.
 
-Without a GPU it says so, and that is all; `--tiny` tries the program itself on any machine.
+
+
+
+real text (`--acceptance`, on any machine), and the figures for such rounds are computed from both.
+
+Writes results/gpu-<machine>.json and takes under eight minutes: what no longer fits in them is not run, and is listed
+with its reason. Without a GPU it says so, and that is all; `--tiny` tries the program itself on any machine.
 """
 
 from __future__ import annotations
@@ -13,9 +15,9 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import statistics
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +26,10 @@ import transformers
 from decode import Clock, document, machine, per_round, write
 
 from vericache_compile import demo_model_path, stats
+from vericache_compile.machine import measure
 
 PLAIN, STATIC, OFFLOADED, OURS = "plain", "static cache, Inductor", "offloaded cache", "vericache"
-SIDES = (PLAIN, OURS, STATIC, OFFLOADED)
-"""In the order of their importance: the last are left out first."""
+CACHES = {STATIC: {"cache_implementation": "static"}, OFFLOADED: {"cache_implementation": "offloaded"}}
 LARGE = {
     "hidden_size": 4096,
     "intermediate_size": 14336,
@@ -44,28 +46,46 @@ TINY = {
     "num_key_value_heads": 2,
     "vocab_size": 97,
 }
+LOUD = 4.0
+"""Standard deviation of the embedding, beside which what layers add is small."""
+TEXT = 7000
+"""Prompt tokens of the real text."""
+PER_GIB = 1 << 30
 
 
 @dataclass(frozen=True)
-class Scale:
-    """How large everything is."""
+class Case:
+    """One question: rows of a prompt, on each side as many as its budget allows."""
 
-    config: dict[str, int]
-    dtype: torch.dtype
-    cases: tuple[tuple[int, int], ...]
-    """(rows, prompt tokens)."""
-    kv_budget: int
-    """Bytes of KV that may lie on the device."""
-    new: int
-    """Tokens decoded."""
-    settled: int
-    """Tokens of them after which steps are timed: compilation and recording lie before."""
-    acceptance_tokens: int
-    """Prompt tokens of the demo model; 0 leaves it out."""
+    name: str
+    tokens: int
+    rows: dict[str, int]
+    """By side, in the order in which they run."""
+    options: dict[str, Any] = field(default_factory=dict)
+    budget_gib: float | None = None
+    """KV that may lie on the device, where that is capped."""
 
 
-FULL = Scale(LARGE, torch.bfloat16, ((1, 32768), (1, 131072), (2, 131072)), 20 << 30, 128, 48, 7000)
-SMALL = Scale(TINY, torch.float32, ((1, 200), (4, 800)), 1 << 20, 40, 24, 0)
+SNAPKV = {"compressor": "snapkv"}
+CAPPED = {**SNAPKV, "keep": 0.1, "window": 32, "placement": "host", "staging_mb": 1536}
+SWAPPED = {**SNAPKV, "keep": 0.2, "window": 32, "placement": "host"}
+RESIDENT = {**SNAPKV, "keep": 0.2, "placement": "device"}
+CASES = (
+    Case("capped at 0.2 of the KV of 5 rows", 32768, {PLAIN: 1, OURS: 5}, CAPPED, 4),
+    Case("batch 1, full KV in host memory", 131072, {OFFLOADED: 1, OURS: 1}, SWAPPED),
+    Case("full KV on the device", 32768, {PLAIN: 12, OURS: 10}, RESIDENT, 48),
+    Case("one row", 32768, {OURS: 1, STATIC: 1}, RESIDENT),
+)
+SMALL = (
+    Case("on the device", 200, {PLAIN: 1, OURS: 1}, {**SNAPKV, "placement": "device"}),
+    Case("capped", 800, {PLAIN: 1, OURS: 4}, {**SNAPKV, "placement": "host"}, 0.001),
+)
+STEPS = {PLAIN: 24, STATIC: 40, OFFLOADED: 14}
+"""Tokens decoded."""
+SETTLED = 8
+"""Tokens, or of vericache rounds, after which steps are timed: compilation and recording lie before."""
+PERIOD = 128
+"""Tokens of vericache that are timed: tails are compressed in once in so many."""
 
 
 class SettledClock(Clock):
@@ -81,111 +101,167 @@ class SettledClock(Clock):
         return (self.times[-1] - self.times[settled]) / (len(self.times) - 1 - settled)
 
 
-def make_model(scale: Scale, device: str, longest: int) -> Any:
-    """A random Llama, made on the device; greedy runs never stop early."""
+def make_model(config: dict[str, int], dtype: torch.dtype, device: str, longest: int) -> Any:
+    """A random Llama whose next token is a permutation of this one; greedy runs never stop early."""
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(**scale.config, max_position_embeddings=longest, initializer_range=0.05)
+    own = transformers.LlamaConfig(**config, max_position_embeddings=longest)
     with torch.device(device):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=scale.dtype).eval()
+        model = transformers.AutoModelForCausalLM.from_config(own, dtype=dtype).eval()
+    embedding = model.get_input_embeddings().weight
+    with torch.no_grad():
+        embedding.normal_(std=LOUD)
+        model.get_output_embeddings().weight[torch.randperm(len(embedding))] = 0.01 * embedding
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
     return model
 
 
-def bytes_per_token(config: Any, dtype: torch.dtype) -> int:
-    """Bytes of KV that a token takes over all layers."""
-    size = config.hidden_size // config.num_attention_heads
-    return int(2 * config.num_hidden_layers * config.num_key_value_heads * size * dtype.itemsize)
-
-
-def hindrance(side: str, needed: int, scale: Scale, device: str) -> str | None:
-    """Why a side cannot run a case, if it cannot; vericache keeps full KV in host memory then."""
-    if side == OFFLOADED:
-        return None if device == "cuda" else "transformers offloads from an accelerator only"
-    if needed <= scale.kv_budget or side == OURS:
-        return None
-    return f"its KV, {needed / 2**30:.2f} GiB, is over the budget of {scale.kv_budget / 2**30:.2f} GiB"
-
-
-def run_side(model: Any, side: str, inputs: dict[str, torch.Tensor], scale: Scale, options: dict[str, Any]) -> Any:
-    """({figures}, tokens) of one generate call."""
+def run_side(model: Any, side: str, case: Case, device: str) -> tuple[dict[str, Any], torch.Tensor]:
+    """({figures}, tokens of the first row) of one generate call."""
     torch._dynamo.reset()
     model._compiled_call_impl = None
+    new = STEPS.get(side) or steps_of(case)
     if side == OURS:
-        model.compile(backend="vericache", options=options)
-    more = {STATIC: {"cache_implementation": "static"}, OFFLOADED: {"cache_implementation": "offloaded"}}
-    on_gpu = inputs["input_ids"].is_cuda
-    if on_gpu:
+        model.compile(backend="vericache", options=case.options)
+    rows, vocabulary = case.rows[side], model.config.vocab_size
+    ids = torch.randint(1, vocabulary, (rows, case.tokens), generator=torch.Generator().manual_seed(1)).to(device)
+    if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     clock, began = SettledClock(), time.perf_counter()
     with torch.inference_mode():
         out = model.generate(
-            **inputs, max_new_tokens=scale.new, do_sample=False, logits_processor=[clock], **more.get(side, {})
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new,
+            do_sample=False,
+            logits_processor=[clock],
+            **CACHES.get(side, {}),
         )
     made: dict[str, Any] = {
-        "ms_per_step": 1e3 * clock.after(scale.settled),
+        "rows": rows,
         "first_token_s": clock.times[0] - began,
         "wall_s": time.perf_counter() - began,
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
+        "peak_gib": torch.cuda.max_memory_allocated() / PER_GIB if device == "cuda" else None,
     }
     if side == OURS:
-        now = stats(model)
-        spent = now["seconds"]["draft"] + now["seconds"]["verify"]
-        made["rounds"] = per_round(None, now, inputs["input_ids"].shape[0])
-        made["placement"] = now["placement"]
-        made["round_ms"] = 1e3 * spent / now["rounds"]
-    return made, out[:, inputs["input_ids"].shape[1] :].cpu()
+        made |= rounds_of(stats(model), rows)
+    else:
+        made["ms_per_step"] = 1e3 * clock.after(SETTLED)
+    made["tokens_per_s"] = 1e3 * rows / made["ms_per_step"]
+    return made, out[0, case.tokens :].cpu()
 
 
-def measure(
-    model: Any, case: tuple[int, int], scale: Scale, device: str, arguments: argparse.Namespace, deadline: float
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(side, its figures or why there are none) of one case."""
-    batch, tokens = case
-    ids = torch.randint(1, scale.config["vocab_size"], (batch, tokens), generator=torch.Generator().manual_seed(1))
-    inputs = {"input_ids": ids.to(device), "attention_mask": torch.ones_like(ids).to(device)}
-    needed = batch * (tokens + scale.new) * bytes_per_token(model.config, scale.dtype)
+def steps_of(case: Case) -> int:
+    """Tokens that vericache decodes."""
+    return (SETTLED + 2) * int(case.options.get("window", 16)) + PERIOD
+
+
+def rounds_of(now: dict[str, Any], rows: int) -> dict[str, Any]:
+    """Over the rounds after the first SETTLED: means of what rounds take as a whole, medians of their parts."""
+    latest = now["latest_rounds"]
+    settled = latest[SETTLED:-1]
+    wall = 1e3 * (latest[-1]["began"] - latest[SETTLED]["began"]) / len(settled)
+    device = statistics.mean(1e3 * (each["draft_seconds"] + each["verify_seconds"]) for each in settled)
+    kept = statistics.mean(1 + each["accepted"] / rows for each in settled)
+    made = {
+        "placement": now["placement"],
+        "rounds": len(latest),
+        "rounds_without_drafts": now["rounds_without_drafts"],
+        "compile_s": now["seconds"]["compile"],
+        "prefill_s": now["seconds"]["prefill"],
+        "ms_per_step": wall / kept,
+        "tokens_per_round": kept,
+        "round_ms": device,
+        "serve_ms": (wall - device) / kept,
+        "verify_ms": statistics.median(1e3 * each["verify_seconds"] for each in settled),
+        "bytes": now["bytes"],
+    }
+    if drafted := [each for each in settled if each["drafted"]]:
+        steps = (1e3 * rows * each["draft_seconds"] / each["drafted"] for each in drafted)
+        made["draft_step_ms"] = statistics.median(steps)
+    if traffic := [each["traffic"] for each in settled if each["traffic"]["seconds"]]:
+        made["transfer_gb"] = statistics.median(each["nbytes"] / 1e9 for each in traffic)
+        made["link_gbps"] = statistics.median(each["nbytes"] / 1e9 / each["seconds"] for each in traffic)
+        made["waited_ms"] = statistics.median(1e3 * each["waited"] for each in traffic)
+    return made
+
+
+def measure_case(model: Any, case: Case, device: str, deadline: float) -> dict[str, dict[str, Any]]:
+    """By side its figures, or why there are none."""
+    sides: dict[str, dict[str, Any]] = {}
     reference: torch.Tensor | None = None
-    longest = 0.0
-    for side in SIDES:
-        reason = hindrance(side, needed, scale, device)
-        if reason is None and time.monotonic() + 1.5 * longest > deadline:
-            reason = "the time was over"
-        if reason is not None:
-            yield side, {"not_run": reason}
+    for side in case.rows:
+        longest = max((each.get("wall_s", 0.0) for each in sides.values()), default=0.0)
+        if time.monotonic() + longest > deadline:
+            sides[side] = {"not_run": "the time was over"}
             continue
-        options = {"device_memory_mb": scale.kv_budget / 2**20, **arguments.options}
+        if side == OFFLOADED and device != "cuda":
+            sides[side] = {"not_run": "transformers offloads from an accelerator only"}
+            continue
         try:
-            made, out = run_side(model, side, inputs, scale, options)
+            sides[side], out = run_side(model, side, case, device)
         except torch.OutOfMemoryError as error:
-            yield side, {"not_run": str(error).splitlines()[0]}
+            sides[side] = {"not_run": str(error).splitlines()[0]}
             continue
         finally:
+            model._compiled_call_impl = None
             gc.collect()
             if device == "cuda":
                 torch.cuda.empty_cache()
-        longest = max(longest, made["wall_s"])
         reference = out if reference is None else reference
-        differs = (out != reference).any(0).nonzero().flatten().tolist()
-        yield side, {**made, "differs_from_first_side_at": differs[0] if differs else None}
+        count = min(len(out), len(reference))
+        sides[side]["same_tokens_as_the_first_side"] = torch.equal(out[:count], reference[:count])
+        print(f"{case.name}: {side}, {json.dumps(sides[side])}", flush=True)
+    return sides
 
 
-def acceptance(tokens: int, device: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Rounds of the demo model over a real text."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(demo_model_path(), dtype=torch.bfloat16).to(device).eval()
+def acceptance(cases: tuple[Case, ...]) -> list[dict[str, Any]]:
+    """Rounds of the demo model over a real text, for the methods and windows of the cases."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(demo_model_path(), dtype=torch.float32).eval()
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 2
-    inputs = {name: x.to(device) for name, x in document(1, tokens).items()}
-    model.compile(backend="vericache", options=options)
-    model.generate(**inputs, max_new_tokens=128, do_sample=False)
-    return {"model": "SmolLM2-135M-Instruct", "prompt_tokens": tokens, **per_round(None, stats(model), 1)}
+    made: list[dict[str, Any]] = []
+    for case in cases:
+        options = drafting(case.options)
+        if any(each["options"] == options for each in made):
+            continue
+        torch._dynamo.reset()
+        model.compile(backend="vericache", options={**options, "draft_dtype": "same"})
+        model.generate(**document(1, TEXT), max_new_tokens=256, do_sample=False)
+        found = per_round(None, stats(model), 1)["tokens_per_round"]
+        made.append({"options": options, "tokens_per_round": found})
+        print(made[-1], flush=True)
+    return made
+
+
+def drafting(options: dict[str, Any]) -> dict[str, Any]:
+    """Those options that decide what is drafted."""
+    return {"window": 16, **{name: options[name] for name in ("compressor", "keep", "window") if name in options}}
 
 
 def project(report: dict[str, Any]) -> None:
-    """What a step would take if rounds gave as many tokens as the demo model's: random weights say nothing of it."""
-    per = report["acceptance"].get("tokens_per_round")
+    """What a step would take if rounds gave as many tokens as the demo model's, and what follows from both."""
     for case in report["cases"]:
-        round_ms = case["sides"][OURS].get("round_ms")
-        if per and round_ms:
-            case["sides"][OURS]["ms_per_step_at_the_demo_models_acceptance"] = round_ms / per
+        ours = case["sides"].get(OURS, {})
+        found = [each for each in report["acceptance"] if each["options"] == drafting(case["options"])]
+        if not found or "round_ms" not in ours:
+            continue
+        ours["demo_tokens_per_round"] = kept = found[0]["tokens_per_round"]
+        ours["ms_per_step_as_demo"] = step = ours["round_ms"] / kept + ours["serve_ms"]
+        ours["tokens_per_s_as_demo"] = rate = 1e3 * ours["rows"] / step
+        for side, other in case["sides"].items():
+            if side != OURS and "tokens_per_s" in other:
+                other["vericache_is_faster_as_demo"] = rate / other["tokens_per_s"]
+
+
+def floors(report: dict[str, Any], weights: int) -> None:
+    """What a draft step's bytes take at the bandwidth of a copy, and what comes in at the link's."""
+    bandwidth = report["bandwidth"]
+    for case in report["cases"]:
+        ours = case["sides"].get(OURS, {})
+        if "draft_step_ms" in ours:
+            floor = (weights + ours["bytes"]["draft"]) / bandwidth["memory_gbps"] / 1e6
+            ours["draft_step_over_floor"] = ours["draft_step_ms"] / floor
+        if "link_gbps" in ours:
+            ours["link_over_ceiling"] = ours["link_gbps"] / bandwidth["link_gbps"]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -193,7 +269,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="a tiny model and short prompts, on any device")
     parser.add_argument("--minutes", type=float, default=7.5, help="what would take longer is not run")
-    parser.add_argument("--options", type=json.loads, default={"compressor": "snapkv", "keep": 0.2}, help="JSON")
+    parser.add_argument("--cases", type=int, nargs="*", help="which of the cases, from 0")
+    parser.add_argument("--options", type=json.loads, default={}, help="JSON, added to those of each case")
+    parser.add_argument("--acceptance", action="store_true", help="measure how many tokens a round gives, and no speed")
     parser.add_argument("--out", type=Path, help="where the JSON goes")
     return parser.parse_args()
 
@@ -203,36 +281,43 @@ def main() -> None:
     deadline = time.monotonic()
     arguments = parse_arguments()
     deadline += 60 * arguments.minutes
+    if arguments.acceptance:
+        write("acceptance", {"machine": machine(), "prompt_tokens": TEXT, "rounds": acceptance(CASES)}, arguments.out)
+        return
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not arguments.tiny:
         print(json.dumps({"ran": False, "reason": f"no CUDA device; torch {torch.__version__} sees none"}))
         return
-    scale = SMALL if arguments.tiny else FULL
+    config, dtype, cases = (TINY, torch.float32, SMALL) if arguments.tiny else (LARGE, torch.bfloat16, CASES)
+    chosen = cases if arguments.cases is None else tuple(cases[i] for i in arguments.cases)
+    cases = tuple(replace(case, options={**case.options, **arguments.options}) for case in chosen)
     own = machine()
     if device == "cuda":
         found = torch.cuda.get_device_properties(0)
-        own |= {"device": found.name, "gpu_gib": found.total_memory / 2**30, "cuda": torch.version.cuda}
+        own |= {"device": found.name, "gpu_gib": found.total_memory / PER_GIB, "cuda": torch.version.cuda}
+    known = sorted((Path(__file__).parent / "results").glob("acceptance-*.json"))
     report: dict[str, Any] = {
         "ran": True,
         "machine": own,
-        "model": scale.config,
-        "dtype": str(scale.dtype),
-        "options": arguments.options,
-        "kv_budget_gib": scale.kv_budget / 2**30,
-        "acceptance": {},
+        "bandwidth": vars(measure(torch.device(device))),
+        "model": config,
+        "dtype": str(dtype),
+        "acceptance": [each for path in known for each in json.loads(path.read_text())["rounds"]],
         "cases": [],
     }
-    if scale.acceptance_tokens:
-        report["acceptance"] = acceptance(scale.acceptance_tokens, device, arguments.options)
-    model = make_model(scale, device, max(tokens for _, tokens in scale.cases) + scale.new)
-    for case in scale.cases:
-        sides = {}
-        for side, made in measure(model, case, scale, device, arguments, deadline):
-            sides[side] = made
-            print(case, side, made.get("not_run") or f"{made['ms_per_step']:.1f} ms per step", flush=True)
-        report["cases"].append({"batch": case[0], "prompt_tokens": case[1], "sides": sides})
-    project(report)
-    write("gpu", report, arguments.out)
+    model = make_model(config, dtype, device, max(case.tokens + steps_of(case) for case in cases))
+    for case in cases:
+        sides = measure_case(model, case, device, deadline)
+        about = {
+            "name": case.name,
+            "prompt_tokens": case.tokens,
+            "budget_gib": case.budget_gib,
+            "options": case.options,
+        }
+        report["cases"].append({**about, "sides": sides})
+        project(report)
+        floors(report, sum(x.nbytes for x in model.parameters()) - model.get_input_embeddings().weight.nbytes)
+        write("gpu", report, arguments.out)  # after each case: what a time limit cuts off loses no more than its own
 
 
 if __name__ == "__main__":
