@@ -59,11 +59,17 @@ class FilePage:
 
 
 def host_pages(site: Site, columns: int, count: int, pinned: bool) -> list[HostPage]:
-    """`count` pages of `columns` columns in one allocation, zeroed; in pageable memory where none can be pinned."""
-    shape, sizes = (count, site.kv_heads, columns), (site.head_size, site.value_size)[: site.sides]
-    held = [host_memory((*shape, size), site.dtype, pinned) for size in sizes]
-    keys, values = held[0], held[-1][..., : site.value_size]
-    return [HostPage(keys[i], values[i]) for i in range(count)]
+    """`count` pages of `columns` columns, zeroed, in few allocations; in pageable memory where none can be pinned.
+
+    As many at once as a power of two: torch rounds what it pins up to one, and pins 2 GB a second.
+    """
+    made: list[HostPage] = []
+    while left := count - len(made):
+        together = 1 << left.bit_length() - 1
+        shape, sizes = (together, site.kv_heads, columns), (site.head_size, site.value_size)[: site.sides]
+        held = [host_memory((*shape, size), site.dtype, pinned) for size in sizes]
+        made += map(HostPage, held[0], held[-1][..., : site.value_size])
+    return made
 
 
 def host_memory(shape: tuple[int, ...], dtype: torch.dtype, pinned: bool, *, zeroed: bool = True) -> Tensor:

@@ -53,7 +53,7 @@ class Transfer:
         self.began = end = time.perf_counter() if gbps is None else max(self._asked, free)
         self._first = self._last = self.began
         try:
-            with torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext(), torch.no_grad():
+            with torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext(), torch.inference_mode():
                 if stream is not None:
                     if self._after is not None:
                         stream.wait_event(self._after)
