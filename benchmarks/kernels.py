@@ -19,8 +19,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from decode import machine, write
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -153,22 +151,25 @@ def cases() -> Iterator[tuple[str, str, int, dict[str, list[Run]]]]:
         yield name, f"1 x {LENGTH}", nbytes, runs
 
 
-def show(report: dict[str, Any]) -> None:
-    """Print the table."""
-    table = Table(title=f"{report['machine']['device']}, bfloat16, microseconds")
-    for column in ("kernel", "size", "floor", "times"):
-        table.add_column(column)
+def markdown(report: dict[str, Any]) -> str:
+    """The table of a report, as docs/gpu.md has it."""
+    lines = ["| kernel | size | bytes / bandwidth, us | ours, us | torch's, us |", "|---|---|---|---|---|"]
     for case in report["cases"]:
-        times = ", ".join(f"{side} {us:.0f}" if us else f"{side} -" for side, us in case["us"].items())
-        table.add_row(case["kernel"], case["size"], f"{case['floor_us']:.0f}", times)
-    Console(width=150).print(table)
+        ours, *others = case["us"].items()
+        theirs = ", ".join(f"{side} {us:.0f}" if us else f"{side} -" for side, us in others)
+        lines.append(f"| `{case['kernel']}` | {case['size']} | {case['floor_us']:.0f} | {ours[1]:.0f} | {theirs} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="where the JSON goes")
+    parser.add_argument("--markdown", type=Path, help="print the table of this JSON, and measure nothing")
     arguments = parser.parse_args()
+    if arguments.markdown:
+        print(markdown(json.loads(arguments.markdown.read_text())))
+        return
     if not torch.cuda.is_available():
         print(json.dumps({"ran": False, "reason": f"no CUDA device; torch {torch.__version__} sees none"}))
         return
@@ -188,7 +189,7 @@ def main() -> None:
         report["cases"].append({"kernel": kernel, "size": size, "bytes": nbytes, "floor_us": floor, "us": us})
         write("kernels", report, arguments.out)
         print(kernel, size, f"floor {floor:.1f}", {side: us[side] and round(us[side], 1) for side in us}, flush=True)
-    show(report)
+    print(markdown(report))
 
 
 if __name__ == "__main__":

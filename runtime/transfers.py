@@ -14,6 +14,7 @@ import queue
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Iterator
 
 import torch
@@ -24,6 +25,8 @@ from vericache_compile.runtime.clock import Moment, moment, seconds_between
 
 PULSE = 0.5
 """Seconds after which a waiter looks whether the thread is still alive."""
+AHEAD = 256 << 20
+"""Bytes on their way out that the host goes on with: what they lie in is not free for what is computed next."""
 NAP = 0.002
 """The shortest sleep, in seconds, that holds a link back before a transfer's end: each costs its thread the GIL."""
 
@@ -110,6 +113,8 @@ class Link:
         self._thread: threading.Thread | None = None
         self._stream: torch.cuda.Stream | None = None
         self._outgoing: torch.cuda.Stream | None = None
+        self._leaving: deque[tuple[torch.cuda.Event, int]] = deque()
+        """What is on its way out: when it is gone, and its bytes."""
 
     def pinned(self, device: torch.device) -> bool:
         """Whether pages for this device should be pinned; from then on the link has streams of its own."""
@@ -149,7 +154,11 @@ class Link:
 
     @contextlib.contextmanager
     def outgoing(self, *sources: Tensor) -> Iterator[None]:
-        """Copies from the device made in this block: on a stream of the link's, after what has been computed so far."""
+        """Copies from the device made in this block: on a stream of the link's, after what has been computed so far.
+
+        Returns once no more than AHEAD bytes besides these are on their way out: a prefill, which the host launches far
+        ahead of the device, would else hold every layer's keys and values there.
+        """
         if self._outgoing is None:
             yield
             return
@@ -158,6 +167,10 @@ class Link:
             yield
         for source in sources:
             source.record_stream(self._outgoing)
+        own = sum(source.nbytes for source in sources)
+        while sum(nbytes for _, nbytes in self._leaving) > AHEAD:
+            self._leaving.popleft()[0].synchronize()
+        self._leaving.append((self._outgoing.record_event(), own))
 
     def catch_up(self) -> None:
         """What is launched from here on comes after what the link was given, so it may write to what that reads."""

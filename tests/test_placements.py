@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import streams
 import torch
 from models import VOCABULARY, make_prompt, make_tiny
 from test_canonical import compiled, logits_of, random_guess, use_drafter
@@ -64,6 +65,21 @@ def test_rows_are_bit_equal_wherever_full_kv_lives(
     use_drafter(monkeypatch, random_guess(VOCABULARY))
     for choice in ({"placement": "host", "staging_mb": 0.001}, {"placement": "disk"}):
         assert torch.equal(first, logits_of(model, switch, inputs, 40, **choice, **EAGER)), "random guesses"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_are_bit_equal_on_a_link_of_streams(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, in inference mode; on streams on which everything happens at once."""
+    monkeypatch.setattr(drafting, "CHUNK", 12)
+    model, inputs = make_tiny("llama").to(dtype), make_prompt(500, 2)
+    switch = compiled(model)
+    first = logits_of(model, switch, inputs, 60, **EAGER)
+    streams.use(monkeypatch)
+    for choice in ({}, {"staging_mb": 0.001}, {"staging_mb": 0.001, "compressor": "kivi"}):
+        with torch.inference_mode():
+            made = logits_of(model, switch, inputs, 60, placement="host", **choice, **EAGER)
+        assert torch.equal(first, made), choice
+        assert stats(model)["bytes"]["transferred"]
 
 
 @pytest.mark.parametrize("compressor", ["snapkv", "adakv", "streaming", "h2o"])

@@ -55,7 +55,7 @@ def main(capability: int, dtype: str, size: int) -> dict[str, int]:
     both = {"GROUP": 4, "VALUE": size, "SPLIT": SPLIT, "PAD_E": size}
     own = {"SIZE": size, "PAD_D": size, "SOFT_CAP": 0.0}
     read, stages = region_tile(size * width)
-    region = {**both, **own, "ROWS": 16, "TILE": read, "BITS": 4, "ZERO": True}
+    region = {**both, **own, "ROWS": 16, "TILE": read, "BITS": 4, "ZERO": True, "WHOLE": True}
     region |= {"KEY_GROUP": 32, "KEY_CHANNELS": 0, "VALUE_GROUP": 32, "VALUE_CHANNELS": 32}
     products = {outs: tiles_of(outs, width) for outs in (4096, 14336)}
     window = {"WINDOW": 16, "REACH": 0}

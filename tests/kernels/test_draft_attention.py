@@ -22,7 +22,9 @@ from vericache_compile.kernels.draft_attention import (
 )
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
-METHODS = [Kivi(bits=2), Kivi(bits=4), Kivi(bits=2, group=4), Int8(), Int8(group=5)]
+METHODS = [Kivi(bits=2), Kivi(bits=4), Kivi(bits=2, group=4), Kivi(bits=4, group=64), Int8(), Int8(group=5)]
+SIZES = [(20, 40), (32, 64), (16, 16)]
+"""Of keys and values: tiles are made of whole groups, or not."""
 DEVICE_FIXTURE = [HealthCheck.function_scoped_fixture]
 
 
@@ -72,12 +74,13 @@ def test_dense_regions_and_tails_equal_a_masked_softmax(
     torch.testing.assert_close(draft_attention(*arguments, **choice), expected, rtol=0, atol=TOLERANCE[dtype])
 
 
-@settings(deadline=None, max_examples=5, suppress_health_check=DEVICE_FIXTURE)
+@settings(deadline=None, max_examples=10, suppress_health_check=DEVICE_FIXTURE)
 @given(
     method=st.sampled_from(METHODS),
     heads=st.sampled_from([2, 6]),
     dtype=st.sampled_from(list(TOLERANCE)),
     tokens=st.lists(st.sampled_from([0, 32, 100, 288]), min_size=2, max_size=2),
+    sizes=st.sampled_from(SIZES),
     soft_cap=st.sampled_from([None, 2.0]),
     data=st.data(),
 )
@@ -87,13 +90,14 @@ def test_packed_regions_and_tails_equal_dequantising_first(
     heads: int,
     dtype: torch.dtype,
     tokens: list[int],
+    sizes: tuple[int, int],
     soft_cap: float | None,
     data: st.DataObject,
 ) -> None:
-    regions = [pack(method, count, device, dtype, (20, 40)).packed for count in tokens]
+    regions = [pack(method, count, device, dtype, sizes).packed for count in tokens]
     newest = torch.tensor([data.draw(st.integers(0, 89)) for _ in range(2)], device=device)
-    q = draw(device, dtype, 2, heads, 1, 20)
-    keys, values = draw(device, dtype, 2, 2, 90, 20, seed=1), draw(device, dtype, 2, 2, 90, 40, seed=2)
+    q = draw(device, dtype, 2, heads, 1, sizes[0])
+    keys, values = (draw(device, dtype, 2, 2, 90, size, seed=size) for size in sizes)
     for b, last in enumerate(newest.tolist()):
         keys[b, :, last + 1 :] = values[b, :, last + 1 :] = float("nan")
     lefts = torch.tensor(region_lefts(regions, 2), device=device)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
+import streams
 import torch
 
 from vericache_compile.errors import TransferError
@@ -40,6 +41,34 @@ def test_a_copy_is_exact_in_every_type() -> None:
         assert torch.equal(target[:, 100:400], source)
         assert not target[:, :100].any()
         assert not target[:, 400:].any()
+
+
+def test_copies_on_a_stream_are_exact_and_reach_buffers_of_inference_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The link's thread is not the one that made them, and the mode is a thread's own."""
+    streams.use(monkeypatch)
+    link, source = Link(), torch.randn(2, 300, 16)
+    link.pinned(torch.device("cuda"))
+    with torch.inference_mode():
+        target, page = torch.zeros(2, 300, 16), torch.zeros(2, 300, 16)
+        link.submit(link.copy(target, source)).result()
+        with link.outgoing(source):
+            link.store(page, source)
+    assert torch.equal(target, source)
+    assert torch.equal(page, source)
+
+
+def test_the_host_does_not_run_far_ahead_of_what_goes_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a prefill leaves behind layer by layer is not free before it is gone."""
+    streams.use(monkeypatch)
+    monkeypatch.setattr(transfers, "AHEAD", 1000)
+    link, layer = Link(), torch.zeros(400, dtype=torch.uint8)
+    link.pinned(torch.device("cuda"))
+    waits = []
+    for _ in range(6):
+        with link.outgoing(layer):
+            pass
+        waits.append(link._outgoing.waited)  # type: ignore[union-attr]
+    assert waits == [0, 0, 0, 1, 2, 3], "two of them and the newest may be on their way"
 
 
 def test_a_cap_holds_the_link_back() -> None:

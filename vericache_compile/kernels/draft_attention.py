@@ -99,8 +99,15 @@ def _attend_region(
             GROUP=group, SIZE=keys.size, VALUE=values.size, SOFT_CAP=soft_cap or 0.0, BITS=keys.bits,
             KEY_GROUP=keys.group, KEY_CHANNELS=keys.channels, VALUE_GROUP=values.group, VALUE_CHANNELS=values.channels,
             ZERO=keys.zero is not None, ROWS=pad_size(group), SPLIT=SPLIT, TILE=tile,
-            PAD_D=pad_size(keys.size), PAD_E=pad_size(values.size), num_warps=4, num_stages=stages,
+            PAD_D=pad_size(keys.size), PAD_E=pad_size(values.size), WHOLE=is_whole(keys) and is_whole(values),
+            num_warps=4, num_stages=stages,
         )  # fmt: skip
+
+
+def is_whole(side: PackedSide) -> bool:
+    """Whether tiles are made of whole groups, so that a scale is loaded once for all that share it."""
+    powers = all(count & (count - 1) == 0 for count in (side.size, side.group, side.channels))
+    return powers and side.size == pad_size(side.size)
 
 
 def region_tile(bytes_per_key: int) -> tuple[int, int]:
