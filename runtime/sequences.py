@@ -149,9 +149,8 @@ class Sequence:
         Not where the ring takes all of full KV, so that it comes while drafting runs; nor for regions that are soon
         made anew: those of a fork (a beam lives for one token), or of a method that chooses anew all the time.
         """
-        seldom = compressor.refresh == 0 or compressor.refresh >= CHUNK
         size = self.full.batch * columns * sum(site.bytes_per_token for site in self.full.sites)
-        return self.full.tier is Tier.HOST and size > staging_bytes and seldom and not self.forked
+        return self.full.tier is Tier.HOST and size > staging_bytes and compressor.is_lasting and not self.forked
 
     def take_early(self, compressor: Compressor, columns: Rows[int]) -> Early | None:
         """What prefill made for this compressor, once; None where there is nothing that still holds."""

@@ -60,4 +60,6 @@ def test_what_drafts_hold_as_it_was_cached_is_not_brought_again() -> None:
     alike = [replace(SITE, layer=layer) for layer in range(4)]
     assert bytes_reloaded(borrowing, alike, 10) == 20 * size, "layers that borrow hold nothing of their own"
     apart = [replace(SITE, layer=layer, value_size=(16, 8)[layer % 2]) for layer in range(4)]
+    anew = parse("snapkv(refresh=16)", {})
+    assert bytes_reloaded(anew, [SITE, sliding], 10) == 10 * size, "what is soon made anew is not set apart"
     assert bytes_reloaded(borrowing, apart, 10) == 0, "none lends to one of another shape"

@@ -31,7 +31,12 @@ def bytes_read(compressor: Compressor, sites: Sequence[Site], tokens: int) -> tu
 
 
 def bytes_reloaded(compressor: Compressor, sites: Sequence[Site], tokens: int) -> float:
-    """Bytes of one sequence's full KV over so many tokens that drafts do not hold as it was cached, at all sites."""
+    """Bytes of one sequence's full KV over so many tokens that come in for verify, at all sites.
+
+    That is what drafts do not hold as it was cached; all, where regions are soon made anew.
+    """
+    if not compressor.is_lasting:
+        return float(tokens * sum(site.bytes_per_token for site in sites if site.window is None))
     return tokens * sum(left for _, left in _per_token(compressor, sites))
 
 

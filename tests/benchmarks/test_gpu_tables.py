@@ -22,6 +22,10 @@ def test_the_page_says_what_was_measured() -> None:
     page = (ROOT / "docs" / "gpu.md").read_text()
     assert gpu.markdown(report("gpu")) in page
     assert kernels.markdown(report("kernels")) in page
+    readme = (ROOT / "README.md").read_text()
+    for case in report("gpu")["cases"]:
+        ours = case["sides"][gpu.OURS]
+        assert f"{ours['tokens_per_s_as_demo']:.0f} ({ours['demo_tokens_per_round']:.1f} per round)" in readme
 
 
 def test_what_did_not_run_has_its_reason() -> None:

@@ -95,6 +95,10 @@ class CompressedKV(ABC):
         return told
 
 
+LASTING = 128
+"""Tokens after which a region has lived long."""
+
+
 class Compressor(ABC):
     """A compression method with its parameters."""
 
@@ -110,6 +114,11 @@ class Compressor(ABC):
     """Compress anew from the full KV after so many tokens, by the latest queries; 0: never."""
     facts: Facts = NOTHING
     """What the runtime has told it (`knowing`)."""
+
+    @property
+    def is_lasting(self) -> bool:
+        """Whether a region lives so long that it pays to set apart, in host memory, what it leaves out."""
+        return self.refresh == 0 or self.refresh >= LASTING
 
     @property
     def queries(self) -> int:
