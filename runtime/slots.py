@@ -244,6 +244,6 @@ def incoming(
     """A round's full KV, wherever it lives; rows start at `columns`, `reaches` is that of `compress`."""
     if not isinstance(full, PagedKV):
         return Incoming(full, columns)
+    full.link.catch_up()  # before slots go: a round that was given up may still have copies under way to them
     ring.fit(full, staging_bytes)
-    full.link.catch_up()
     return PagedIncoming(full, draft, ring, columns, pads, reaches)

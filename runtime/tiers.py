@@ -179,7 +179,7 @@ class PagedKV(FullKV):
         return page
 
     def _grow(self, layer: int, count: int) -> None:
-        """Pages for all rows of a site in one allocation: as many as were reserved, at least `count` each."""
+        """Pages for all rows of a site at once: as many as were reserved, at least `count` each."""
         wanted = max(count, -(-self.columns // self.page)) if self.tier is Tier.HOST else count
         missing = [wanted - len(held) for held in self.pages[layer]]
         made = iter(host_pages(self.sites[layer], self.page, sum(missing), self.link.pinned(self.device)))

@@ -1,4 +1,4 @@
-"""The link between a tier and the device: owns its thread, or on an accelerator its stream and events.
+"""The link between a tier and the device: owns its thread, and on an accelerator its streams and events.
 
 A transfer is a generator that copies one piece per step and yields its bytes. A worker thread drives it: putting
 thousands of pieces on a stream takes as long as many drafts, which the caller launches meanwhile. On the CPU the thread
@@ -34,33 +34,37 @@ NAP = 0.002
 class Transfer:
     """One transfer under way."""
 
-    def __init__(self, job: Iterator[int], thread: threading.Thread, after: torch.cuda.Event | None) -> None:
-        """`after`: what must be done on the device before its first copy."""
+    def __init__(
+        self,
+        job: Iterator[int],
+        thread: threading.Thread,
+        stream: torch.cuda.Stream | None = None,
+        after: torch.cuda.Event | None = None,
+    ) -> None:
+        """Its copies go on `stream`, where there is one, once the device has done what comes before `after`."""
         self.job = job
         self.nbytes = 0
         self.began = 0.0
         """When the link took it up, in seconds on `time.perf_counter`'s clock."""
         self.error: BaseException | None = None
         self._asked = time.perf_counter()
-        self._thread, self._after = thread, after
+        self._thread, self._stream, self._after = thread, stream, after
         self._done = threading.Event()
         self._first: Moment = 0.0
         self._last: Moment = 0.0
 
-    def run(self, gbps: float | None, stream: torch.cuda.Stream | None, free: float = 0.0) -> float:
+    def run(self, gbps: float | None, free: float = 0.0) -> float:
         """Copy all pieces; an error is kept for whoever waits.
 
         A link held back to `gbps` takes up a transfer when that was asked for, or when it was `free` of those before,
         however late its thread got to run; returns when it is free again.
         """
+        if self._stream is not None:
+            gbps = None  # a link of a device is as fast as it is
         self.began = end = time.perf_counter() if gbps is None else max(self._asked, free)
         self._first = self._last = self.began
         try:
-            with torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext(), torch.inference_mode():
-                if stream is not None:
-                    if self._after is not None:
-                        stream.wait_event(self._after)
-                    self._first = self._last = moment(stream.device)
+            with self._on_stream(), torch.inference_mode():
                 for nbytes in self.job:
                     self.nbytes += nbytes
                     if gbps is not None:
@@ -68,14 +72,27 @@ class Transfer:
                         _sleep_until(end, NAP)
                 if gbps is not None:
                     _sleep_until(end, 0.0)
-                if stream is not None:
-                    self._last = moment(stream.device)
         except BaseException as error:  # noqa: BLE001 - it is raised where the data is waited for
             self.error = error
-        if stream is None:
+        if self._stream is None:
             self._last = time.perf_counter()
         self._done.set()
         return end
+
+    @contextlib.contextmanager
+    def _on_stream(self) -> Iterator[None]:
+        """On the stream, with the moments before and after all that is put on it, however that ends."""
+        if self._stream is None:
+            yield
+            return
+        with torch.cuda.stream(self._stream):
+            if self._after is not None:
+                self._stream.wait_event(self._after)
+            self._first = moment(self._stream.device)
+            try:
+                yield
+            finally:
+                self._last = moment(self._stream.device)
 
     @property
     def seconds(self) -> float:
@@ -95,13 +112,14 @@ class Transfer:
         return True
 
     def result(self) -> None:
-        """Return once the data is there, for the current stream; raises what went wrong, with the link's traceback."""
+        """Return once the data is there, for the device's current stream; raises what went wrong, with the link's
+        traceback, once nothing more is on its way to where it should have gone."""
         if not self.drain():
             raise TransferError("the link's thread has died", "a transfer of full KV", "start the program again")
+        if self._stream is not None and not isinstance(self._last, float):
+            torch.cuda.current_stream(self._stream.device).wait_event(self._last)
         if self.error is not None:
             raise self.error
-        if not isinstance(self._last, float):
-            torch.cuda.current_stream().wait_event(self._last)
 
 
 class Link:
@@ -115,10 +133,14 @@ class Link:
         self._outgoing: torch.cuda.Stream | None = None
         self._leaving: deque[tuple[torch.cuda.Event, int]] = deque()
         """What is on its way out: when it is gone, and its bytes."""
+        self._leaving_bytes = 0
 
     def pinned(self, device: torch.device) -> bool:
-        """Whether pages for this device should be pinned; from then on the link has streams of its own."""
-        if device.type == "cuda" and self._stream is None:
+        """Whether pages for this device should be pinned; from then on the link has streams of its own there."""
+        if device.type == "cuda" and (
+            self._stream is None or device.index not in (None, self._stream.device.index)
+        ):
+            self.synchronize()
             self._stream, self._outgoing = (torch.cuda.Stream(device) for _ in range(2))  # type: ignore[no-untyped-call]
         return device.type == "cuda"
 
@@ -146,9 +168,9 @@ class Link:
         if thread is None or not thread.is_alive():  # a forked process has none of its parent's
             thread = self._start()
         if self._outgoing is not None:  # the slot may still be read, and a page be on its way out
-            self._outgoing.wait_stream(torch.cuda.current_stream())
+            self._outgoing.wait_stream(_current(self._outgoing))
             after = self._outgoing.record_event()
-        made = Transfer(job, thread, after)
+        made = Transfer(job, thread, self._stream, after)
         self._queue.put(made)
         return made
 
@@ -162,20 +184,23 @@ class Link:
         if self._outgoing is None:
             yield
             return
-        self._outgoing.wait_stream(torch.cuda.current_stream())
+        self._outgoing.wait_stream(_current(self._outgoing))
         with torch.cuda.stream(self._outgoing):
             yield
         for source in sources:
             source.record_stream(self._outgoing)
+        while self._leaving and (self._leaving_bytes > AHEAD or self._leaving[0][0].query()):  # type: ignore[no-untyped-call]
+            gone, nbytes = self._leaving.popleft()
+            gone.synchronize()
+            self._leaving_bytes -= nbytes
         own = sum(source.nbytes for source in sources)
-        while sum(nbytes for _, nbytes in self._leaving) > AHEAD:
-            self._leaving.popleft()[0].synchronize()
         self._leaving.append((self._outgoing.record_event(), own))
+        self._leaving_bytes += own
 
     def catch_up(self) -> None:
         """What is launched from here on comes after what the link was given, so it may write to what that reads."""
         for stream in self._streams():
-            torch.cuda.current_stream().wait_stream(stream)
+            _current(stream).wait_stream(stream)
 
     def synchronize(self) -> None:
         """Return once what was put on the link's streams has happened, so that the host may read it."""
@@ -187,19 +212,24 @@ class Link:
 
     def _start(self) -> threading.Thread:
         self._queue = queue.SimpleQueue()
-        arguments = (self._queue, self.gbps, self._stream)
+        arguments = (self._queue, self.gbps)
         self._thread = threading.Thread(target=_drive, args=arguments, name="vericache-link", daemon=True)
         self._thread.start()
         weakref.finalize(self, self._queue.put, None).atexit = False
         return self._thread
 
 
-def _drive(jobs: queue.SimpleQueue[Transfer | None], gbps: float | None, stream: torch.cuda.Stream | None) -> None:
+def _drive(jobs: queue.SimpleQueue[Transfer | None], gbps: float | None) -> None:
     """The thread: knows the queue and not the link, so that a link that nobody holds ends it."""
     free = 0.0
     while (transfer := jobs.get()) is not None:
-        free = transfer.run(gbps, stream, free)
+        free = transfer.run(gbps, free)
         del transfer
+
+
+def _current(stream: torch.cuda.Stream) -> torch.cuda.Stream:
+    """The current stream of a stream's device."""
+    return torch.cuda.current_stream(stream.device)
 
 
 def _sleep_until(moment: float, least: float) -> None:

@@ -43,18 +43,47 @@ def test_a_copy_is_exact_in_every_type() -> None:
         assert not target[:, 400:].any()
 
 
-def test_copies_on_a_stream_are_exact_and_reach_buffers_of_inference_mode(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The link's thread is not the one that made them, and the mode is a thread's own."""
+def test_copies_on_streams_are_there_for_who_waits_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in buffers of inference mode: the link's thread is another than the one that made them."""
     streams.use(monkeypatch)
     link, source = Link(), torch.randn(2, 300, 16)
     link.pinned(torch.device("cuda"))
     with torch.inference_mode():
         target, page = torch.zeros(2, 300, 16), torch.zeros(2, 300, 16)
-        link.submit(link.copy(target, source)).result()
         with link.outgoing(source):
             link.store(page, source)
+        coming = link.submit(link.copy(target, page))
+        assert coming.drain()
+        assert not target.any(), "on its way"
+        coming.result()
+    assert torch.equal(target, source), "what comes in waits for what goes out"
+
+
+def test_what_fails_on_a_stream_is_raised_once_nothing_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    streams.use(monkeypatch)
+    link, target, source = Link(), torch.zeros(2, 8, 4), torch.ones(2, 8, 4)
+    link.pinned(torch.device("cuda"))
+
+    def broken() -> Iterator[int]:
+        yield from link.copy(target, source)
+        raise OSError("no more")
+
+    with pytest.raises(OSError, match="no more"):
+        link.submit(broken()).result()
+    assert torch.equal(target, source), "its buffer may be given to others now"
+
+
+def test_a_link_that_moves_to_a_gpu_takes_its_thread_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    link, source = Link(), torch.randn(2, 8, 4)
+    target = torch.zeros_like(source)
+    link.submit(note([], "a")).result()
+    streams.use(monkeypatch)
+    link.pinned(torch.device("cuda"))
+    coming = link.submit(link.copy(target, source))
+    assert coming.drain()
+    assert not target.any()
+    coming.result()
     assert torch.equal(target, source)
-    assert torch.equal(page, source)
 
 
 def test_the_host_does_not_run_far_ahead_of_what_goes_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,7 +96,7 @@ def test_the_host_does_not_run_far_ahead_of_what_goes_out(monkeypatch: pytest.Mo
     for _ in range(6):
         with link.outgoing(layer):
             pass
-        waits.append(link._outgoing.waited)  # type: ignore[union-attr]
+        waits.append(link._outgoing.host_waits)  # type: ignore[union-attr]
     assert waits == [0, 0, 0, 1, 2, 3], "two of them and the newest may be on their way"
 
 
