@@ -1,13 +1,14 @@
 """How fast is decoding long contexts on a GPU, when the KV cache may take so much of it and no more?
 
+Sides: plain generate, a static cache under Inductor, transformers' cache offloaded to the host, and vericache; each
+with as many rows as its KV budget lets it have. The model is of the 8B class with random weights, which costs no
+download. They are drawn so that the next token is a permutation of this one, whatever attention adds: every draft is
+right, which tells what a full round takes and nothing of how often drafts are right. That is measured apart, on the
+demo model and a real text (`--acceptance`, on any machine), and the figures for such rounds are computed from both.
 
-
-
-
-real text (`--acceptance`, on any machine), and the figures for such rounds are computed from both.
-
-Writes results/gpu-<machine>.json and takes under eight minutes: what no longer fits in them is not run, and is listed
-with its reason. Without a GPU it says so, and that is all; `--tiny` tries the program itself on any machine.
+Writes results/gpu-<machine>.json. No side begins that would take it past --minutes if it took as long as the longest
+before it; those are listed with that reason. Without a GPU it says so, and that is all; `--tiny` tries the program
+itself on any machine.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import gc
 import json
 import os
+import random
 import statistics
 import time
 from dataclasses import dataclass, field, replace
@@ -86,6 +88,8 @@ STEPS = {PLAIN: 24, STATIC: 40, OFFLOADED: 14}
 """Tokens decoded."""
 SETTLED = 8
 """Tokens, or of vericache rounds, after which steps are timed: compilation and recording lie before."""
+ROUNDS = 100_000
+"""Rounds drawn to find how many tokens several rows get of one."""
 PERIOD = 128
 """Tokens of vericache that are timed: tails are compressed in once in so many."""
 
@@ -187,12 +191,12 @@ def rounds_of(now: dict[str, Any], rows: int) -> dict[str, Any]:
     return made
 
 
-def measure_case(model: Any, case: Case, device: str, deadline: float) -> dict[str, dict[str, Any]]:
-    """By side its figures, or why there are none."""
+def measure_case(model: Any, case: Case, device: str, deadline: float, longest: float) -> dict[str, dict[str, Any]]:
+    """By side its figures, or why there are none; the longest side before took so many seconds."""
     sides: dict[str, dict[str, Any]] = {}
     reference: torch.Tensor | None = None
     for side in case.rows:
-        longest = max((each.get("wall_s", 0.0) for each in sides.values()), default=0.0)
+        longest = max([longest, *(each.get("wall_s", 0.0) for each in sides.values())])
         if time.monotonic() + longest > deadline:
             sides[side] = {"not_run": "the time was over"}
             continue
@@ -230,17 +234,17 @@ def acceptance(cases: tuple[Case, ...]) -> list[dict[str, Any]]:
         model.compile(backend="vericache", options={**options, "draft_dtype": "same"})
         model.generate(**document(1, TEXT), max_new_tokens=512, do_sample=False)
         now = stats(model)
-        kept = [1 + each["accepted"] for each in now["latest_rounds"] if each["drafted"]]  # the last may be cut short
-        found = {"tokens_per_round": statistics.mean(kept), "rounds": now["rounds"], "drafted": len(kept)}
-        made.append({"options": options, **found, "accepted_by_position": now["acceptance_by_position"]})
+        kept = [1 + each["accepted"] for each in now["latest_rounds"] if each["drafted"]]
+        made.append({"options": options, "tokens_per_round": statistics.mean(kept), "kept": kept})
         print(made[-1], flush=True)
     return made
 
 
 def known_acceptance() -> list[dict[str, Any]]:
-    """What was measured of it, on whatever machine."""
-    paths = sorted(RESULTS.glob("acceptance-*.json"))
-    return [each for path in paths for each in json.loads(path.read_text())["rounds"]]
+    """What was measured of it, on whatever machine, the newest first."""
+    paths = sorted(RESULTS.glob("acceptance-*.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+    reports = [json.loads(path.read_text()) for path in paths]
+    return [{**each, "measured_on": report["machine"]["device"]} for report in reports for each in report["rounds"]]
 
 
 def drafting(options: dict[str, Any]) -> dict[str, Any]:
@@ -249,18 +253,36 @@ def drafting(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def project(report: dict[str, Any]) -> None:
-    """What a step would take if rounds gave as many tokens as the demo model's, and what follows from both."""
+    """What a step would take if rounds gave as many tokens as the demo model's, and what follows from both.
+
+    Whatever a round takes, serving its tokens included, is taken to be the same for fewer tokens.
+    """
     for case in report["cases"]:
         ours = case["sides"].get(OURS, {})
         found = [each for each in report["acceptance"] if each["options"] == drafting(case["options"])]
         if not found or "round_ms" not in ours:
             continue
-        ours["demo_tokens_per_round"] = kept = found[0]["tokens_per_round"]
-        ours["ms_per_step_as_demo"] = step = ours["round_ms"] / kept + ours["serve_ms"]
+        kept = together(found[0]["kept"], ours["rows"], found[0]["options"]["window"])
+        ours["demo_tokens_per_round"] = kept
+        ours["ms_per_step_as_demo"] = step = ours["ms_per_step"] * ours["tokens_per_round"] / kept
         ours["tokens_per_s_as_demo"] = rate = 1e3 * ours["rows"] / step
         for side, other in case["sides"].items():
             if side != OURS and "tokens_per_s" in other:
                 other["vericache_is_faster_as_demo"] = rate / other["tokens_per_s"]
+
+
+def together(kept: list[int], rows: int, window: int) -> float:
+    """Tokens per row and round of several rows, whose rounds keep so many tokens by chance.
+
+    A round begins when a row has none left, and those that hold a window or more take no part in it.
+    """
+    draw, held, tokens = random.Random(0), [0] * rows, 0
+    for _ in range(ROUNDS):
+        held = [own if own >= window else own + draw.choice(kept) for own in held]
+        taken = min(held)
+        held = [own - taken for own in held]
+        tokens += taken
+    return tokens / ROUNDS
 
 
 def floors(report: dict[str, Any], weights: int) -> None:
@@ -277,20 +299,22 @@ def floors(report: dict[str, Any], weights: int) -> None:
 
 def markdown(report: dict[str, Any]) -> str:
     """The table of a report, as docs/gpu.md has it."""
-    lines = ["| case | side | rows | ms per step | tokens/s | vericache at the demo model's acceptance |"]
-    lines.append("|---|---|---|---|---|---|")
+    lines = ["| case | side | rows | ms per step | tokens/s | peak GiB | vericache at the demo model's acceptance |"]
+    lines.append("|---|---|---|---|---|---|---|")
     for case in report["cases"]:
         for side, made in case["sides"].items():
             about = f"| {case['name']}, {case['prompt_tokens']:,} tokens | {side} |"
             if "not_run" in made:
-                lines.append(f"{about} | | | not run: {made['not_run'].split('. ')[0]} |")
+                lines.append(f"{about} | | | | not run: {made['not_run'].split('. ')[0]} |")
                 continue
             faster = made.get("vericache_is_faster_as_demo")
             as_demo = f"{faster:.1f}x as fast" if faster else ""
             if "tokens_per_s_as_demo" in made:
                 rate, kept = made["tokens_per_s_as_demo"], made["demo_tokens_per_round"]
                 as_demo = f"{made['ms_per_step_as_demo']:.1f} ms, {rate:.0f} tokens/s ({kept:.1f} tokens per round)"
-            figures = f"{made['rows']} | {made['ms_per_step']:.1f} | {made['tokens_per_s']:.1f}"
+            figures = (
+                f"{made['rows']} | {made['ms_per_step']:.1f} | {made['tokens_per_s']:.1f} | {made['peak_gib']:.0f}"
+            )
             lines.append(f"{about} {figures} | {as_demo} |")
     return "\n".join(lines)
 
@@ -345,8 +369,10 @@ def main() -> None:
         "cases": [],
     }
     model = make_model(config, dtype, device, max(case.tokens + steps_of(case) for case in cases))
+    longest = 0.0
     for case in cases:
-        sides = measure_case(model, case, device, deadline)
+        sides = measure_case(model, case, device, deadline, longest)
+        longest = max([longest, *(each.get("wall_s", 0.0) for each in sides.values())])
         about = {
             "name": case.name,
             "prompt_tokens": case.tokens,

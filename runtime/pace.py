@@ -55,7 +55,7 @@ class Pace:
     def pays(self) -> bool:
         """Whether rounds with drafts gave rows as fast as verifying them one by one would have, within MARGIN.
 
-        By the median round: the first ones also compile kernels, and record what later ones replay.
+        By the median round: some also compile kernels, or record what later ones replay.
         """
         drafting = len(self.seen) * median(each.draft_seconds + each.verify_seconds for each in self.seen)
         alone = min(each.alone_seconds for each in self.seen) * sum(each.kept for each in self.seen)

@@ -41,6 +41,17 @@ def test_rows_are_bit_equal_whatever_is_drafted(model: PreTrainedModel, inductor
         assert torch.equal(made, first), choice
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+def test_rows_are_bit_equal_through_a_ring_of_one_slot(model: PreTrainedModel, batch: int) -> None:
+    """Slots are used again and again, tails compressed in, and what drafts dropped is set apart."""
+    switch, how = compiled(model), {**WINDOW, "inductor": False}
+    first = logits_of(model, switch, prompt(batch), 150, **how)
+    for choice in ({}, {"compressor": "kivi"}, {"compressor": "adakv"}, {"placement": "disk"}):
+        elsewhere = {"placement": "host", "staging_mb": 0.001, **choice, **how}
+        with torch.inference_mode():
+            assert torch.equal(logits_of(model, switch, prompt(batch), 150, **elsewhere), first), choice
+
+
 def test_tokens_are_plain_ones(model: PreTrainedModel) -> None:
     report = check(model, prompt(1), max_new_tokens=40, compressor="kivi", inductor=False, **WINDOW)
     assert report.identical or (report.margin is not None and report.margin < 0.25), str(report)

@@ -31,16 +31,16 @@ def test_without_a_gpu_it_says_so() -> None:
 @pytest.mark.slow
 def test_the_tiny_configuration_runs_anywhere(tmp_path: Path) -> None:
     out = tmp_path / "gpu.json"
-    options = {"compressor": "snapkv", "keep": 0.2, "inductor": False}
-    ran = run("--tiny", "--options", json.dumps(options), "--out", str(out))
+    ran = run("--tiny", "--options", '{"inductor": false}', "--out", str(out))
     assert ran.returncode == 0, ran.stderr
     report = json.loads(out.read_text())
     for case in report["cases"]:
         assert case["sides"]["vericache"]["ms_per_step"] > 0
-        assert case["sides"]["vericache"]["differs_from_first_side_at"] is None
+        assert case["sides"]["vericache"]["same_tokens_as_the_first_side"]
+        assert case["sides"]["vericache"]["tokens_per_round"] == 16, "every draft is right"
     small, large = report["cases"]
     assert (small["sides"]["vericache"]["placement"], large["sides"]["vericache"]["placement"]) == ("device", "host")
-    assert "over the budget" in large["sides"]["plain"]["not_run"]
+    assert (large["sides"]["plain"]["rows"], large["sides"]["vericache"]["rows"]) == (1, 4)
 
 
 @pytest.mark.slow

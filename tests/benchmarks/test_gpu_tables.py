@@ -37,10 +37,19 @@ def test_what_did_not_run_has_its_reason() -> None:
     assert gpu.markdown({"cases": [case]}).splitlines()[-1].endswith("| not run: CUDA out of memory |")
 
 
-def test_a_step_at_the_demo_models_acceptance_is_made_of_its_rounds() -> None:
-    ours = {"round_ms": 400.0, "serve_ms": 2.0, "rows": 5}
+def test_rounds_of_the_demo_models_length_take_as_long_as_full_ones() -> None:
     options = {"compressor": "snapkv", "keep": 0.2, "window": 32}
+    ours = {"round_ms": 400.0, "ms_per_step": 15.0, "tokens_per_round": 32.0, "rows": 1}
     case = {"options": {**options, "placement": "host"}, "sides": {gpu.OURS: ours, gpu.PLAIN: {"tokens_per_s": 10.0}}}
-    gpu.project({"acceptance": [{"options": options, "tokens_per_round": 20.0}], "cases": [case]})
-    assert ours["ms_per_step_as_demo"] == pytest.approx(22.0)
-    assert case["sides"][gpu.PLAIN]["vericache_is_faster_as_demo"] == pytest.approx(5000 / 22 / 10)
+    gpu.project({"acceptance": [{"options": options, "kept": [20, 20]}], "cases": [case]})
+    assert ours["ms_per_step_as_demo"] == pytest.approx(480 / 20)
+    assert case["sides"][gpu.PLAIN]["vericache_is_faster_as_demo"] == pytest.approx(1000 / 24 / 10)
+
+
+def test_rows_of_a_batch_wait_for_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row that was given more than the others keeps it, and what it is given beyond a window is lost."""
+    monkeypatch.setattr(gpu, "ROUNDS", 2000)
+    assert gpu.together([16], 5, 16) == 16
+    alone, both = gpu.together([1, 16], 1, 16), gpu.together([1, 16], 5, 16)
+    assert alone == pytest.approx(8.5, rel=0.05)
+    assert 1 < both < alone

@@ -14,7 +14,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vericache_compile.kernels import draft_attention_triton, row_invariant_linear_triton, verify_attention_triton
+from vericache_compile.kernels import (
+    draft_attention_triton,
+    row_invariant_linear_triton,
+    verify_attention_triton,
+    write_token_triton,
+)
 from vericache_compile.kernels.draft_attention import region_tile
 from vericache_compile.kernels.row_invariant_linear import Tiles, tiles_of
 from vericache_compile.kernels.verify_attention import SPLIT, tile_sizes
@@ -26,13 +31,15 @@ WIDTHS = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 def kind_of(name: str, dtype: str) -> str:
     """The type of an argument."""
-    if name in NUMBERS or name.startswith(("q_", "k_", "v_", "x_", "w_")):
+    if name in NUMBERS or name.startswith(("q_", "k_", "v_", "x_", "w_", "new_")):
         return "i32"
     if name == "scale":
         return "fp32"
     if name.endswith("_codes"):
         return "*u8"
-    return {"starts": "*i64", "lefts": "*i64", "bias": f"*{dtype}"}.get(name, "*fp32" if name in PARTS else f"*{dtype}")
+    if name in ("starts", "lefts", "slots"):
+        return "*i64"
+    return "*fp32" if name in PARTS else f"*{dtype}"
 
 
 def compile_program(function: Any, capability: int, dtype: str, stages: int, constants: dict[str, Any]) -> int:
@@ -55,8 +62,10 @@ def main(capability: int, dtype: str, size: int) -> dict[str, int]:
     both = {"GROUP": 4, "VALUE": size, "SPLIT": SPLIT, "PAD_E": size}
     own = {"SIZE": size, "PAD_D": size, "SOFT_CAP": 0.0}
     read, stages = region_tile(size * width)
-    region = {**both, **own, "ROWS": 16, "TILE": read, "BITS": 4, "ZERO": True, "WHOLE": True}
-    region |= {"KEY_GROUP": 32, "KEY_CHANNELS": 0, "VALUE_GROUP": 32, "VALUE_CHANNELS": 32}
+    region = {**both, **own, "ROWS": 16, "TILE": read, "WHOLE": True}
+    kivi = {"BITS": 4, "ZERO": True, "KEY_GROUP": 32, "KEY_CHANNELS": 0, "VALUE_GROUP": 32, "VALUE_CHANNELS": 32}
+    int8 = {"BITS": 8, "ZERO": False, "KEY_GROUP": 1, "KEY_CHANNELS": 32, "VALUE_GROUP": 1, "VALUE_CHANNELS": 32}
+    odd = {"SIZE": size - 16, "VALUE": size - 16, "KEY_CHANNELS": 16, "VALUE_CHANNELS": 16, "WHOLE": False}
     products = {outs: tiles_of(outs, width) for outs in (4096, 14336)}
     window = {"WINDOW": 16, "REACH": 0}
     biased = {"BIAS": True, "RELATIVE": True}
@@ -66,7 +75,10 @@ def main(capability: int, dtype: str, size: int) -> dict[str, int]:
         for name, function, depth, constants in (
             ("attend_splits", verify.attend_splits, 2, {**both, **own, **window, **biased, "ROWS": rows, "TILE": tile}),
             ("merge_splits", verify.merge_splits, 3, {**both, **window, "SINKS": True}),
-            ("attend_region", draft.attend_region, stages, region),
+            ("attend_region, kivi", draft.attend_region, stages, {**region, **kivi}),
+            ("attend_region, int8", draft.attend_region, stages, {**region, **int8}),
+            ("attend_region, int8, odd sizes", draft.attend_region, stages, {**region, **int8, **odd}),
+            ("write_token", write_token_triton.write_token, 3, {"SIZE": size, "VALUE": size, "PAD": size}),
             *(
                 (
                     f"multiply, {outs} outputs",
