@@ -38,9 +38,9 @@ def _document(ids: torch.Tensor, tokens: int, batch: int) -> dict[str, torch.Ten
 @pytest.mark.parametrize(
     ("compressor", "window", "tokens", "batch"),
     [
-        ("kivi", 8, 700, 1),
+        pytest.param("kivi", 8, 700, 1, marks=pytest.mark.slow),
         ("streaming", 16, 31, 3),
-        ("none", 32, 2, 1),
+        pytest.param("none", 32, 2, 1, marks=pytest.mark.slow),
         ("snapkv", 16, 3000, 1),
     ],
 )
