@@ -137,9 +137,7 @@ class Link:
 
     def pinned(self, device: torch.device) -> bool:
         """Whether pages for this device should be pinned; from then on the link has streams of its own there."""
-        if device.type == "cuda" and (
-            self._stream is None or device.index not in (None, self._stream.device.index)
-        ):
+        if device.type == "cuda" and (self._stream is None or device.index not in (None, self._stream.device.index)):
             self.synchronize()
             self._stream, self._outgoing = (torch.cuda.Stream(device) for _ in range(2))  # type: ignore[no-untyped-call]
         return device.type == "cuda"
