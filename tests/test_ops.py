@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vericache_compile.ops import attend, has_onednn, heads_mm, linear
+from vericache_compile import ops
+from vericache_compile.ops import attend, fill, has_onednn, heads_mm, linear
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -192,6 +193,18 @@ def test_a_rows_product_has_the_same_bits_at_each_place(size: int, out: int, dty
         made = linear(x, weight, None)
         assert torch.equal(linear(x[places], weight, None), made[places]), rows
         assert torch.equal(linear(others, weight, None)[places[0]], made[0]), rows
+
+
+def test_row_counts_are_filled_where_onednn_treats_what_is_left_of_a_tile_in_another_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert [fill(rows) for rows in (*range(1, 14), 16, 32)] == [*[0] * 6, 3, 2, 1, 0, 0, 0, 3, 0, 2]
+    x, weight = draw(4, 2, 8), draw(5, 8)
+    expected = linear(x, weight, None)
+    monkeypatch.setattr(ops, "_are_rows_alike", lambda: False)
+    filled = linear(x, weight, None)
+    assert filled.shape == expected.shape
+    torch.testing.assert_close(filled, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -5,6 +5,8 @@ Shapes: B batch, T tokens, H query heads, K KV heads, C columns of past, D head 
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -109,10 +111,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """
     if is_row_invariant(weight):
         return row_invariant_linear(x, weight, bias)
-    if has_onednn(weight):
-        made: Tensor = torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
-        return made
-    return F.linear(x, weight, bias).contiguous()
+    return _onednn(x, weight, bias) if has_onednn(weight) else F.linear(x, weight, bias).contiguous()
 
 
 def keeps_rows_apart(weight: Tensor) -> bool:
@@ -127,6 +126,39 @@ def has_onednn(weight: Tensor) -> bool:
     if weight.dtype is torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return weight.dtype is torch.float32
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [..., in] by weight [out, in], by oneDNN, with a row count that gives each row the same bits."""
+    rows = x.reshape(-1, x.shape[-1])
+    missing = 0 if _are_rows_alike() else fill(rows.shape[0])
+    filled = F.pad(rows, (0, 0, 0, missing)) if missing else rows.contiguous()
+    made: Tensor = torch.ops.mkldnn._linear_pointwise(filled, weight, bias, "none", [], "")
+    return made[: rows.shape[0]].view(*x.shape[:-1], weight.shape[0])
+
+
+def fill(rows: int) -> int:
+    """Rows to add where float32 is multiplied in tiles of six rows, and one to three that are left over in another way.
+
+    So does oneDNN 3.10 (torch 2.11) with AVX2 and no AVX-512; 3.12 (torch 2.13) does not.
+    """
+    return {1: 3, 2: 2, 3: 1}.get(rows % TILE, 0) if rows > TILE else 0
+
+
+@cache
+def _are_rows_alike() -> bool:
+    """Whether oneDNN multiplies seven, eight and nine rows of float32 alike, whatever their order: tried once."""
+    draw = torch.Generator().manual_seed(0)
+    weight = torch.randn(97, 64, generator=draw)
+
+    def multiply(x: Tensor) -> Tensor:
+        made: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+        return made
+
+    return all(
+        torch.equal(multiply(x.flip(0).contiguous()), multiply(x).flip(0))
+        for x in (torch.randn(rows, 64, generator=draw) for rows in range(TILE + 1, TILE + 4))
+    )
 
 
 @linear.register_fake
@@ -162,8 +194,7 @@ def heads_mm(x: Tensor, weight: Tensor) -> Tensor:
 def _rows_apart(x: Tensor, weight: Tensor) -> Tensor:
     """x [M, in] by weight [out, in], either way round in memory."""
     if has_onednn(weight) or has_onednn(weight.t()):
-        made: Tensor = torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, None, "none", [], "")
-        return made
+        return _onednn(x, weight, None)
     count = x.shape[0]
     padded = F.pad(x, (0, 0, 0, -count % ROWS)) if count > 2 else x
     return F.linear(padded, weight)[:count]
@@ -248,6 +279,8 @@ torch.library.register_vmap("vericache::experts_mm", _experts_mm_window)
 
 ROWS = 4
 """Row counts above 2 are filled up to a multiple of this where a library was seen to keep rows apart only then."""
+TILE = 6
+"""Rows of a tile, where oneDNN treats those that are left over in another way."""
 EXPERT_ROWS = 16
 """Rows per GEMM of an expert in verify."""
 
