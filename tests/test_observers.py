@@ -63,7 +63,8 @@ def run(**environment: str) -> str:
 
 
 def test_by_default_there_is_one_line_for_a_model_and_one_warning_for_a_graph_not_taken() -> None:
-    said = [line for line in run().splitlines() if not line.startswith(" ")]
+    """Beside lines that are torch's own: a CUDA build without a GPU has something to say."""
+    said = [line for line in run().splitlines() if not re.match(r" |W\d{4} .* torch/", line)]
     assert [line.split(":")[:2] for line in said] == [
         ["vericache", said[0].split(":")[1]],
         ["vericache", " graph not taken, it runs under plain Inductor"],
