@@ -61,8 +61,7 @@ class FilePage:
 def host_pages(site: Site, columns: int, count: int, pinned: bool) -> list[HostPage]:
     """`count` pages of `columns` columns, zeroed, in few allocations; in pageable memory where none can be pinned.
 
-    As many at once as a power of two: torch rounds the bytes that it pins up to one, and pinning takes half a second
-    per GB.
+    As many at once as a power of two: torch rounds the bytes that it pins up to one, and pinning is slow.
     """
     made: list[HostPage] = []
     while left := count - len(made):

@@ -148,16 +148,20 @@ def fill(rows: int) -> int:
 @cache
 def _are_rows_alike() -> bool:
     """Whether oneDNN multiplies seven, eight and nine rows of float32 alike, whatever their order: tried once."""
-    draw = torch.Generator().manual_seed(0)
-    weight = torch.randn(97, 64, generator=draw)
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(rows: int) -> Tensor:
+        """Whatever the caller's default device and type are."""
+        return torch.randn(rows, 64, generator=generator, dtype=torch.float32, device="cpu")
+
+    weight = draw(97)
 
     def multiply(x: Tensor) -> Tensor:
         made: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
         return made
 
     return all(
-        torch.equal(multiply(x.flip(0).contiguous()), multiply(x).flip(0))
-        for x in (torch.randn(rows, 64, generator=draw) for rows in range(TILE + 1, TILE + 4))
+        torch.equal(multiply(x.flip(0).contiguous()), multiply(x).flip(0)) for x in map(draw, range(TILE + 1, TILE + 4))
     )
 
 

@@ -53,8 +53,7 @@ def spread(
     x, head, tokens, first, SIZE: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, CHANNELS: tl.constexpr,
     TURNED: tl.constexpr,
 ):  # fmt: skip
-    """Scales or zeros of a tile, each loaded once and repeated in registers: [TILE, SIZE], TURNED [SIZE, TILE], or a
-    column or row of them that all share."""
+    """Scales or zeros of a tile, each loaded once and repeated in registers: [TILE, SIZE], or TURNED [SIZE, TILE]."""
     if CHANNELS > 0:
         PARTS: tl.constexpr = SIZE // CHANNELS
         token, part = first + tl.arange(0, TILE), tl.arange(0, PARTS)
