@@ -133,7 +133,7 @@ def holds_at(program: Program, past: int) -> bool:
         return False
     shapes = _shape_env(program)
     known = [guard.expr for guard in shapes.guards if guard.expr.free_symbols <= env.keys()] if shapes else []
-    return all(bool(expr.subs(env)) for expr in known)
+    return all(bool(_at(expr, env)) for expr in known)
 
 
 def _shape_env(program: Program) -> ShapeEnv | None:
@@ -196,9 +196,14 @@ def _reach(fits: Callable[[int], bool], most: int) -> int:
 def concrete(size: Any, env: Mapping[sympy.Symbol, int]) -> int:
     """A size as an int: symbols from `env`, any other from the hint that Dynamo saw."""
     if isinstance(size, torch.SymInt):
-        expression = size.node.expr.subs(env)
-        return int(expression) if expression.is_number else int(size.node.hint)
+        value = _at(size.node.expr, env)
+        return int(value) if value.is_number else int(size.node.hint)
     return int(size)
+
+
+def _at(expression: sympy.Basic, env: Mapping[sympy.Symbol, int]) -> sympy.Basic:
+    """An expression with what `env` has of its symbols put in; `subs` takes its time for each that it is given."""
+    return expression.subs({symbol: env[symbol] for symbol in expression.free_symbols & env.keys()})
 
 
 def reads_data(node: Node, cached: set[Node]) -> bool:

@@ -16,7 +16,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from vericache_compile.errors import UnsupportedGraph
 from vericache_compile.passes.evaluate import bind_symbols, concrete
-from vericache_compile.passes.program import Program, example, is_weight
+from vericache_compile.passes.program import Program, example, is_weight, make_module
 from vericache_compile.plan import Rope
 
 
@@ -91,7 +91,7 @@ def _cut_out(program: Program, key: Node, before: Node, fed: set[Node]) -> Rope 
         return None
     graph.output(copies[key])
     _inputs_first(graph)
-    return Rope(GraphModule(program.module, graph), tuple(weights))
+    return Rope(make_module(program.module, graph), tuple(weights))
 
 
 def _between(program: Program, key: Node, before: Node) -> set[Node]:

@@ -46,8 +46,8 @@ def find_expansion(program: Program, call: Attention, proved: dict[str, bool]) -
 
     `proved` remembers what was run, by its text.
     """
-    returned = program.returned
-    ends = {node for node in program.module.graph.nodes if _is_cache(node, returned)}
+    # caches are returned; a buffer that is written in place is an input
+    ends = {node for node in (*program.placeholders, *program.returned) if _may_be_cache(node)}
     between = _between((call.key, call.value), ends)
     order = [node for node in program.module.graph.nodes if node in between]
     products = [node for node in order if node.target is torch.nn.functional.linear]
@@ -83,10 +83,9 @@ def _may_have_variants(program: Program, found: Expansion) -> bool:
     return program.found_roles.tokens_per_call == 1 and not known
 
 
-def _is_cache(node: Node, returned: list[Any]) -> bool:
-    value = example(node)
-    known = node in returned or node.op == "placeholder"  # a buffer that is written in place is an input
-    return known and isinstance(value, Tensor) and value.dim() == 4
+def _may_be_cache(node: object) -> bool:
+    value = example(node) if isinstance(node, Node) else None
+    return isinstance(value, Tensor) and value.dim() == 4
 
 
 def _between(front: tuple[Node, ...], ends: set[Node]) -> set[Node]:

@@ -18,7 +18,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from vericache_compile.ops import ATTEND, OUTSIDE
-from vericache_compile.passes.program import Program, SegmentGraph, placeholders
+from vericache_compile.passes.program import Program, SegmentGraph, make_module, placeholders
 
 
 def partition(program: Program) -> int:
@@ -91,7 +91,7 @@ def _segment(variant: GraphModule, nodes: list[Node], outputs: list[Node], free:
         node_of[node] = graph.node_copy(node, bring)
     graph.output(tuple(node_of[n] for n in outputs))
     _placeholders_first(graph)
-    module = GraphModule(variant, graph)
+    module = make_module(variant, graph)
     return SegmentGraph(module, tuple(inputs), tuple(outputs), structure_key(module))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from vericache_compile.errors import UnsupportedGraph
 from vericache_compile.plan import Compiled, Output, OutputRole, Roles, Rope, SegmentedProgram, Site
@@ -167,9 +168,15 @@ def copy_graph(module: GraphModule) -> tuple[Graph, dict[Node, Node]]:
 
 def copy_module(module: GraphModule) -> GraphModule:
     """A copy whose graph can be changed; parameters and submodules are shared, node metadata is kept."""
-    copied = GraphModule(module, copy_graph(module)[0])
+    copied = make_module(module, copy_graph(module)[0])
     copied.meta.update(module.meta)
     return copied
+
+
+def make_module(root: GraphModule, graph: Graph) -> GraphModule:
+    """A module of a graph, parameters and submodules those of `root`. Its code is written when it is first called or
+    looked at: most modules on the way are only read as graphs."""
+    return _LazyGraphModule(root, graph)
 
 
 def example(node: Node) -> Any:

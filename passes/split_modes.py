@@ -31,6 +31,7 @@ from vericache_compile.passes.program import (
     copy_graph,
     copy_module,
     example,
+    make_module,
     mutates,
     output_node,
     unsupported,
@@ -70,7 +71,7 @@ def split_captured(program: Program) -> int:
             graph.call_method("append", (store, nodes.site.layer, *parts, *weight))
         for side, index in enumerate(nodes.site.past or ()):
             _read_past(graph, store, nodes.site.layer, side, node_of[program.placeholders[index]])
-    program.captured = GraphModule(program.module, graph)
+    program.captured = make_module(program.module, graph)
     _return_rows(program, program.captured, node_of)
     return len(program.sites)
 
@@ -117,7 +118,7 @@ def _canonical(program: Program) -> GraphModule:
         call.replace_all_uses_with(buffer)
         graph.erase_node(call)
     _drop_idle_slices(graph)
-    module = GraphModule(program.module, graph)
+    module = make_module(program.module, graph)
     _return_rows(program, module, node_of)
     replaced = (node for nodes in program.sites for node in (*nodes.spelled, *nodes.expansion))
     idle = {node_of[node] for node in (*program.idle, *replaced)}
