@@ -1,6 +1,6 @@
-"""Ask for full KV as early as the ring of device slots allows; moves only.
+"""Ask for full KV as early as the ring allows; moves only.
 
-A ring of n slots lets a prefetch be n sites ahead of its wait. With 2 slots for 4 sites:
+A ring of n slots, each for one site's full KV, lets a prefetch be n sites ahead of its wait. With 2 slots for 4 sites:
 
 Before, in verify                                  After, in verify
     s0 | prefetch 0, wait 0, attend 0                  prefetch 0, prefetch 1
@@ -10,8 +10,11 @@ Before, in verify                                  After, in verify
                                                        s3 | wait 3, attend 3
 
 What reaches the top of verify goes on into the draft step that runs before it: draft then begins with prefetch 0 and
-prefetch 1. Verify keeps its own, which find the transfer under way, so that it is whole by itself. Should the ring come
-to have fewer slots, when the cache has grown, requests wait for one: the order of use is the order of asking.
+prefetch 1. Verify keeps its own, which find the transfer under way, so that it is whole by itself.
+
+That is for sites that come whole, and for the columns that there were when the graph was captured. When it runs, a
+request that finds no room in the ring waits for it, and one that finds room for more begins the transfers of the next
+sites too (`runtime/incoming.py`): the order of use is the order of the sites.
 """
 
 from __future__ import annotations

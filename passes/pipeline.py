@@ -119,7 +119,7 @@ def plan_capture(
     """
     program = Program(copy_module(module), batch, window, scalars or {}, buffers or {}, compiled)
     decode = run_all(program, decode_passes(inductor, draft_dtype, staging), observers)
-    captured = _captured_plan(program, 0 if staging is None else staging.nbytes)
+    captured = _captured_plan(program, staging)
     if not decode:
         return captured
     return DecodePlan(
@@ -144,8 +144,8 @@ def column_limit(program: Program) -> int | None:
     return min((limit for limit in limits if limit is not None), default=None)
 
 
-def _captured_plan(program: Program, staging_bytes: int) -> CapturedPlan:
+def _captured_plan(program: Program, staging: Staging | None) -> CapturedPlan:
     assert program.captured is not None, "split_captured has not run"
     sites = tuple(nodes.site for nodes in program.sites)
     past = any(site.past is not None for site in sites)
-    return CapturedPlan(program.captured, program.found_roles, sites, tuple(program.outputs), past, staging_bytes)
+    return CapturedPlan(program.captured, program.found_roles, sites, tuple(program.outputs), past, staging)

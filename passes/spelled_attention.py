@@ -211,7 +211,7 @@ def _untransposed(node: Node) -> Node | None:
     elif call_name(node) == "permute":
         order: Any = given[0] if isinstance(given[0], (tuple, list)) else given
         axes = {i for i, axis in enumerate(order) if axis % rank != i}
-    elif given == ["mT"]:
+    elif call_name(node) == "mT" or given == ["mT"]:  # a call of its own since torch 2.14
         axes = {rank - 2, rank - 1}
     return before if isinstance(before, Node) and axes == {rank - 2, rank - 1} else None
 

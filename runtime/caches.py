@@ -161,7 +161,7 @@ class DraftLayer:
     def nbytes(self) -> int:
         """Bytes allocated."""
         regions = sum(region.nbytes for region in self.regions) if self.packed else 0
-        notes = sum(bytes_of(each.held, each.firsts) for each in self.remainders if each is not None)
+        notes = sum(bytes_of(each.held, each.before, each.firsts) for each in self.remainders if each is not None)
         return bytes_of(self.keys, self.values) + regions + notes
 
     def write(self, k: Tensor, v: Tensor, columns: Sequence[int]) -> None:

@@ -18,9 +18,9 @@ from vericache_compile.runtime.caches import DraftKV
 from vericache_compile.runtime.compression import CHUNK, compress, extend
 from vericache_compile.runtime.counts import Counts
 from vericache_compile.runtime.executor import Attend, execute
+from vericache_compile.runtime.incoming import Incoming
 from vericache_compile.runtime.scores import scores_of
 from vericache_compile.runtime.sequences import Sequence
-from vericache_compile.runtime.slots import Incoming
 from vericache_compile.runtime.told import Telling
 
 
@@ -92,7 +92,7 @@ def prepare_draft(
         else:
             early, reaches = sequence.take_early(compressor, start.columns), reaches_of(plan)
             how = (room, early, tell, placed, reaches)
-            apart = sequence.sets_apart(compressor, max(start.columns), plan.captured.staging_bytes)
+            apart = sequence.sets_apart(compressor, max(start.columns), plan.captured.staging)
             draft = compress(compressor, full, start.pads, start.columns, queries, *how, apart)
         sequence.draft = draft
         counts.compress_seconds += time.perf_counter() - began

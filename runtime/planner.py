@@ -38,7 +38,7 @@ class Load:
     tokens_per_round: float = 14.0
     reload: float = 1.0
     """Share of full KV that drafts do not hold as it was cached; where the ring is smaller than full KV no more than
-    that comes over the link."""
+    that comes over the link, and one site's is put together beside the ring."""
 
     @property
     def full(self) -> float:
@@ -96,9 +96,10 @@ def choose(made: Sequence[Choice]) -> Choice | None:
     return max((each for each in made if each.fits), key=lambda each: each.tokens_per_second, default=None)
 
 
-def ring_bytes(draft_weights: float, window: int, machine: Machine) -> float:
-    """Bytes that can come over the link while a round drafts; a larger ring of slots would not be filled in time."""
-    return (window - 1) * draft_weights / machine.memory_gbps * machine.link_gbps
+def ring_bytes(step_bytes: float, window: int, machine: Machine) -> float:
+    """Bytes that can come over the link while a round drafts, each step reading so many: a larger ring would not be
+    filled in time."""
+    return (window - 1) * step_bytes / machine.memory_gbps * machine.link_gbps
 
 
 def _plain(load: Load, machine: Machine) -> Choice:
@@ -136,10 +137,14 @@ def _resident(load: Load, machine: Machine) -> Choice:
 def _swapped(load: Load, machine: Machine, staging_bytes: float | None) -> Choice:
     draft, verify, lines = _rounds(load, machine)
     slot = load.full / load.sites
-    wanted = ring_bytes(load.draft_weights, load.window, machine) if staging_bytes is None else staging_bytes
-    ring = min(max(wanted, slot), load.full)
-    share = load.reload if ring < load.full else 1.0
-    early, late = (share * size / machine.link_gbps / GB for size in (ring, load.full - ring))
+    known, wanted = (
+        ring_bytes(nbytes, load.window, machine) if staging_bytes is None else staging_bytes
+        for nbytes in (load.draft_weights, load.draft_weights + load.compressed)
+    )
+    share, whole = (load.reload, slot) if known < load.full else (1.0, 0.0)
+    held = min(max(wanted - whole, share * slot), share * load.full)
+    ring = held + whole
+    early, late = (size / machine.link_gbps / GB for size in (held, share * load.full - held))
     total = max(draft, early) + max(verify, late)
     needed = load.weights + load.copies + load.compressed + ring
     lines += (

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from vericache_compile.compressors.base import CompressedKV
+from vericache_compile.kernels import launch
+from vericache_compile.kernels.interleave import count_before, interleave, interleave_reference, take
 from vericache_compile.plan import Site
 from vericache_compile.runtime.pages import host_memory
 from vericache_compile.runtime.transfers import Link
@@ -33,8 +35,10 @@ class Remainder:
     """[K, S] bool, on the device: whether the region holds a token."""
     sure: Tensor
     """A bool on the device: whether `held` is true to the bit. If not, all of this is of no use."""
+    before: Tensor
+    """`count_before(held)`, on the device."""
     firsts: Tensor
-    """[2, K, 1] on the device: where in [M tokens left out | N slots] a head's own begin, of both kinds."""
+    """[2, K, 1] on the device: where in M tokens left out, and in N slots, a head's own begin."""
     counts: tuple[int, ...]
     """Tokens left out, per KV head; M is the most of them."""
     sides: tuple[Tensor, ...]
@@ -50,21 +54,25 @@ class Remainder:
         """Bytes allocated in host memory."""
         return sum(side.nbytes for side in self.sides)
 
+    @property
+    def most(self) -> int:
+        """M: columns that `copy_to` writes."""
+        return max(self.counts)
+
     def copy_to(self, link: Link, *targets: Tensor) -> Iterator[int]:
-        """Copy each head's tokens to the columns before `end` of the targets [K, C, *]; one head per step, as bytes."""
+        """Copy each head's tokens to the last of the columns of the targets [K, M, *]; one head per step, as bytes."""
         for target, side in zip(targets[: len(self.sides)], self.sides, strict=True):
             for head, own in enumerate(torch.split(side, list(self.counts))):
-                yield from link.copy(target[head : head + 1, self.end - len(own) : self.end], own[None])
+                yield from link.copy(target[head : head + 1, self.most - len(own) :], own[None])
 
-    def put_in_order(self, targets: Sequence[Tensor], region: CompressedKV) -> None:
-        """Columns [begin, end) of the targets [K, C, *], from the last of them (see `copy_to`) and the region."""
-        most, count, parts = max(self.counts), len(self.sides), region.materialize()
-        kept = self.held.cumsum(dim=1)  # of a token that is held, itself and those before it
-        left = torch.arange(self.held.shape[1], device=self.held.device) - kept
-        order = torch.where(self.held, self.firsts[1] + kept - 1, self.firsts[0] + left)
-        for target, part in zip(targets[:count], parts[:count], strict=True):
-            both = torch.cat([target[:, self.end - most : self.end], part], dim=1)
-            target[:, self.begin : self.end] = _take(both, order)
+    def put_in_order(self, targets: Sequence[Tensor], came: Sequence[Tensor], region: CompressedKV) -> None:
+        """Fill the targets [K, S, *], which are columns [begin, end), from what came (see `copy_to`) and the region."""
+        count = len(self.sides)
+        parts = (targets[:count], region.materialize()[:count], came[:count], self.held)
+        if launch.serves(targets[0]):
+            interleave(*parts, self.before, self.firsts)
+        else:
+            interleave_reference(*parts, self.firsts)
 
 
 def set_apart(
@@ -81,14 +89,14 @@ def set_apart(
     held, sure = find_held(keys, values, *region.materialize(), own)
     counts = tuple(region.covered - slots for slots in own)
     left = held.to(torch.uint8).argsort(dim=1, stable=True)[:, : max(counts)]
-    sides = [_take(side, left) for side in (keys, values)[: site.sides]]
+    sides = [take(side, left) for side in (keys, values)[: site.sides]]
     pinned = link.pinned(keys.device)
     made = tuple(host_memory((sum(counts), side.shape[2]), side.dtype, pinned, zeroed=False) for side in sides)
     with link.outgoing(*sides):
         for side, target in zip(sides, made, strict=True):
             for own_side, count, place in zip(side, counts, torch.split(target, list(counts)), strict=True):
                 link.store(place[None], own_side[None, :count])
-    return Remainder(begin, held, sure, _firsts(counts, own, keys.device), counts, made)
+    return Remainder(begin, held, sure, count_before(held), _firsts(counts, own, keys.device), counts, made)
 
 
 def carry_over(made: Remainder | None, before: CompressedKV, after: CompressedKV) -> Remainder | None:
@@ -121,7 +129,7 @@ def find_held(
     real = torch.arange(own_keys.shape[1], device=keys.device) >= firsts
     same = torch.ones_like(real)
     for full, own in ((keys, own_keys), (values, own_values)):
-        same &= (_bits(_take(full, where)) == _bits(own)).all(dim=-1)
+        same &= (_bits(take(full, where)) == _bits(own)).all(dim=-1)
     rising = where.diff(dim=1) > 0
     sure = (same | ~real).all() & (rising | ~real[:, :-1]).all()
     held = real.new_zeros(keys.shape[0], keys.shape[1] + 1)  # the last column takes what lies before a head's slots
@@ -131,7 +139,7 @@ def find_held(
 
 def _firsts(counts: Sequence[int], slots: Sequence[int], device: torch.device) -> Tensor:
     most, fullest = max(counts), max(slots)
-    pairs = [[[most - out] for out in counts], [[most + fullest - own] for own in slots]]
+    pairs = [[[most - out] for out in counts], [[fullest - own] for own in slots]]
     return _on(device, pairs)
 
 
@@ -139,17 +147,6 @@ def _on(device: torch.device, values: Sequence[object]) -> Tensor:
     """Whole numbers on the device; the host does not wait for the copy, as it would for one from pageable memory."""
     made = torch.tensor(values)
     return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made
-
-
-def _take(x: Tensor, tokens: Tensor) -> Tensor:
-    """Tokens [K, n] of x [K, T, D]: [K, n, D]. As rows of a matrix, which on a CPU is five times as fast."""
-    heads, count, size = x.shape
-    if x.stride(2) != 1 or x.stride(0) % size or x.stride(1) % size:
-        x = x.contiguous()
-    per_head, per_token = x.stride(0) // size, x.stride(1) // size
-    rows = tokens * per_token + torch.arange(heads, device=x.device)[:, None] * per_head
-    matrix = x.as_strided(((heads - 1) * per_head + (count - 1) * per_token + 1, size), (size, 1))
-    return matrix.index_select(0, rows.flatten()).view(*tokens.shape, size)
 
 
 def _bits(x: Tensor) -> Tensor:

@@ -22,8 +22,9 @@ from torch import Tensor
 from vericache_compile.plan import DecodePlan
 from vericache_compile.runtime.counts import Counts
 from vericache_compile.runtime.drawn import Repeated
+from vericache_compile.runtime.incoming import incoming
+from vericache_compile.runtime.ring import Ring
 from vericache_compile.runtime.sequences import Sequence
-from vericache_compile.runtime.slots import Ring, incoming
 from vericache_compile.runtime.verify import verify_tokens
 
 CHUNK = 2048
@@ -132,7 +133,7 @@ def _repeat(
     tokens = torch.tensor(padded, device=device).t().unsqueeze(-1).contiguous()
     pads = [row.pad for row in sequence.rows]
     reaches = [site.window for site in sites]
-    coming = incoming(sequence.full, None, ring, plan.captured.staging_bytes, columns, pads, reaches)
+    coming = incoming(sequence.full, None, ring, plan.captured.staging, columns, pads, reaches)
     try:
         verify_tokens(coming, pads, plan, bound, tokens, torch.tensor(first, device=device), note)
     finally:

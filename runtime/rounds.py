@@ -29,11 +29,12 @@ from vericache_compile.runtime.drafting import (
 )
 from vericache_compile.runtime.drawn import Asked
 from vericache_compile.runtime.executor import WeightCasts, bind_weights
+from vericache_compile.runtime.incoming import Incoming, incoming
 from vericache_compile.runtime.pace import Seen
 from vericache_compile.runtime.repeat import repeat_once
+from vericache_compile.runtime.ring import Ring
 from vericache_compile.runtime.rotations import Rotations
 from vericache_compile.runtime.sequences import Held, Queries, Row, Sequence
-from vericache_compile.runtime.slots import Incoming, Ring, incoming
 from vericache_compile.runtime.token_record import Judged
 from vericache_compile.runtime.told import Telling
 from vericache_compile.runtime.verify import verify_tokens
@@ -68,9 +69,7 @@ def run_round(
     draft = prepare_draft(sequence, start, compressor, plan.window, counts, telling)
     horizon = next_steps(sequence, plan.window)
     low = bind_weights(plan.draft, inputs, casts)
-    coming = incoming(
-        sequence.full, draft, ring, plan.captured.staging_bytes, start.columns, start.pads, reaches_of(plan)
-    )
+    coming = incoming(sequence.full, draft, ring, plan.captured.staging, start.columns, start.pads, reaches_of(plan))
     launched, began = time.perf_counter(), moment(device)
     try:
         if known is None:

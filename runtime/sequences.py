@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vericache_compile.compressors.base import Compressor
-from vericache_compile.plan import DecodePlan, Tier
+from vericache_compile.plan import DecodePlan, Staging, Tier
 from vericache_compile.runtime import ghosts
 from vericache_compile.runtime.caches import DraftKV, FullKV, apart
 from vericache_compile.runtime.compression import CHUNK, Early
@@ -143,14 +143,15 @@ class Sequence:
         draft = 0 if self.draft is None else self.draft.apart
         return draft + (0 if self.early is None else apart(self.early.remainders))
 
-    def sets_apart(self, compressor: Compressor, columns: int, staging_bytes: int) -> bool:
+    def sets_apart(self, compressor: Compressor, columns: int, staging: Staging | None) -> bool:
         """Whether it pays to set apart what regions over so many columns leave out, so that no round brings the rest.
 
         Not where the ring takes all of full KV, so that it comes while drafting runs; nor for regions that are soon
         made anew: those of a fork (a beam lives for one token), or of a method that chooses anew all the time.
         """
-        size = self.full.batch * columns * sum(site.bytes_per_token for site in self.full.sites)
-        return self.full.tier is Tier.HOST and size > staging_bytes and compressor.is_lasting and not self.forked
+        if staging is None or self.full.tier is not Tier.HOST or not compressor.is_lasting or self.forked:
+            return False
+        return self.full.batch * columns * sum(site.bytes_per_token for site in self.full.sites) > staging.nbytes
 
     def take_early(self, compressor: Compressor, columns: Rows[int]) -> Early | None:
         """What prefill made for this compressor, once; None where there is nothing that still holds."""

@@ -24,11 +24,11 @@ from vericache_compile.runtime.drawn import Drawn
 from vericache_compile.runtime.executor import WeightCasts, bind_weights
 from vericache_compile.runtime.mirrors import find_mirror, has_versions, paddings, write_back
 from vericache_compile.runtime.recovery import Call, record, recover
+from vericache_compile.runtime.ring import Ring
 from vericache_compile.runtime.rotations import Rotations
 from vericache_compile.runtime.sequence_table import SequenceTable
 from vericache_compile.runtime.sequences import Row, Sequence
 from vericache_compile.runtime.sliding import columns_after, columns_of, columns_shown, is_short
-from vericache_compile.runtime.slots import Ring
 from vericache_compile.runtime.store import Store
 from vericache_compile.runtime.tiers import Home, PagedKV
 from vericache_compile.runtime.timeline import Timeline
@@ -149,7 +149,7 @@ class Session:
             sequence.drawn = Drawn.empty(plan.sites, batch, device)
         early = not columns and not sequence.full.resident and not self.compressor.wants & KINDS
         compresses = early and all(site.alibi is None for site in plan.sites)
-        apart = sequence.sets_apart(self.compressor, count, plan.staging_bytes)
+        apart = sequence.sets_apart(self.compressor, count, plan.staging)
         sequence.early = Early(self.compressor, pads, apart) if compresses else None
         shown = columns_shown(plan, inputs)
         try:

@@ -13,8 +13,8 @@ from torch import Tensor
 from vericache_compile.plan import DecodePlan
 from vericache_compile.runtime.attention import attend_full
 from vericache_compile.runtime.executor import execute
+from vericache_compile.runtime.incoming import Incoming
 from vericache_compile.runtime.scores import scores_of
-from vericache_compile.runtime.slots import Incoming
 
 Note = Callable[[int, Tensor, Tensor, Tensor, Tensor], None]
 """(layer, q [B, H, W, D], k [B, K, W, D], v [B, K, W, E], keys [B, K, C, D]): shown each site's new tokens, and its

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from vericache_compile import stats
-from vericache_compile.runtime import drafting, slots
+from vericache_compile.runtime import drafting
+from vericache_compile.runtime.ring import Ring, aligned
 from vericache_compile.runtime.tiers import PagedKV
 
 ELSEWHERE: list[dict[str, Any]] = [
@@ -36,22 +38,23 @@ EAGER = {"window": 8, "inductor": False}
 
 
 @pytest.fixture
-def rings(monkeypatch: pytest.MonkeyPatch) -> set[tuple[int, int]]:
-    """(slots, sites) of every ring that comes into use."""
-    seen: set[tuple[int, int]] = set()
-    fit = slots.Ring.fit
+def rings(monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """Sites that come at the same time, of every ring that comes into use."""
+    seen: set[int] = set()
+    fit = Ring.fit
 
-    def note(self: slots.Ring, full: PagedKV, nbytes: int) -> None:
-        fit(self, full, nbytes)
-        seen.add((len(self.slots), len(full.sites)))
+    def note(self: Ring, nbytes: int, needs: Sequence[int], *rest: Any) -> None:
+        fit(self, nbytes, needs, *rest)
+        assert self.buffer is not None
+        seen.add(sum(end <= self.buffer.nbytes for end in itertools.accumulate(map(aligned, needs))) or 1)
 
-    monkeypatch.setattr(slots.Ring, "fit", note)
+    monkeypatch.setattr(Ring, "fit", note)
     return seen
 
 
 @pytest.mark.parametrize(("name", "batch"), [("llama", 1), ("gpt2", 3)])
 def test_rows_are_bit_equal_wherever_full_kv_lives(
-    name: str, batch: int, rings: set[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+    name: str, batch: int, rings: set[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, inputs = make_tiny(name), make_prompt(500, batch)
     switch = compiled(model)
@@ -61,7 +64,7 @@ def test_rows_are_bit_equal_wherever_full_kv_lives(
         assert stats(model)["placement"] == choice["placement"]
         held_on_the_device = choice.get("compressor") == "none" and batch == 1
         assert bool(stats(model)["bytes"]["transferred"]) != held_on_the_device, "columns of padding always come in"
-    assert {count for count, _ in rings} >= {1, 3}
+    assert rings >= {1, 3}
     use_drafter(monkeypatch, random_guess(VOCABULARY))
     for choice in ({"placement": "host", "staging_mb": 0.001}, {"placement": "disk"}):
         assert torch.equal(first, logits_of(model, switch, inputs, 40, **choice, **EAGER)), "random guesses"

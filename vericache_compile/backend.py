@@ -156,7 +156,7 @@ def _take(
 def staging_of(config: Config, inputs: Sequence[Any], parameters: Sequence[int]) -> Staging | None:
     """The ring for full KV as long as these inputs'; None where full KV is on the device for good.
 
-    As large as what comes over the link while a round drafts, where its size is not given.
+    Where its size is not given, as large as what comes over the link while a round drafts.
     """
     weights = [inputs[i] for i in parameters]
     device = weights[0].device
@@ -168,7 +168,8 @@ def staging_of(config: Config, inputs: Sequence[Any], parameters: Sequence[int])
     found, low = bandwidths(device), config.draft_dtype_on(device)
     reads = sum(weight.numel() * (weight.dtype if low is None else low).itemsize for weight in weights)
     machine = Machine(0, found.memory_gbps, config.link_gbps or found.link_gbps)
-    return Staging(int(ring_bytes(reads, config.window, machine)), columns)
+    sizes = (ring_bytes(nbytes, config.window, machine) for nbytes in (reads, 1))
+    return Staging(int(next(sizes)), columns, next(sizes))
 
 
 def identity_of(tensor: Tensor) -> tuple[int, int]:

@@ -117,20 +117,32 @@ class Tier(StrEnum):
 
 @dataclass(frozen=True)
 class Staging:
-    """Device memory for full KV that comes in: a ring of slots, each for one site's full KV of all rows."""
+    """Device memory for full KV that comes in. Schedules count it in slots, each for one site's full KV of all rows."""
 
     nbytes: int
-    """What the ring may take; it never has less than one slot."""
+    """What it may take; it never has less than one slot."""
     columns: int
     """Columns of a slot."""
+    per_draft_byte: float = 0.0
+    """What it may take besides, per byte of draft's KV: the longer a round drafts, the more comes meanwhile."""
+
+    def bytes_beside(self, draft_bytes: int) -> int:
+        """What it may take beside so many bytes of draft's KV."""
+        return self.nbytes + rounded(int(self.per_draft_byte * draft_bytes))
 
     def slot_bytes(self, sites: Sequence[Site], batch: int) -> int:
         """Bytes of a slot: the largest site's full KV."""
         return batch * self.columns * max(site.bytes_per_token for site in sites)
 
     def slots(self, sites: Sequence[Site], batch: int) -> int:
-        """Slots of the ring: as many as there is room for, at least one, at most one per site."""
+        """As many as there is room for, at least one, at most one per site."""
         return min(max(self.nbytes // max(self.slot_bytes(sites, batch), 1), 1), len(sites))
+
+
+def rounded(nbytes: int) -> int:
+    """Up to a sixteenth more, so that what grows a little every round seldom asks for other memory."""
+    step = 1 << max(nbytes.bit_length() - 5, 0)
+    return -(-nbytes // step) * step
 
 
 @dataclass(frozen=True)
@@ -192,8 +204,8 @@ class CapturedPlan:
     sites: tuple[Site, ...]
     outputs: tuple[OutputRole, ...]
     attends_to_past: bool
-    staging_bytes: int = 0
-    """Device memory for full KV that comes in from outside the device: the ring's."""
+    staging: Staging | None = None
+    """Device memory for full KV that comes in from outside the device; None where it is on the device for good."""
 
     @property
     def in_place(self) -> bool:

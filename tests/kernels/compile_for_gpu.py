@@ -16,29 +16,34 @@ from triton.compiler import ASTSource
 
 from vericache_compile.kernels import (
     draft_attention_triton,
+    interleave_triton,
     row_invariant_linear_triton,
     verify_attention_triton,
     write_token_triton,
 )
 from vericache_compile.kernels.draft_attention import region_tile
+from vericache_compile.kernels.interleave import BLOCK
 from vericache_compile.kernels.row_invariant_linear import Tiles, tiles_of
 from vericache_compile.kernels.verify_attention import SPLIT, tile_sizes
 
 PARTS = {"outs", "tops", "totals"}
-NUMBERS = {"places", "l_batch", "l_head", "kv_heads", "splits", "skipped", "tokens", "first", "rows"}
+NUMBERS = {"places", "l_batch", "l_head", "kv_heads", "splits", "skipped", "tokens", "first", "rows", "blocks"}
+HEADS = ("to_k_", "to_v_", "kept_k_", "kept_v_", "left_k_", "left_v_")
 WIDTHS = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
 def kind_of(name: str, dtype: str) -> str:
     """The type of an argument."""
-    if name in NUMBERS or name.startswith(("q_", "k_", "v_", "x_", "w_", "new_")):
+    if name in NUMBERS or name.startswith(("q_", "k_", "v_", "x_", "w_", "new_", *HEADS)):
         return "i32"
     if name == "scale":
         return "fp32"
     if name.endswith("_codes"):
         return "*u8"
-    if name in ("starts", "lefts", "slots"):
+    if name in ("starts", "lefts", "slots", "firsts"):
         return "*i64"
+    if name in ("held", "before"):
+        return "*i1" if name == "held" else "*i32"
     return "*fp32" if name in PARTS else f"*{dtype}"
 
 
@@ -67,6 +72,7 @@ def main(capability: int, dtype: str, size: int) -> dict[str, int]:
     int8 = {"BITS": 8, "ZERO": False, "KEY_GROUP": 1, "KEY_CHANNELS": 32, "VALUE_GROUP": 1, "VALUE_CHANNELS": 32}
     odd = {"SIZE": size - 16, "VALUE": size - 16, "KEY_CHANNELS": 16, "VALUE_CHANNELS": 16, "WHOLE": False}
     products = {outs: tiles_of(outs, width) for outs in (4096, 14336)}
+    pair = {"SIZE": size, "VALUE": size, "PAD_D": size, "PAD_E": size}
     window = {"WINDOW": 16, "REACH": 0}
     biased = {"BIAS": True, "RELATIVE": True}
     verify, draft = verify_attention_triton, draft_attention_triton
@@ -78,6 +84,12 @@ def main(capability: int, dtype: str, size: int) -> dict[str, int]:
             ("attend_region, kivi", draft.attend_region, stages, {**region, **kivi}),
             ("attend_region, int8", draft.attend_region, stages, {**region, **int8}),
             ("attend_region, int8, odd sizes", draft.attend_region, stages, {**region, **int8, **odd}),
+            (
+                "interleave",
+                interleave_triton.interleave,
+                3,
+                {**pair, "BLOCK": BLOCK},
+            ),
             ("write_token", write_token_triton.write_token, 3, {"SIZE": size, "VALUE": size, "PAD": size}),
             *(
                 (

@@ -9,7 +9,7 @@ import torch
 from models import make_prompt, make_tiny
 
 from vericache_compile import stats
-from vericache_compile.runtime import clock, rounds, slots
+from vericache_compile.runtime import clock, incoming, rounds
 from vericache_compile.runtime.clock import moment, seconds_between
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -39,15 +39,15 @@ def stream(monkeypatch: pytest.MonkeyPatch) -> None:
     """The events of a GPU."""
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: device)
-    for module in (rounds, slots):
+    for module in (rounds, incoming):
         monkeypatch.setattr(module, "moment", lambda device: clock.moment(GPU))
-    close = slots.PagedIncoming.close
+    close = incoming.PagedIncoming.close
 
-    def wait(self: slots.PagedIncoming) -> None:
+    def wait(self: incoming.PagedIncoming) -> None:
         Event.waited = True  # what a round waits for it has waited for when it closes
         close(self)
 
-    monkeypatch.setattr(slots.PagedIncoming, "close", wait)
+    monkeypatch.setattr(incoming.PagedIncoming, "close", wait)
 
 
 def test_without_streams_a_moment_is_now() -> None:

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from vericache_compile.kernels import draft_attention, launch, verify_attention
 from vericache_compile.passes.pipeline import plan_capture
 from vericache_compile.plan import DecodePlan
-from vericache_compile.runtime import capture, draft_step, drafting, rounds, slots
+from vericache_compile.runtime import capture, draft_step, drafting, incoming, rounds
 from vericache_compile.runtime.caches import DraftKV
 from vericache_compile.runtime.capture import Captured, Launch, Pool
 from vericache_compile.runtime.draft_step import DraftStep
@@ -96,9 +96,9 @@ def test_full_kv_from_elsewhere_is_asked_for_before_the_first_step(monkeypatch: 
     monkeypatch.setattr(draft_step, "serves", lambda device, plan, draft: True)
     asked: list[int] = []
     ahead: list[list[int]] = []
-    prefetch, draft_tokens = slots.PagedIncoming.prefetch, rounds.draft_tokens
+    prefetch, draft_tokens = incoming.PagedIncoming.prefetch, rounds.draft_tokens
 
-    def note(self: slots.PagedIncoming, layer: int) -> None:
+    def note(self: incoming.PagedIncoming, layer: int) -> None:
         asked.append(layer)
         prefetch(self, layer)
 
@@ -108,7 +108,7 @@ def test_full_kv_from_elsewhere_is_asked_for_before_the_first_step(monkeypatch: 
         ahead.append(list(asked))
         return drafted
 
-    monkeypatch.setattr(slots.PagedIncoming, "prefetch", note)
+    monkeypatch.setattr(incoming.PagedIncoming, "prefetch", note)
     monkeypatch.setattr(rounds, "draft_tokens", drafting)
     assert torch.equal(logits_of(model, switch, inputs, 16, window=4, placement="host", **OPTIONS), first)
     assert ahead[0]

@@ -9,7 +9,7 @@ from torch import Tensor
 from vericache_compile.compressors.base import CompressedKV
 from vericache_compile.compressors.spec import parse
 from vericache_compile.plan import Site
-from vericache_compile.runtime.remainder import Remainder, _take, carry_over, find_held, set_apart
+from vericache_compile.runtime.remainder import Remainder, carry_over, find_held, set_apart
 from vericache_compile.runtime.transfers import Link
 from vericache_compile.testing import random_row
 
@@ -28,13 +28,16 @@ def apart_from(
 
 
 def assembled(made: Remainder, region: CompressedKV, *sizes: int) -> list[Tensor]:
-    """Targets with room before and after, full of NaN, and then what comes over the link, and the region."""
+    """Targets full of NaN, and then what comes over the link, and the region."""
     dtype = made.sides[0].dtype
-    targets = [torch.full((2, made.end + 3, size), float("nan"), dtype=dtype) for size in sizes]
-    copied = sum(made.copy_to(Link(), *targets))
+    came, targets = (
+        [torch.full((2, columns, size), float("nan"), dtype=dtype) for size in sizes]
+        for columns in (made.most, made.end - made.begin)
+    )
+    copied = sum(made.copy_to(Link(), *came))
     assert copied == sum(side.nbytes for side in made.sides)
-    made.put_in_order(targets, region)
-    return [target[:, BEGIN : made.end] for target in targets]
+    made.put_in_order(targets, came, region)
+    return targets
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -104,15 +107,6 @@ def test_a_region_that_keeps_everything_is_put_in_place_by_itself() -> None:
     assert made.counts == (0, 0)
     assert made.nbytes == 0
     assert torch.equal(assembled(made, region, 16, 12)[0], row[0][:, : region.covered])
-
-
-@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2)])
-def test_tokens_are_taken_from_tensors_that_lie_otherwise(order: tuple[int, ...]) -> None:
-    """Heads within tokens, as a model makes them, or a view of a longer cache."""
-    x = torch.randn(5, 7, 12).permute(order)[:, 1:]
-    chosen = torch.tensor([[0, 3], [2, 1], [1, 1], [3, 0], [0, 0], [2, 2], [3, 3]])[: x.shape[0]]
-    assert torch.equal(_take(x, chosen), x.take_along_dim(chosen.unsqueeze(-1), dim=1))
-    assert torch.equal(_take(x[..., :5], chosen), x[..., :5].take_along_dim(chosen.unsqueeze(-1), dim=1))
 
 
 def test_regions_of_other_things_leave_nothing_apart() -> None:

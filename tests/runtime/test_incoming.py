@@ -1,21 +1,19 @@
-"""The ring: order, back-pressure, and what a slot holds when attention reads it."""
+"""A round's full KV on its way: order, back-pressure, and what is there when attention reads it."""
 
 from __future__ import annotations
 
-import logging
-import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from vericache_compile.compressors.spec import parse
-from vericache_compile.plan import Site, Tier
+from vericache_compile.plan import Site, Staging, Tier
 from vericache_compile.runtime.caches import DraftKV, FullKV
 from vericache_compile.runtime.compression import compress
-from vericache_compile.runtime.slots import Incoming, PagedIncoming, Ring, incoming
+from vericache_compile.runtime.incoming import Incoming, PagedIncoming, incoming
+from vericache_compile.runtime.ring import Ring
 from vericache_compile.runtime.tiers import PagedKV
 from vericache_compile.runtime.transfers import Link
 
@@ -47,12 +45,19 @@ def draft_of(full: FullKV, method: str) -> DraftKV:
     return compress(parse(method, {}), full, PADS, COLUMNS, unseen, 2 * WINDOW, apart=isinstance(full, PagedKV))
 
 
-def open_round(full: FullKV, ring: Ring, slots: int, method: str = "streaming(keep=0.2)") -> PagedIncoming:
-    """A round whose ring has so many slots."""
-    slot = full.batch * full.columns * max(site.bytes_per_token for site in full.sites)
-    made = incoming(full, draft_of(full, method), ring, slots * slot, COLUMNS, PADS)
+def open_round(full: FullKV, ring: Ring, share: float, method: str = "streaming(keep=0.2)") -> PagedIncoming:
+    """A round whose ring may take so much of full KV; what it then takes is full of NaN."""
+    room = full.batch * full.columns * sum(site.bytes_per_token for site in full.sites)
+    made = incoming(full, draft_of(full, method), ring, Staging(int(share * room), full.columns), COLUMNS, PADS)
     assert isinstance(made, PagedIncoming)
+    for held in (ring.buffer, ring.whole):
+        if held is not None:
+            spoil(held)
     return made
+
+
+def spoil(held: Tensor) -> None:
+    held[: held.nbytes // 4 * 4].view(torch.float32).fill_(float("nan"))
 
 
 def window(full: FullKV, layer: int) -> tuple[Tensor, Tensor]:
@@ -61,13 +66,13 @@ def window(full: FullKV, layer: int) -> tuple[Tensor, Tensor]:
     return tuple(torch.randn(*shape, size, generator=generator) for size in (site.head_size, site.value_size))  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("slots", [1, 2, 4, 9])
-def test_a_slot_holds_what_the_device_would(full: FullKV, paged: PagedKV, slots: int) -> None:
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 2.0])
+@pytest.mark.parametrize("method", ["streaming(keep=0.2)", "snapkv(keep=0.2)", "kivi"])
+def test_attention_reads_what_it_would_on_the_device(full: FullKV, paged: PagedKV, share: float, method: str) -> None:
     """From each row's first block to its window; beyond there are zeros, whatever lay there before."""
     ring = Ring()
     for _ in range(2):
-        coming = open_round(paged, ring, slots)
-        assert len(ring.slots) == min(slots, 4)
+        coming = open_round(paged, ring, share, method)
         for layer in range(4):
             coming.prefetch(layer)
         for layer in range(4):
@@ -82,31 +87,62 @@ def test_a_slot_holds_what_the_device_would(full: FullKV, paged: PagedKV, slots:
                     assert not ours[b, :, column + WINDOW : 512].any()
             coming.release(layer)
         coming.close()
-        for slot in ring.slots:
-            slot.view(torch.float32).fill_(float("nan"))
         assert all(torch.equal(a, b) for a, b in zip(paged.read(3, 0, 434), full.read(3, 0, 434), strict=True))
 
 
-def test_a_transfer_begins_when_a_slot_is_free(paged: PagedKV) -> None:
-    coming = open_round(paged, Ring(), 2)
+def test_rows_of_which_nothing_was_set_apart_come_beside_those_of_which_something_was(
+    full: FullKV, paged: PagedKV
+) -> None:
+    draft = draft_of(paged, "snapkv(keep=0.2)")
+    for layer, held in enumerate(draft.layers[:3]):
+        held.remainders[layer % 2] = None
+    coming = PagedIncoming(paged, draft, Ring(), 1 << 20, COLUMNS, PADS)
     for layer in range(4):
-        coming.prefetch(layer)
-    assert list(coming._under_way) == [0, 1]
-    coming.wait(0)
-    coming.release(0)
-    assert list(coming._under_way) == [1, 2]
+        keys, values = coming.wait(layer)
+        for b, (pad, column) in enumerate(zip(PADS, COLUMNS, strict=True)):
+            seen = slice(pad // 256 * 256, column)
+            assert torch.equal(keys[b, :, seen], full.keys[layer][b, :, seen])
+            assert torch.equal(values[b, :, seen], full.values[layer][b, :, seen])
+        coming.release(layer)
     coming.close()
 
 
+@pytest.mark.usefixtures("interpreted")
+def test_the_gpus_kernel_puts_the_same_together(full: FullKV, paged: PagedKV) -> None:
+    coming = open_round(paged, Ring(), 0.0, "adakv(keep=0.2)")
+    keys, values = coming.wait(0)
+    for b, (pad, column) in enumerate(zip(PADS, COLUMNS, strict=True)):
+        seen = slice(pad // 256 * 256, column)
+        assert torch.equal(keys[b, :, seen], full.keys[0][b, :, seen])
+        assert torch.equal(values[b, :, seen], full.values[0][b, :, seen])
+    coming.close()
+
+
+def test_a_transfer_begins_when_there_is_room(paged: PagedKV) -> None:
+    """For a site that is put together elsewhere that is once it is, for any other once it was attended to."""
+    for method, after_wait in (("kivi", [0, 1]), ("streaming(keep=0.2)", [1, 2])):
+        coming = open_round(paged, Ring(), 0.5, method)
+        size, beside = coming._bytes(0), coming._whole_bytes(0) if after_wait[0] else 0
+        coming.ring.fit(beside + 2 * size + 600, [size] * 4, beside, paged.device)
+        coming.prefetch(0)
+        assert list(coming._under_way) == [0, 1]
+        coming.wait(0)
+        assert list(coming._under_way) == after_wait
+        coming.release(0)
+        assert list(coming._under_way) == [1, 2]
+        coming.close()
+
+
 def test_asking_twice_is_asking_once_and_a_wait_asks_by_itself(paged: PagedKV) -> None:
-    coming = open_round(paged, Ring(), 4)
+    coming = open_round(paged, Ring(), 2.0)
     coming.prefetch(0)
     coming.prefetch(0)
     for layer in range(4):
         coming.wait(layer)
         coming.wait(layer)
-    assert [span.layer for span in coming.traffic()[1]] == [0, 1, 2, 3]
+        coming.release(layer)
     traffic, spans = coming.traffic()
+    assert [span.layer for span in spans] == [0, 1, 2, 3]
     assert traffic.nbytes == sum(span.nbytes for span in spans) > 0
     assert traffic.seconds == sum(span.seconds for span in spans) > 0
     coming.close()
@@ -128,12 +164,8 @@ HELD = {
 
 @pytest.mark.parametrize("method", HELD)
 def test_only_what_the_draft_does_not_hold_exactly_is_brought(full: FullKV, paged: PagedKV, method: str) -> None:
-    """And whatever lay in the slot before, it then holds what the device would."""
-    ring = Ring()
-    ring.fit(paged, 1 << 30)
-    for slot in ring.slots:
-        slot.view(torch.float32).fill_(float("nan"))
-    coming = open_round(paged, ring, len(ring.slots), method)
+    """And whatever lay there before, attention then reads what it would on the device."""
+    coming = open_round(paged, Ring(), 2.0, method)
     keys, values = coming.wait(0)
     firsts = [pad // 256 * 256 for pad in PADS]
     for b, (first, column) in enumerate(zip(firsts, COLUMNS, strict=True)):
@@ -145,9 +177,9 @@ def test_only_what_the_draft_does_not_hold_exactly_is_brought(full: FullKV, page
 
 
 def test_a_wait_that_nobody_would_end_is_our_own_error(paged: PagedKV) -> None:
-    coming = open_round(paged, Ring(), 1)
+    coming = open_round(paged, Ring(), 0.0, "kivi")
     coming.wait(0)
-    with pytest.raises(AssertionError, match="site 1 waits for a slot that nobody will release"):
+    with pytest.raises(AssertionError, match="site 1 waits for room in the ring that nobody will make"):
         coming.wait(1)
     coming.close()
 
@@ -160,12 +192,14 @@ def test_a_round_that_was_given_up_leaves_nothing_under_way(paged: PagedKV, monk
         yield from copy_to(self, layer, *args)  # type: ignore[arg-type]
         copied.append(layer)
 
-    coming = open_round(paged, Ring(), 2)
+    coming = open_round(paged, Ring(), 0.5)
     monkeypatch.setattr(PagedKV, "copy_to", note)
-    for layer in range(4):
-        coming.prefetch(layer)
+    coming.prefetch(0)
+    begun = len(coming._under_way)
     coming.close()
-    assert copied == [0] * 4 + [1] * 4, "of each row what is before the region, and what is behind it"
+    assert 1 < begun < 4
+    of_a_site = 4  # of each row what is before the region, and what is behind it
+    assert copied == [layer for layer in range(begun) for _ in range(of_a_site)]
     assert all(transfer.done for _, transfer in coming._under_way.values())
 
 
@@ -177,9 +211,10 @@ def test_a_failed_transfer_fails_its_own_wait_only(paged: PagedKV, monkeypatch: 
             raise OSError("the link is down")
         yield from copy_to(self, layer, *args)  # type: ignore[arg-type]
 
-    coming = open_round(paged, Ring(), 4)
+    coming = open_round(paged, Ring(), 2.0)
     monkeypatch.setattr(PagedKV, "copy_to", broken)
     coming.wait(0)
+    coming.release(0)
     with pytest.raises(OSError, match="link is down"):
         coming.wait(1)
     coming.wait(2)
@@ -187,66 +222,10 @@ def test_a_failed_transfer_fails_its_own_wait_only(paged: PagedKV, monkeypatch: 
 
 
 def test_a_resident_cache_is_there_at_once(full: FullKV) -> None:
-    coming = incoming(full, draft_of(full, "none"), Ring(), 0, COLUMNS, PADS)
+    coming = incoming(full, draft_of(full, "none"), Ring(), None, COLUMNS, PADS)
     assert type(coming) is Incoming
     coming.prefetch(0)
     keys, values = coming.wait(0)
     assert keys is full.keys[0]
     assert values is full.values[0]
     assert coming.traffic()[0].nbytes == 0
-
-
-class Crowded:
-    """A device with memory for so many slots: the allocation after them is refused."""
-
-    def __init__(self, room: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.room = room
-        self._held: list[weakref.ref[Tensor]] = []
-        self._zeros = torch.zeros
-        monkeypatch.setattr(torch, "zeros", self.zeros)
-
-    def zeros(self, size: int, **how: Any) -> Tensor:
-        self._held = [held for held in self._held if held() is not None]
-        if len(self._held) == self.room:
-            raise torch.OutOfMemoryError("out of memory")
-        made = self._zeros(size, **how)
-        self._held.append(weakref.ref(made))
-        return made
-
-
-def test_a_ring_is_halved_until_there_is_memory_for_it_and_says_so_once(
-    full: FullKV, paged: PagedKV, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    ring = Ring()
-    with monkeypatch.context() as crowded, caplog.at_level(logging.WARNING, "vericache_compile"):
-        Crowded(1, crowded)
-        ring.fit(paged, 1 << 30)
-        made = ring.slots[0].data_ptr()
-        ring.fit(paged, 1 << 30)
-        assert [slot.data_ptr() for slot in ring.slots] == [made], "halved twice, and not tried again in each round"
-        paged.reserve(1200, torch.device("cpu"))
-        ring.fit(paged, 1 << 30)
-        assert len(ring.slots) == 1
-    [told] = caplog.records
-    assert all(part in told.getMessage() for part in ("4 slots", "there are 1", "where:", "fix:"))
-    coming = PagedIncoming(paged, draft_of(full, "none"), ring, COLUMNS, PADS)
-    for layer in range(4):
-        coming.prefetch(layer)
-    for layer in range(4):
-        keys, _ = coming.wait(layer)
-        assert torch.equal(keys[0, :, :500], full.keys[layer][0, :, :500])
-        coming.release(layer)
-    coming.close()
-
-
-def test_without_memory_for_a_single_slot_the_devices_own_error_is_raised(
-    paged: PagedKV, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """And once there is memory again, the ring is made."""
-    ring = Ring()
-    with monkeypatch.context() as crowded:
-        Crowded(0, crowded)
-        with pytest.raises(torch.OutOfMemoryError):
-            ring.fit(paged, 1 << 30)
-    ring.fit(paged, 1 << 30)
-    assert len(ring.slots) == 4
