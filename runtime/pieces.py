@@ -1,8 +1,8 @@
 """Verify's segments between attention sites, each recorded as a CUDA graph at its second run and replayed from then on.
 
-Attention and transfers between them are launched as they are: full KV moves, when it grows and from place to place in the
-ring, so that what reads it could not be replayed. Nothing else does, so growth records nothing anew. A plan is for one
-batch and one window, and so are its recordings.
+Attention and transfers between them are launched as they are: full KV moves, when it grows and from place to place in
+the ring, so that what reads it could not be replayed. Nothing else does, so growth records nothing anew. A plan is for
+one batch and one window, and so are its recordings.
 """
 
 from __future__ import annotations
