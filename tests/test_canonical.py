@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import pytest
@@ -31,6 +32,13 @@ def compiled(model: PreTrainedModel) -> Switch:
     switch = Switch()
     model.compile(backend=switch)
     return switch
+
+
+@cache
+def shared(name: str, *group: object) -> tuple[PreTrainedModel, Switch]:
+    """One small compiled model, and its backend, for a group of tests."""
+    model = make_tiny(name)
+    return model, compiled(model)
 
 
 def logits_of(model: PreTrainedModel, switch: Switch, inputs: dict[str, Tensor], count: int, **options: Any) -> Tensor:
@@ -66,20 +74,21 @@ def wrong_guess(vocabulary: int, logits: Tensor) -> Callable[[Tensor, int], Tens
     return lambda start, steps: torch.full((start.shape[0], steps), never)
 
 
+@pytest.mark.shared_captures
 @pytest.mark.parametrize("compressor", ["kvzip(keep=0.1)", "h2o(keep=0.1, refresh=8)", "quest(keep=0.1, whole=0)"])
 def test_rows_do_not_depend_on_what_a_compressor_asks_for(compressor: str) -> None:
     """A context repeated behind the frontier, draft caches made anew, tokens recalled from the full cache."""
-    model, inputs = make_tiny("llama"), make_prompt(300, 3)
-    switch = compiled(model)
+    (model, switch), inputs = shared("llama", "asks"), make_prompt(300, 3)
     expected = logits_of(model, switch, inputs, 30, compressor="none", window=8, inductor=False)
     assert torch.equal(expected, logits_of(model, switch, inputs, 30, compressor=compressor, window=8, inductor=False))
 
 
+@pytest.mark.shared_captures
 @pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize(("name", "window"), [("llama", 2), ("llama", 8), ("llama", 16), ("qwen3", 16), ("gpt2", 16)])
 def test_rows_are_bit_equal_on_tiny_models(name: str, batch: int, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, inputs = make_tiny(name), make_prompt(520 - window, batch)
-    switch, settings = compiled(model), {"window": window, "inductor": False}
+    (model, switch), inputs = shared(name, batch), make_prompt(520 - window, batch)
+    settings = {"window": window, "inductor": False}
     first = logits_of(model, switch, inputs, 40, **CHOICES[0], **settings)
     for choice in CHOICES[1:]:
         assert torch.equal(first, logits_of(model, switch, inputs, 40, **choice, **settings)), choice
@@ -101,18 +110,25 @@ def all_cores() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("all_cores")
+@pytest.mark.parametrize(
+    "choices",
+    [
+        ({**CHOICES[1], "placement": "host", "staging_mb": 8}, {**CHOICES[4], "placement": "disk", "staging_mb": 2}),
+        pytest.param(CHOICES[2:5], marks=pytest.mark.slow),
+    ],
+    ids=["elsewhere", "device"],
+)
 def test_rows_are_bit_equal_on_smollm2(
-    smollm2: PreTrainedModel, document_ids: Tensor, monkeypatch: pytest.MonkeyPatch
+    choices: Sequence[dict[str, Any]], smollm2: PreTrainedModel, document_ids: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Real weights and text, compiled segments, all cores, a prompt that ends near a block border."""
     switch, ids = compiled(smollm2), document_ids[:, :750]
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    first = logits_of(smollm2, switch, inputs, 32, **CHOICES[0])
-    elsewhere = ({}, {}, {"placement": "host", "staging_mb": 8}, {"placement": "disk", "staging_mb": 2})
-    for choice in (own | place for own, place in zip(CHOICES[1:5], elsewhere, strict=True)):
-        assert torch.equal(first, logits_of(smollm2, switch, inputs, 32, **choice)), choice
+    first = logits_of(smollm2, switch, inputs, 20, **CHOICES[0])
+    for choice in choices:
+        assert torch.equal(first, logits_of(smollm2, switch, inputs, 20, **choice)), choice
     use_drafter(monkeypatch, random_guess(smollm2.config.vocab_size))
-    assert torch.equal(first, logits_of(smollm2, switch, inputs, 32, **CHOICES[1])), "random guesses"
+    assert torch.equal(first, logits_of(smollm2, switch, inputs, 20, **CHOICES[1])), "random guesses"
     use_drafter(monkeypatch, wrong_guess(smollm2.config.vocab_size, first))
-    assert torch.equal(first, logits_of(smollm2, switch, inputs, 32, **CHOICES[0])), "wrong guesses"
+    assert torch.equal(first, logits_of(smollm2, switch, inputs, 20, **CHOICES[0])), "wrong guesses"
     smollm2._compiled_call_impl = None

@@ -15,12 +15,8 @@ from transformers import PreTrainedModel
 
 from vericache_compile import stats
 
+pytestmark = pytest.mark.shared_captures
 Asked = tuple[int, int, dict[str, Any]]
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> None:
-    """Not here: two models are captured once for all that they are asked."""
 
 
 @pytest.fixture(scope="module", params=["llama", pytest.param("gemma3_text", marks=pytest.mark.slow)])

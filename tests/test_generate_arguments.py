@@ -15,12 +15,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from vericache_compile import stats
 
+pytestmark = pytest.mark.shared_captures
 Asked = Callable[[PreTrainedModel], Tensor]
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> None:
-    """Not here: one model is captured once for all that it is asked."""
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 from vericache_compile import stats
 from vericache_compile.errors import GhostError
 
+pytestmark = pytest.mark.shared_captures
 OPTIONS: dict[str, Any] = {"inductor": False, "compressor": "snapkv", "keep": 0.2, "window": 4}
 Caller = Callable[[PreTrainedModel], Tensor]
 
@@ -176,11 +177,6 @@ CALLERS: list[Caller] = [
 ]  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> None:
-    """Not here: what was compiled for one test serves the next."""
-
-
 @pytest.fixture(scope="module")
 def model() -> Iterator[PreTrainedModel]:
     """One compiled model for all tests that do not change its options."""
@@ -197,7 +193,11 @@ def test_copies_give_plain_tokens_from_rounds(call: Caller, model: PreTrainedMod
     assert stats(model)["rounds"] > before
 
 
-@pytest.mark.parametrize("call", [beam_search, one_prefix_for_several_prompts], ids=lambda call: call.__name__)
+@pytest.mark.parametrize(
+    "call",
+    [beam_search, pytest.param(one_prefix_for_several_prompts, marks=pytest.mark.slow)],
+    ids=lambda call: call.__name__,
+)
 def test_copies_give_plain_tokens_with_learned_positions(call: Caller) -> None:
     assert torch.equal(call(compiled("gpt2")), call(make_tiny("gpt2")))
 

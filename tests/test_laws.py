@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from models import make_prompt, make_tiny
-from test_canonical import compiled, logits_of
+from test_canonical import logits_of, shared
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -15,6 +15,7 @@ from vericache_compile import stats
 from vericache_compile.runtime import rounds
 from vericache_compile.runtime.caches import DraftKV
 
+pytestmark = pytest.mark.shared_captures
 OPTIONS: dict[str, Any] = {"window": 8, "inductor": False}
 
 
@@ -27,8 +28,7 @@ def test_a_poisoned_draft_never_changes_a_row(
     compressor: str, poison: str, batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Law 1: whatever the compressed cache holds, the rows stay the same to the bit."""
-    model, inputs = make_tiny("llama"), make_prompt(300, batch)
-    switch = compiled(model)
+    (model, switch), inputs = shared("llama", "law 1", batch), make_prompt(300, batch)
     expected = logits_of(model, switch, inputs, 30, compressor="none", **OPTIONS)
     original = rounds.prepare_draft
     poisoned: list[int] = []
@@ -49,8 +49,7 @@ def test_a_poisoned_draft_never_changes_a_row(
 @pytest.mark.parametrize("compressor", ["none", "streaming", "snapkv", "kivi", "quest(whole=0)"])
 def test_drafting_leaves_full_kv_alone(compressor: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Law 2: the bytes of the full cache are the same before and after drafting."""
-    model = make_tiny("llama")
-    switch = compiled(model)
+    model, switch = shared("llama", "law 2")
     original = rounds.draft_tokens
     compared: list[int] = []
 
@@ -70,8 +69,7 @@ def test_drafting_leaves_full_kv_alone(compressor: str, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("compressor", ["none", "streaming", "snapkv", "kivi"])
 def test_tails_are_exact_copies_of_full_kv(compressor: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Law 3: at the start of each round every tail holds the full cache's own keys and values, to the bit."""
-    model = make_tiny("llama")
-    switch = compiled(model)
+    model, switch = shared("llama", "law 3")
     original = rounds.draft_tokens
     tails: list[int] = []
 

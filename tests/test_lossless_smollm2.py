@@ -39,7 +39,7 @@ def _document(ids: torch.Tensor, tokens: int, batch: int) -> dict[str, torch.Ten
     ("compressor", "window", "tokens", "batch"),
     [
         pytest.param("kivi", 8, 700, 1, marks=pytest.mark.slow),
-        ("streaming", 16, 31, 3),
+        pytest.param("streaming", 16, 31, 3, marks=pytest.mark.slow),
         pytest.param("none", 32, 2, 1, marks=pytest.mark.slow),
         ("snapkv", 16, 3000, 1),
     ],

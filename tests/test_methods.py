@@ -10,10 +10,7 @@ from vericache_compile.compressors.table import COMPRESSORS
 from vericache_compile.runtime import drafting
 from vericache_compile.testing import GATHER, KV_HEADS, check_tokens, make_prompt, tiny_model
 
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> None:
-    """Not here: the models are captured once for all methods."""
+pytestmark = pytest.mark.shared_captures
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +46,7 @@ def test_long_outputs_are_plain(text: str) -> None:
     assert refreshes >= 2 if "refresh" in text else refreshes == 0
 
 
-@pytest.mark.parametrize("name", ["h2o", "expected_attention"])
+@pytest.mark.parametrize("name", ["h2o", pytest.param("expected_attention", marks=pytest.mark.slow)])
 def test_what_is_noted_can_be_added_to_in_any_mode(name: str) -> None:
     """A prefill under inference_mode, then steps under no_grad and inference_mode by turns."""
     from transformers import DynamicCache

@@ -16,7 +16,7 @@ import pytest
 import streams
 import torch
 from models import VOCABULARY, make_prompt, make_tiny
-from test_canonical import compiled, logits_of, random_guess, use_drafter
+from test_canonical import compiled, logits_of, random_guess, shared, use_drafter
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
@@ -52,7 +52,7 @@ def rings(monkeypatch: pytest.MonkeyPatch) -> set[int]:
     return seen
 
 
-@pytest.mark.parametrize(("name", "batch"), [("llama", 1), ("gpt2", 3)])
+@pytest.mark.parametrize(("name", "batch"), [pytest.param("llama", 1, marks=pytest.mark.slow), ("gpt2", 3)])
 def test_rows_are_bit_equal_wherever_full_kv_lives(
     name: str, batch: int, rings: set[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -70,7 +70,7 @@ def test_rows_are_bit_equal_wherever_full_kv_lives(
         assert torch.equal(first, logits_of(model, switch, inputs, 40, **choice, **EAGER)), "random guesses"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
 def test_rows_are_bit_equal_on_a_link_of_streams(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, in inference mode; on streams on which everything happens at once."""
     monkeypatch.setattr(drafting, "CHUNK", 12)
@@ -85,14 +85,14 @@ def test_rows_are_bit_equal_on_a_link_of_streams(dtype: torch.dtype, monkeypatch
         assert stats(model)["bytes"]["transferred"]
 
 
+@pytest.mark.shared_captures
 @pytest.mark.parametrize("compressor", ["snapkv", "adakv", "streaming", "h2o"])
 def test_what_drafts_hold_as_it_was_cached_does_not_come_in_again(
     compressor: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also while tails are compressed in: same rows, and fewer bytes over the link."""
     monkeypatch.setattr(drafting, "CHUNK", 12)
-    model, inputs = make_tiny("llama"), make_prompt(500, 3)
-    switch = compiled(model)
+    (model, switch), inputs = shared("llama", "what drafts hold"), make_prompt(500, 3)
     first = logits_of(model, switch, inputs, 60, **EAGER)
     came = []
     for keep in (0.5, 0.25):

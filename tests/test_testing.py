@@ -16,6 +16,7 @@ from vericache_compile.compressors import table
 from vericache_compile.compressors.none import NoCompression, UncompressedKV
 from vericache_compile.compressors.streaming import Streaming
 
+pytestmark = pytest.mark.shared_captures
 EXAMPLE = Path(__file__).parents[1] / "examples" / "custom_compressor.py"
 TestEveryOther = runpy.run_path(str(EXAMPLE))["TestEveryOther"]
 EveryOther = table._registered.pop("every_other")  # other test files share this process
@@ -25,11 +26,6 @@ EveryOther = table._registered.pop("every_other")  # other test files share this
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     """The example's method is known in this file."""
     monkeypatch.setitem(table._registered, "every_other", EveryOther)
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> None:
-    """Not here: the model is captured once."""
 
 
 @pytest.mark.slow

@@ -18,6 +18,8 @@ from vericache_compile.errors import OptionError
 from vericache_compile.plan import Site
 from vericache_compile.runtime import caches, compression
 
+pytestmark = pytest.mark.shared_captures
+
 
 def test_without_a_file_layers_are_paired_from_the_last_one_down() -> None:
     assert KVSharer(share=0.25).donors(8) == {7: 6, 5: 4}
@@ -72,11 +74,6 @@ def test_a_borrower_takes_the_bytes_of_its_tail_only() -> None:
     shared, alone = _compress(KVSharer(share=0.25), full, 512), _compress(KVSharer(share=0), full, 512)
     assert shared.layers[3].nbytes == 2 * 2 * 8 * 16 * 4
     assert shared.nbytes == alone.nbytes - 2 * 2 * 512 * 16 * 4
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> None:
-    """Not here: the model is captured once."""
 
 
 @pytest.fixture(scope="module")

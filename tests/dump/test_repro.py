@@ -20,7 +20,12 @@ def run(path: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     ("name", "batch", "loop"),
-    [("llama", 1, "generate"), ("gpt2", 3, "generate"), ("qwen3", 3, "masked"), ("llama", 3, "static")],
+    [
+        ("llama", 1, "generate"),
+        pytest.param("gpt2", 3, "generate", marks=pytest.mark.slow),
+        ("qwen3", 3, "masked"),
+        pytest.param("llama", 3, "static", marks=pytest.mark.slow),
+    ],
 )
 def test_verify_over_a_window_gives_what_the_captured_step_gives(
     tmp_path: Path, name: str, batch: int, loop: str

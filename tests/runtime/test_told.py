@@ -22,6 +22,7 @@ from vericache_compile.runtime import drafting, repeat
 from vericache_compile.runtime.drawn import attention_drawn
 from vericache_compile.runtime.sequences import Sequence
 
+pytestmark = pytest.mark.shared_captures
 TOKENS, NEW, BATCH = 45, 100, 3
 SEEN: list[tuple[Facts, Tensor, Tensor | None]] = []
 
@@ -115,11 +116,6 @@ def told() -> Iterator[Told]:
         assert sequence is not None
         yield Told(model, sequence, ids, pads, list(weights), list(SEEN))
         torch._dynamo.reset()
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> None:
-    """Not here: one run serves all tests."""
 
 
 def test_attention_is_the_sum_that_plain_attention_gives(told: Told) -> None:
