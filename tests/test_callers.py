@@ -153,38 +153,37 @@ LEFT: list[Caller] = [
 
 LEARNED: list[Caller] = [greedy_generate, second_turn, crop_and_go_on, padded_batch_that_ends_early, static_cache]
 """What learned positions could go wrong in; gpt2's other callers are slow tests."""
-REFUSED = {"gpt2": {"a mask or position that depends on tokens"}}
-"""It reads the shape of its tokens once Dynamo has made the batch symbolic."""
 
 
 @functools.cache
-def shared(name: str) -> PreTrainedModel:
+def shared() -> PreTrainedModel:
     """One compiled model for all of these callers."""
-    model = make_tiny(name)
+    model = make_tiny("llama")
     model.compile(backend="vericache", options=OPTIONS)
     greedy_generate(model)
     return model
 
 
 @pytest.mark.shared_captures
-@pytest.mark.parametrize(
-    ("name", "call"),
-    [
-        *(pytest.param("llama", call, id=f"llama-{call.__name__}") for call in TAKEN),
-        *(pytest.param("gpt2", call, id=f"gpt2-{call.__name__}") for call in LEARNED),
-        *(
-            pytest.param("gpt2", call, id=f"gpt2-{call.__name__}", marks=pytest.mark.slow)
-            for call in TAKEN
-            if call not in LEARNED
-        ),
-    ],
-)
-def test_caller_gets_plain_tokens_from_rounds(name: str, call: Caller) -> None:
-    model = shared(name)
+@pytest.mark.parametrize("call", TAKEN, ids=lambda call: call.__name__)
+def test_caller_gets_plain_tokens_from_rounds(call: Caller) -> None:
+    model = shared()
     before = stats(model)["rounds"]
-    assert torch.equal(call(model), call(make_tiny(name)))
+    assert torch.equal(call(model), call(make_tiny("llama")))
     assert stats(model)["rounds"] > before
-    assert set(stats(model)["not_taken"]) <= REFUSED.get(name, set())
+    assert stats(model)["graphs"]["not taken"] == 0
+
+
+@pytest.mark.parametrize(
+    "call",
+    [call if call in LEARNED else pytest.param(call, marks=pytest.mark.slow) for call in TAKEN],
+    ids=lambda call: call.__name__,
+)
+def test_caller_with_learned_positions_gets_plain_tokens_from_rounds(call: Caller) -> None:
+    plain, ours, model = both(call, "gpt2")
+    assert torch.equal(ours, plain)
+    assert stats(model)["rounds"] > 0
+    assert stats(model)["graphs"]["not taken"] == 0
 
 
 def test_other_row_outputs_come_from_rounds_too() -> None:
