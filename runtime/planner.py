@@ -141,7 +141,7 @@ def _swapped(load: Load, machine: Machine, staging_bytes: float | None) -> Choic
         ring_bytes(nbytes, load.window, machine) if staging_bytes is None else staging_bytes
         for nbytes in (load.draft_weights, load.draft_weights + load.compressed)
     )
-    share, whole = (load.reload, slot) if known < load.full else (1.0, 0.0)
+    share, whole = (load.reload, slot) if known < load.full and load.reload < 1 else (1.0, 0.0)
     held = min(max(wanted - whole, share * slot), share * load.full)
     ring = held + whole
     early, late = (size / machine.link_gbps / GB for size in (held, share * load.full - held))

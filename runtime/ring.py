@@ -43,16 +43,19 @@ class Ring:
         memory for so much: half of it, and so on. Raises torch.OutOfMemoryError where there is none for one site.
         """
         self._claimed.clear()
-        if whole > _size(self.whole) or _elsewhere(self.whole, device):
-            self.whole = None
-            self.whole = _allocate(whole, device)
         least = max(needs)
-        wanted = max(min(nbytes - _size(self.whole), rounded(sum(map(aligned, needs)))), least)
-        held = self.buffer
-        if held is None or _elsewhere(held, device) or held.nbytes < least or not wanted <= self._asked <= 2 * wanted:
-            held = self.buffer = None  # its memory may be what the next one takes
+        wanted = max(min(nbytes - whole, rounded(sum(map(aligned, needs)))), least)
+        if not (self._suits(wanted, least, whole, device) and self.nbytes <= max(nbytes, least + whole)):
+            self.buffer = self.whole = None  # their memory may be what the next ones take
+            self.whole = _allocate(whole, device) if whole else None
             self.buffer = self._allocate(wanted, least, device)
             self._asked = wanted  # not what there was: what there is no memory for is not tried in each round
+
+    def _suits(self, wanted: int, least: int, whole: int, device: torch.device) -> bool:
+        """Whether what is held is large enough, and no more than twice what is needed."""
+        held, room = self.buffer, _size(self.whole)
+        there = held is not None and held.device == device and held.nbytes >= least
+        return there and wanted <= self._asked <= 2 * wanted and whole <= room <= 2 * whole
 
     def claim(self, nbytes: int) -> Tensor | None:
         """So many bytes of the buffer; None where they are not free."""
@@ -96,10 +99,6 @@ def aligned(nbytes: int) -> int:
 
 def _size(held: Tensor | None) -> int:
     return 0 if held is None else held.nbytes
-
-
-def _elsewhere(held: Tensor | None, device: torch.device) -> bool:
-    return held is not None and held.device != device
 
 
 def _try(nbytes: int, device: torch.device, *, raises: bool) -> Tensor | None:

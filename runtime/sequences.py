@@ -146,7 +146,7 @@ class Sequence:
     def sets_apart(self, compressor: Compressor, columns: int, staging: Staging | None) -> bool:
         """Whether it pays to set apart what regions over so many columns leave out, so that no round brings the rest.
 
-        Not where the ring takes all of full KV, so that it comes while drafting runs; nor for regions that are soon
+        Not where all of full KV can come while drafts read their weights alone; nor for regions that are soon
         made anew: those of a fork (a beam lives for one token), or of a method that chooses anew all the time.
         """
         if staging is None or self.full.tier is not Tier.HOST or not compressor.is_lasting or self.forked:

@@ -50,7 +50,7 @@ class Footprint:
     resident: int = 0
     """What of it lies in device memory for good."""
     staging: int = 0
-    """The ring of device slots that the rest comes to."""
+    """The ring that the rest comes to."""
     draft: int = 0
     apart: int = 0
     """Copies in host memory of what regions leave out."""

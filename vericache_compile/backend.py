@@ -168,8 +168,8 @@ def staging_of(config: Config, inputs: Sequence[Any], parameters: Sequence[int])
     found, low = bandwidths(device), config.draft_dtype_on(device)
     reads = sum(weight.numel() * (weight.dtype if low is None else low).itemsize for weight in weights)
     machine = Machine(0, found.memory_gbps, config.link_gbps or found.link_gbps)
-    sizes = (ring_bytes(nbytes, config.window, machine) for nbytes in (reads, 1))
-    return Staging(int(next(sizes)), columns, next(sizes))
+    per_byte = ring_bytes(1, config.window, machine)
+    return Staging(int(per_byte * reads), columns, per_byte)
 
 
 def identity_of(tensor: Tensor) -> tuple[int, int]:

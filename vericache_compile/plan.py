@@ -120,7 +120,7 @@ class Staging:
     """Device memory for full KV that comes in. Schedules count it in slots, each for one site's full KV of all rows."""
 
     nbytes: int
-    """What it may take; it never has less than one slot."""
+    """What it may take; it never has less than the largest site needs."""
     columns: int
     """Columns of a slot."""
     per_draft_byte: float = 0.0

@@ -63,6 +63,24 @@ def test_room_to_put_a_site_together_is_a_part_of_what_it_may_take() -> None:
     assert ring.nbytes == 10_000
 
 
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        (([60] * 8, 0), ([30] * 8, 40)),
+        (([9] * 20, 10), ([9] * 20, 44)),
+        (([9] * 20, 48), ([1] * 4, 0)),
+    ],
+)
+def test_it_never_takes_more_than_it_may(first: tuple[list[int], int], then: tuple[list[int], int]) -> None:
+    """Also where room to put a site together is needed, or grows, later; and lets go of it where it is not."""
+    ring = Ring()
+    for needs, whole in (first, then):
+        ring.fit(100_000, [1000 * each for each in needs], 1000 * whole, CPU)
+        assert ring.nbytes <= 100_000
+        assert (ring.whole is not None) == (whole > 0)
+    assert ring.nbytes <= 2 * (sum(then[0]) + then[1]) * 1000
+
+
 class Crowded:
     """A device with memory for so many bytes: the allocation beyond them is refused."""
 
@@ -97,6 +115,15 @@ def test_a_ring_is_halved_until_there_is_memory_for_it_and_says_so_once(
         assert 1400 <= ring.nbytes <= 1500
     [told] = caplog.records
     assert all(part in told.getMessage() for part in ("it has 1", "where:", "fix:"))
+
+
+def test_what_it_held_makes_room_for_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    ring = Ring()
+    with monkeypatch.context() as crowded:
+        Crowded(100_000, crowded)
+        ring.fit(1 << 30, [9000] * 20, 10_000, CPU)
+        ring.fit(1 << 30, [9000] * 20, 50_000, CPU)
+        assert 59_000 <= ring.nbytes <= 100_000
 
 
 def test_without_memory_for_one_site_the_devices_own_error_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
