@@ -22,7 +22,7 @@ from vericache_compile.kernels import (
     write_token_triton,
 )
 from vericache_compile.kernels.draft_attention import region_tile
-from vericache_compile.kernels.interleave import BLOCK
+from vericache_compile.kernels.interleave import BLOCK, CHUNK
 from vericache_compile.kernels.row_invariant_linear import Tiles, tiles_of
 from vericache_compile.kernels.verify_attention import SPLIT, tile_sizes
 
@@ -72,7 +72,6 @@ def main(capability: int, dtype: str, size: int) -> dict[str, int]:
     int8 = {"BITS": 8, "ZERO": False, "KEY_GROUP": 1, "KEY_CHANNELS": 32, "VALUE_GROUP": 1, "VALUE_CHANNELS": 32}
     odd = {"SIZE": size - 16, "VALUE": size - 16, "KEY_CHANNELS": 16, "VALUE_CHANNELS": 16, "WHOLE": False}
     products = {outs: tiles_of(outs, width) for outs in (4096, 14336)}
-    pair = {"SIZE": size, "VALUE": size, "PAD_D": size, "PAD_E": size}
     window = {"WINDOW": 16, "REACH": 0}
     biased = {"BIAS": True, "RELATIVE": True}
     verify, draft = verify_attention_triton, draft_attention_triton
@@ -88,7 +87,7 @@ def main(capability: int, dtype: str, size: int) -> dict[str, int]:
                 "interleave",
                 interleave_triton.interleave,
                 3,
-                {**pair, "BLOCK": BLOCK},
+                {"SIZE": size, "VALUE": size, "BLOCK": BLOCK, "CHUNK": CHUNK},
             ),
             ("write_token", write_token_triton.write_token, 3, {"SIZE": size, "VALUE": size, "PAD": size}),
             *(

@@ -12,7 +12,7 @@ KEPT = ([40, 3, 0], [BLOCK + 1, 0, 2 * BLOCK], [BLOCK + 9] * 3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("sizes", [(16, 16), (20, 40), (24,)])
+@pytest.mark.parametrize("sizes", [(16, 16), (20, 40), (136,)])
 @pytest.mark.parametrize("counts", KEPT)
 def test_tokens_come_in_the_order_of_the_mask(
     counts: list[int], sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device

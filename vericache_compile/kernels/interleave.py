@@ -15,6 +15,8 @@ from vericache_compile.kernels.launch import on, pad_size
 
 BLOCK = 64
 """Tokens of one program."""
+CHUNK = 128
+"""Numbers of each token that it moves at a time."""
 
 
 def count_before(held: Tensor) -> Tensor:
@@ -47,7 +49,7 @@ def interleave(
     with on(held):
         programs.interleave[(before.shape[1], heads)](
             *buffers, held, before, firsts, tokens, before.shape[1], heads, *(x.stride(0) for x in buffers),
-            SIZE=size, VALUE=value, PAD_D=pad_size(size), PAD_E=pad_size(value or 1), BLOCK=BLOCK,
+            SIZE=size, VALUE=value, BLOCK=BLOCK, CHUNK=min(pad_size(max(size, value)), CHUNK),
         )  # fmt: skip
 
 
