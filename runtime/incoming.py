@@ -59,9 +59,9 @@ class PagedIncoming(Incoming):
 
     What the draft cache, if there is one, holds as it was cached is copied from there: each row's tail, the newest
     tokens of its region that were kept as they are, and where the others were set apart (`remainder.py`) all that it
-    kept. Of a sliding layer only what its window sees is brought. A site of which nothing was set apart comes to where
-    attention reads it; of any other the ring gets only what comes, and it is put together elsewhere. What lies there
-    beyond a row's window is zero up to the end of its block.
+    kept. Of a sliding layer only what its window sees is brought. A site of which all else comes is read by attention
+    where it comes to; of a sliding layer, and where something was set apart, the ring gets only what comes, and the
+    site is put together elsewhere. What lies there beyond a row's window is zero up to the end of its block.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class PagedIncoming(Incoming):
         self._came: list[tuple[int, Transfer, Moment, Moment]] = []
         """Per site that was waited for: its transfer, and when the wait began and ended."""
         layers = range(len(full.sites))
-        whole = max((self._whole_bytes(layer) for layer in layers if self._is_apart(layer)), default=0)
+        whole = max((self._whole_bytes(layer) for layer in layers if self._is_partial(layer)), default=0)
         ring.fit(nbytes, [self._bytes(layer) for layer in layers], whole, full.device)
 
     def prefetch(self, layer: int) -> None:
@@ -107,7 +107,7 @@ class PagedIncoming(Incoming):
             began = moment(self.paged.device)
             transfer.result()
             self._came.append((layer, transfer, began, moment(self.paged.device)))
-            self._there[layer] = self._put_together(layer) if self._is_apart(layer) else self._views(layer, held)
+            self._there[layer] = self._put_together(layer) if self._is_partial(layer) else self._views(layer, held)
             self._fill_exact(layer, *self._there[layer])
         return self._there[layer]
 
@@ -149,9 +149,10 @@ class PagedIncoming(Incoming):
     def _apart(self, layer: int, b: int) -> Remainder | None:
         return None if self.draft is None else self.draft.layers[layer].remainders[b]
 
-    def _is_apart(self, layer: int) -> bool:
-        """Whether something was set apart of a row at a site."""
-        return any(self._apart(layer, b) is not None for b in range(self.paged.batch))
+    def _is_partial(self, layer: int) -> bool:
+        """Whether much of a site does not come: it slides, or something was set apart of one of its rows."""
+        slides = bool(self.reaches) and self.reaches[layer] is not None
+        return slides or any(self._apart(layer, b) is not None for b in range(self.paged.batch))
 
     def _columns(self, layer: int, b: int) -> tuple[int, int]:
         """The first column that comes, at the beginning of a block, and the first that the draft cache holds exactly,
@@ -162,7 +163,7 @@ class PagedIncoming(Incoming):
         return oldest // BLOCK * BLOCK, end
 
     def _width(self, layer: int, b: int) -> int:
-        """Columns that come of a row of a site of which something was set apart."""
+        """Columns that come of a row."""
         first, end = self._columns(layer, b)
         if (apart := self._apart(layer, b)) is None:
             return max(end - first, 0)
@@ -170,7 +171,7 @@ class PagedIncoming(Incoming):
 
     def _bytes(self, layer: int) -> int:
         """Of the ring, for one site."""
-        if not self._is_apart(layer):
+        if not self._is_partial(layer):
             return self._whole_bytes(layer)
         size = self.paged.sites[layer].bytes_per_token
         return sum(aligned(size * self._width(layer, b)) for b in range(self.paged.batch))
@@ -191,7 +192,7 @@ class PagedIncoming(Incoming):
 
     def _row(self, layer: int, b: int, held: Tensor) -> Iterator[int]:
         first, end = self._columns(layer, b)
-        if not self._is_apart(layer):
+        if not self._is_partial(layer):
             keys, values = self._views(layer, held)
             yield from self.paged.copy_to(layer, b, slice(first, end), keys[b], values[b])
             return
@@ -208,10 +209,10 @@ class PagedIncoming(Incoming):
         assert self.ring.whole is not None, "the ring was not made for this"
         assert not self._there, "a site is put together where the one before is still read"
         held, _ = self._under_way[layer]
-        whole = self._views(layer, self.ring.whole)
+        whole, count = self._views(layer, self.ring.whole), self.paged.sites[layer].sides
         for b in range(self.paged.batch):
             first, end = self._columns(layer, b)
-            to, came = ([side[b] for side in whole], self._part(layer, b, held))
+            to, came = ([side[b] for side in whole[:count]], self._part(layer, b, held)[:count])
             if (apart := self._apart(layer, b)) is not None:
                 assert self.draft is not None, "set apart for a draft"
                 before, behind = apart.begin - first, apart.begin - first + apart.most
@@ -220,7 +221,7 @@ class PagedIncoming(Incoming):
                 inner = [target[:, apart.begin : apart.end] for target in to]
                 region = self.draft.layers[layer].regions[b]
                 apart.put_in_order(inner, [part[:, before:behind] for part in came], region)
-                came, first = (came[0][:, behind:], came[1][:, behind:]), apart.end
+                came, first = tuple(part[:, behind:] for part in came), apart.end
             for target, part in zip(to, came, strict=True):
                 target[:, first:end] = part
         self._make_room(layer)

@@ -169,7 +169,7 @@ def make_caller(request: pytest.FixtureRequest) -> Iterator[Callable[[], Caller]
     torch._dynamo.reset()
 
 
-@settings(max_examples=10, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(actions=st.lists(ACTIONS, min_size=3, max_size=14))
 def test_every_step_equals_the_uncompiled_models(
     make_caller: Callable[[], Caller], actions: list[tuple[Any, ...]]

@@ -118,6 +118,20 @@ def test_the_gpus_kernel_puts_the_same_together(full: FullKV, paged: PagedKV) ->
     coming.close()
 
 
+def test_a_sliding_layer_takes_its_window_of_the_ring(full: FullKV, paged: PagedKV) -> None:
+    reaches = (60, None, 60, None)
+    coming = PagedIncoming(paged, None, Ring(), 1 << 20, COLUMNS, PADS, reaches)
+    assert coming._bytes(0) < coming._bytes(1) / 2
+    for layer in range(4):
+        keys, values = coming.wait(layer)
+        for b, (pad, column) in enumerate(zip(PADS, COLUMNS, strict=True)):
+            seen = slice(pad if layer % 2 else column + 1 - 60, column)
+            assert torch.equal(keys[b, :, seen], full.keys[layer][b, :, seen])
+            assert torch.equal(values[b, :, seen], full.values[layer][b, :, seen])
+        coming.release(layer)
+    coming.close()
+
+
 def test_a_transfer_begins_when_there_is_room(paged: PagedKV) -> None:
     """For a site that is put together elsewhere that is once it is, for any other once it was attended to."""
     for method, after_wait in (("kivi", [0, 1]), ("streaming(keep=0.2)", [1, 2])):
