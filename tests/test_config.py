@@ -120,8 +120,15 @@ def test_draft_types(name: str) -> None:
     assert config({"draft_dtype": name}).draft_dtype == config(draft_dtype=name).draft_dtype == name
 
 
-def test_draft_reads_int8_on_the_cpu_unless_told_otherwise() -> None:
-    assert config({}).draft_dtype_on(torch.device("cpu")) is torch.int8
+@pytest.mark.parametrize(
+    ("capability", "dtype"),
+    [("AVX512", torch.int8), ("AVX512_VNNI", torch.int8), ("AVX2", None), ("DEFAULT", None)],
+)
+def test_draft_reads_what_the_cpu_is_fast_at_unless_told_otherwise(
+    capability: str, dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert config({}).draft_dtype_on(torch.device("cpu")) is dtype
     assert config({}).draft_dtype_on(torch.device("cuda")) is None
     assert config({"draft_dtype": "same"}).draft_dtype_on(torch.device("cpu")) is None
     assert config({"draft_dtype": "int8"}).draft_dtype_on(torch.device("cuda")) is torch.int8

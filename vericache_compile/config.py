@@ -42,7 +42,7 @@ class Config:
         default=AUTO,
         metadata={
             "doc": "type that draft reads weights in (verify reads the model's own): same, bfloat16, float16, int8; "
-            "auto is int8 on the CPU and same elsewhere"
+            "auto is int8 on a CPU with AVX-512, and same elsewhere"
         },
     )
     placement: str = field(
@@ -115,7 +115,7 @@ class Config:
         """The type that draft reads weights in on a device; None for the weights' own."""
         chosen = self.draft_dtype
         if chosen == AUTO:
-            chosen = "int8" if device.type == "cpu" else "same"
+            chosen = "int8" if device.type == "cpu" and _is_fast_at_int8() else "same"
         return DRAFT_DTYPES[chosen]
 
     def moves_on(self, device: torch.device) -> bool:
@@ -128,6 +128,11 @@ class Config:
         """The compression method with its parameters; raises OptionError for one that it does not take."""
         given = {name: getattr(self, name) for name in PARAMETERS}
         return parse(self.compressor, {name: value for name, value in given.items() if value is not None})
+
+
+def _is_fast_at_int8() -> bool:
+    """Whether the CPU has AVX-512: with AVX2 alone Inductor's reductions over int8 take longer than over float32."""
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 def make_config(options: Mapping[str, Any] | None, environment: Mapping[str, str] | None = None) -> Config:
