@@ -24,6 +24,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from vericache_compile.compressors.spec import parse
 from vericache_compile.kernels.draft_attention import draft_attention, region_lefts
+from vericache_compile.kernels.interleave import count_before, interleave, interleave_reference
 from vericache_compile.kernels.row_invariant_linear import row_invariant_linear
 from vericache_compile.kernels.verify_attention import verify_attention
 from vericache_compile.machine import measure
@@ -138,6 +139,27 @@ def linear_cases(rows: int) -> Iterator[tuple[str, int, dict[str, list[Run]]]]:
         yield f"row_invariant_linear, {name}", 2 * outs * ins, runs
 
 
+def interleave_cases(length: int) -> Iterator[tuple[str, int, dict[str, list[Run]]]]:
+    """Keys and values of a site, a fifth of them kept, put into one in the order of the cache."""
+    kept = length // 5
+    held = torch.zeros((KV_HEADS, length), dtype=torch.bool, device="cuda")
+    held.scatter_(1, torch.rand(KV_HEADS, length, device="cuda").argsort(dim=1)[:, :kept], True)
+    before, firsts = count_before(held), torch.zeros((2, KV_HEADS, 1), dtype=torch.int64, device="cuda")
+    nbytes = 2 * 2 * 2 * KV_HEADS * length * SIZE
+    sides = [
+        [[draw(KV_HEADS, count, SIZE) for _ in range(2)] for count in (length, kept, length - kept)]
+        for _ in copies(nbytes)
+    ]
+
+    def ours(own: list[list[Tensor]]) -> Run:
+        return lambda: interleave(*own, held, before, firsts)
+
+    def operators(own: list[list[Tensor]]) -> Run:
+        return lambda: interleave_reference(*own, held, firsts)
+
+    yield "interleave", nbytes, {"ours": list(map(ours, sides)), "torch's operators": list(map(operators, sides))}
+
+
 def cases() -> Iterator[tuple[str, str, int, dict[str, list[Run]]]]:
     """(kernel, size, bytes that must be moved, what is timed)."""
     for rows in (16, 64, 160):
@@ -147,7 +169,7 @@ def cases() -> Iterator[tuple[str, str, int, dict[str, list[Run]]]]:
         for length, window in ((LENGTH, WINDOW), (LENGTH // 5, 1)):
             for name, nbytes, runs in attention_cases(batch, length, window):
                 yield name, f"{batch} x {length}", nbytes, runs
-    for name, nbytes, runs in packed_cases(LENGTH):
+    for name, nbytes, runs in (*packed_cases(LENGTH), *interleave_cases(LENGTH)):
         yield name, f"1 x {LENGTH}", nbytes, runs
 
 
