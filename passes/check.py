@@ -10,7 +10,7 @@ from vericache_compile.plan import Act, SegmentedProgram
 
 def check(program: Program, after: str) -> None:
     """Lint every graph and check the invariants that hold after the pass `after`."""
-    for name, module in {"captured": program.captured, **program.variants}.items():
+    for name, module in {"captured": program.captured, "unpadded": program.unpadded, **program.variants}.items():
         if module is not None:
             module.graph.lint()
             assert returned(module), f"after {after}: {name} returns nothing"

@@ -148,4 +148,5 @@ def _captured_plan(program: Program, staging: Staging | None) -> CapturedPlan:
     assert program.captured is not None, "split_captured has not run"
     sites = tuple(nodes.site for nodes in program.sites)
     past = any(site.past is not None for site in sites)
-    return CapturedPlan(program.captured, program.found_roles, sites, tuple(program.outputs), past, staging)
+    graphs = (program.captured, program.unpadded)
+    return CapturedPlan(*graphs, program.found_roles, sites, tuple(program.outputs), past, staging)

@@ -85,6 +85,8 @@ class Program:
     """Whether all rows of a batch are given one position."""
     captured: GraphModule | None = None
     """The graph as captured, handing new keys and values to a store."""
+    unpadded: GraphModule | None = None
+    """The same for calls without padding, where masks are then left to `is_causal`."""
     variants: dict[str, GraphModule] = field(default_factory=dict)
     segments: dict[str, list[SegmentGraph]] = field(default_factory=dict)
     segmented: dict[str, SegmentedProgram] = field(default_factory=dict)

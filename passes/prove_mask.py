@@ -90,7 +90,7 @@ def _looked_up(
     """Which of `room` columns a mask shows when `past` [n] are filled, and which it should: [n, M, room] both."""
     scene = Scene(0, (0,) * program.batch)
     mask: Tensor = torch.func.vmap(lambda own: evaluate(program, [node], scene, zero, own)[0])(past)
-    shown = (mask > _hides(mask) if mask.is_floating_point() else mask).reshape(len(past), -1, room).cpu()
+    shown = (mask > hides(mask) if mask.is_floating_point() else mask).reshape(len(past), -1, room).cpu()
     behind = past[:, None, None] - torch.arange(room)
     return shown, ((behind >= 0) & (behind < window)).expand_as(shown)
 
@@ -174,13 +174,13 @@ def _by_head(mask: Tensor, nodes: SiteNodes, scene: Scene) -> Tensor:
 def _filled(mask: Tensor, nodes: SiteNodes, columns: int) -> Tensor:
     """The mask's first `columns` columns, if it hides the others."""
     others = mask[..., columns:]
-    if bool((others > _hides(mask) if mask.is_floating_point() else others).any()):
+    if bool((others > hides(mask) if mask.is_floating_point() else others).any()):
         assert nodes.mask is not None, "this is its value"
         raise _irregular(nodes.mask)
     return mask[..., :columns]
 
 
-def _hides(mask: Tensor) -> float:
+def hides(mask: Tensor) -> float:
     """What an additive mask is at most where it hides."""
     return max(HIDDEN, torch.finfo(mask.dtype).min)
 
@@ -205,7 +205,7 @@ def _irregular(node: Node) -> Exception:
 def _note_columns(rule: _Rule, node: Node, mask: Tensor, scene: Scene) -> Tensor:
     """Which columns [B, 1, past + 1] a mask [B, H or 1, past + 1] shows: those of each row from its padding on, or the
     newest of them, as many in every scene. Raises UnsupportedGraph for any other."""
-    shown = ~(mask <= _hides(mask)) if mask.is_floating_point() else mask
+    shown = ~(mask <= hides(mask)) if mask.is_floating_point() else mask
     first = torch.tensor(scene.pads, device=mask.device)[:, None]
     column = torch.arange(scene.past + 1, device=mask.device)
     for row, pad in zip(shown[:, 0], scene.pads, strict=True):

@@ -4,6 +4,8 @@ Before                                              After, `captured`
     k = cat([past_k, k_new]); v = ...                   k = cat([store.past(layer, 0), k_new]); v = ...
     o = scaled_dot_product_attention(q, k, v)           the same, and store.append(layer, q, k_new, v_new) at each site;
     return v, k, logits                                 returns the row outputs only
+                                                   After, `unpadded` (where masks are causal, see causal_masks.py)
+                                                        the same, under is_causal in place of a mask
                                                    After, `draft` and `verify` (decode steps only)
                                                         o = vericache.attend(q, k_new, v_new, past_k, past_v,
                                                                              lengths, pads, scale, layer, window, ...)
@@ -16,7 +18,7 @@ Inputs that a variant adds carry their name in `meta["role"]`; those it keeps, t
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -24,7 +26,9 @@ from torch.fx import Graph, GraphModule, Node
 
 from vericache_compile.latent import absorb, expand
 from vericache_compile.ops import ATTEND
+from vericache_compile.passes.causal_masks import causal_masks
 from vericache_compile.passes.evaluate import batch_symbols, bind_symbols, bounds, concrete
+from vericache_compile.passes.find_attention import leave_to_is_causal
 from vericache_compile.passes.program import (
     Program,
     SiteNodes,
@@ -61,19 +65,43 @@ def split_captured(program: Program) -> int:
         program.captured = copy_module(program.module)
         return 0
     _refuse_unknown_length(program)
+    program.captured = _captured(program, {})
+    if masks := causal_masks(program):
+        program.unpadded = _captured(program, masks)
+        if not any(masks.values()):  # they are causal whatever is padded
+            program.captured, program.unpadded = program.unpadded, None
+    return len(program.sites)
+
+
+def _captured(program: Program, masks: Collection[Node]) -> GraphModule:
+    """The graph as captured, handing keys and values to the store; `masks` are left to `is_causal`."""
     graph, node_of = copy_graph(program.module)
     with graph.inserting_before(next(iter(graph.nodes))):
         store = graph.placeholder("store")
     for nodes in program.sites:
+        if nodes.mask in masks:
+            leave_to_is_causal(node_of[nodes.attention])
         with graph.inserting_after(node_of[nodes.attention]):
             parts = (node_of[n] for n in (nodes.query, nodes.key, nodes.value))
             weight = () if nodes.weight is None else (node_of[nodes.weight],)
             graph.call_method("append", (store, nodes.site.layer, *parts, *weight))
         for side, index in enumerate(nodes.site.past or ()):
             _read_past(graph, store, nodes.site.layer, side, node_of[program.placeholders[index]])
-    program.captured = make_module(program.module, graph)
-    _return_rows(program, program.captured, node_of)
-    return len(program.sites)
+    for mask in masks:
+        _erase_unused(node_of[mask])
+    made = make_module(program.module, graph)
+    _return_rows(program, made, node_of)
+    return made
+
+
+def _erase_unused(node: Node) -> None:
+    """A node that nobody reads goes, and with it what only it reads."""
+    if node.users or node.op == "placeholder":
+        return
+    read = node.all_input_nodes
+    node.graph.erase_node(node)
+    for each in read:
+        _erase_unused(each)
 
 
 def _read_past(graph: Graph, store: Node, layer: int, side: int, past: Node) -> None:

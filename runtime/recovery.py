@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 
 from vericache_compile.errors import PageLost
 from vericache_compile.plan import CapturedPlan
@@ -27,6 +28,8 @@ class Call:
     """One call that ran as captured: `count` columns from `column` on."""
 
     plan: CapturedPlan
+    module: GraphModule
+    """That of the plan's which ran."""
     inputs: list[Any]
     """Cache tensors as shapes without data."""
     column: int
@@ -34,14 +37,16 @@ class Call:
     """Those of its columns that still stand: fewer where the cache was cropped into it."""
 
 
-def record(sequence: Sequence, plan: CapturedPlan, inputs: Rows[Any], column: int, count: int) -> None:
+def record(
+    sequence: Sequence, plan: CapturedPlan, module: GraphModule, inputs: Rows[Any], column: int, count: int
+) -> None:
     """Remember a call, so that it can run again."""
     kept = list(inputs)
     for site in plan.sites:
         for index in site.past or ():
             kept[index] = inputs[index].new_zeros(()).expand(inputs[index].shape)
     sequence.cut_calls(column)
-    sequence.calls.append(Call(plan, kept, column, count))
+    sequence.calls.append(Call(plan, module, kept, column, count))
 
 
 def recover(

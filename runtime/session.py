@@ -152,13 +152,15 @@ class Session:
         apart = sequence.sets_apart(self.compressor, count, plan.staging)
         sequence.early = Early(self.compressor, pads, apart) if compresses else None
         shown = columns_shown(plan, inputs)
+        is_padded = any(pads) or not sequence.regular
+        module = plan.module if is_padded or plan.unpadded is None else plan.unpadded
         try:
-            made = plan.module(Store(sequence, columns, self.compressor.queries, pads, shown), *inputs)
+            made = module(Store(sequence, columns, self.compressor.queries, pads, shown), *inputs)
         except PageLost as lost:
             self._recover(sequence, lost)
-            made = plan.module(Store(sequence, columns, self.compressor.queries, pads, shown), *inputs)
+            made = module(Store(sequence, columns, self.compressor.queries, pads, shown), *inputs)
         if sequence.full.tier is Tier.DISK:
-            record(sequence, plan, inputs, columns, count)
+            record(sequence, plan, module, inputs, columns, count)
         for row, pad in zip(sequence.rows, pads, strict=True):
             row.length, row.pad = columns + count, pad
         if "repeated" in self.compressor.wants or sequence.full.tier is Tier.DISK:
@@ -266,7 +268,7 @@ class Session:
         def run_call(replica: Sequence, call: Call) -> None:
             replica.draft = None  # its tail need not have room for the call
             pads, shown = [row.pad for row in replica.rows], columns_shown(call.plan, call.inputs)
-            call.plan.module(Store(replica, call.column, 0, pads, shown), *call.inputs)
+            call.module(Store(replica, call.column, 0, pads, shown), *call.inputs)
 
         def verify(replica: Sequence, tokens: Tensor) -> None:
             if replica.decode is None:

@@ -200,6 +200,9 @@ class CapturedPlan:
     """
 
     module: GraphModule
+    unpadded: GraphModule | None
+    """For calls in which no row is padded: the same without the masks that `is_causal` stands for. None where there are
+    none, or none that padding matters to."""
     roles: Roles
     sites: tuple[Site, ...]
     outputs: tuple[OutputRole, ...]

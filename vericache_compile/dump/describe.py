@@ -30,6 +30,8 @@ def graphs_of(program: Program) -> dict[str, GraphModule]:
     graphs = {"captured": program.module}
     if program.captured is not None:
         graphs["as_captured"] = program.captured
+    if program.unpadded is not None:
+        graphs["unpadded"] = program.unpadded
     return graphs
 
 
