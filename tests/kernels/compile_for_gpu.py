@@ -24,7 +24,7 @@ from vericache_compile.kernels import (
 from vericache_compile.kernels.draft_attention import region_tile
 from vericache_compile.kernels.interleave import BLOCK, CHUNK
 from vericache_compile.kernels.row_invariant_linear import Tiles, tiles_of
-from vericache_compile.kernels.verify_attention import SPLIT, tile_sizes
+from vericache_compile.kernels.verify_attention import PART, SPLIT, tile_sizes
 
 PARTS = {"outs", "tops", "totals"}
 NUMBERS = {"places", "l_batch", "l_head", "kv_heads", "splits", "skipped", "tokens", "first", "rows", "blocks"}
@@ -65,11 +65,12 @@ def main(capability: int, dtype: str, size: int) -> dict[str, int]:
     width = WIDTHS[dtype]
     rows, tile = tile_sizes(64, size * width)
     both = {"GROUP": 4, "VALUE": size, "SPLIT": SPLIT, "PAD_E": size}
+    merged = {"GROUP": 4, "VALUE": size, "SPLIT": SPLIT, "PART": PART}
     own = {"SIZE": size, "PAD_D": size, "SOFT_CAP": 0.0}
     read, stages = region_tile(size * width)
     region = {**both, **own, "ROWS": 16, "TILE": read, "WHOLE": True}
-    kivi = {"BITS": 4, "ZERO": True, "KEY_GROUP": 32, "KEY_CHANNELS": 0, "VALUE_GROUP": 32, "VALUE_CHANNELS": 32}
-    int8 = {"BITS": 8, "ZERO": False, "KEY_GROUP": 1, "KEY_CHANNELS": 32, "VALUE_GROUP": 1, "VALUE_CHANNELS": 32}
+    kivi = {"BITS": 4, "ZERO": True, "PACKED": 32, "KEY_CHANNELS": 0, "VALUE_CHANNELS": 32}
+    int8 = {"BITS": 8, "ZERO": False, "PACKED": 1, "KEY_CHANNELS": 32, "VALUE_CHANNELS": 32}
     odd = {"SIZE": size - 16, "VALUE": size - 16, "KEY_CHANNELS": 16, "VALUE_CHANNELS": 16, "WHOLE": False}
     products = {outs: tiles_of(outs, width) for outs in (4096, 14336)}
     window = {"WINDOW": 16, "REACH": 0}
@@ -79,7 +80,7 @@ def main(capability: int, dtype: str, size: int) -> dict[str, int]:
         name: compile_program(function, capability, dtype, depth, constants)
         for name, function, depth, constants in (
             ("attend_splits", verify.attend_splits, 2, {**both, **own, **window, **biased, "ROWS": rows, "TILE": tile}),
-            ("merge_splits", verify.merge_splits, 3, {**both, **window, "SINKS": True}),
+            ("merge_splits", verify.merge_splits, 3, {**merged, **window, "SINKS": True}),
             ("attend_region, kivi", draft.attend_region, stages, {**region, **kivi}),
             ("attend_region, int8", draft.attend_region, stages, {**region, **int8}),
             ("attend_region, int8, odd sizes", draft.attend_region, stages, {**region, **int8, **odd}),

@@ -86,6 +86,7 @@ def _attend_region(
     splits = splits_of(region)
     if not splits:
         return
+    assert (keys.bits, keys.group) == (values.bits, values.group), "a byte of keys and one of values hold other tokens"
     if q.stride(-1) != 1:
         q = q.contiguous()
     kv_heads = keys.codes.shape[0]
@@ -97,7 +98,7 @@ def _attend_region(
             parts.outs[row], parts.tops[row], parts.totals[row], scale,
             keys.tokens, parts.tops.shape[3], first, q.stride(0),
             GROUP=group, SIZE=keys.size, VALUE=values.size, SOFT_CAP=soft_cap or 0.0, BITS=keys.bits,
-            KEY_GROUP=keys.group, KEY_CHANNELS=keys.channels, VALUE_GROUP=values.group, VALUE_CHANNELS=values.channels,
+            PACKED=keys.group, KEY_CHANNELS=keys.channels, VALUE_CHANNELS=values.channels,
             ZERO=keys.zero is not None, ROWS=pad_size(group), SPLIT=SPLIT, TILE=tile,
             PAD_D=pad_size(keys.size), PAD_E=pad_size(values.size), WHOLE=is_whole(keys) and is_whole(values),
             num_warps=4, num_stages=stages,
@@ -105,13 +106,13 @@ def _attend_region(
 
 
 def is_whole(side: PackedSide) -> bool:
-    """Whether tiles are made of whole groups, so that a scale is loaded once for all that share it."""
+    """Whether tiles are made of whole groups, so that a scale is loaded once for all that share it in a tile."""
     powers = all(count & (count - 1) == 0 for count in (side.size, side.group, side.channels))
     return powers and side.size == pad_size(side.size)
 
 
 def region_tile(bytes_per_key: int) -> tuple[int, int]:
-    """(tokens of a step, steps in flight), so that a program fits in shared memory (tests/kernels/test_compiled.py)."""
+    """(rows of bytes of a step, steps in flight), so that a program fits in memory (tests/kernels/test_compiled.py)."""
     return 32 if bytes_per_key <= 256 else 16, 2 if bytes_per_key <= 512 else 1
 
 

@@ -1,6 +1,6 @@
 """Triton program of `draft_attention`: attend to a packed region, dequantised as it is read.
 
-Shapes: K KV heads, G query heads of one, S tokens of the region, g tokens in a group, D head size, E value head size.
+Shapes: K KV heads, G query heads of one, D head size, E value head size.
 """
 
 from __future__ import annotations
@@ -12,71 +12,83 @@ from vericache_compile.kernels.verify_attention_triton import absorb, keep_part,
 
 
 @triton.jit
-def dequantise(
-    codes, scale, zero, head, tokens, first, SIZE: tl.constexpr, PAD: tl.constexpr, TILE: tl.constexpr,
-    BITS: tl.constexpr, GROUP: tl.constexpr, CHANNELS: tl.constexpr, ZERO: tl.constexpr, WHOLE: tl.constexpr,
-    TURNED: tl.constexpr,
+def rows_and_channels(
+    first, SIZE: tl.constexpr, PAD: tl.constexpr, TILE: tl.constexpr, BYTES: tl.constexpr, CHANNELS: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Float32 numbers of one side of a region, [TILE, PAD] or TURNED [PAD, TILE], from token `first` on.
+    """Which rows of bytes, and which channels, a tile holds; both have three axes, of which together TILE * PAD.
 
-    Codes lie as `compressors.quantizer.pack` lays them: a byte holds 8 / BITS tokens of a channel, GROUP * BITS / 8
-    apart. CHANNELS share the scale of a token; 0: a group of tokens shares the scale of a channel.
+    Axes are those along which scales are shared: [row, part, channel of it] where CHANNELS share the scale of a token,
+    [group, row of it, channel] where a group of tokens does; [row, 1, channel] where sizes are no powers of two.
     """
-    BYTES: tl.constexpr = GROUP * BITS // 8
-    if TURNED:
-        token, channel = (first + tl.arange(0, TILE))[None, :], tl.arange(0, PAD)[:, None]
-    else:
-        token, channel = (first + tl.arange(0, TILE))[:, None], tl.arange(0, PAD)[None, :]
-    mask = (token < tokens) & (channel < SIZE)
-    place = token % GROUP
-    held = head * (tokens * BITS // 8) + token // GROUP * BYTES + place % BYTES
-    read = tl.load(codes + held * SIZE + channel, mask=mask, other=0)
-    if BITS < 8:
-        read = (read >> ((place // BYTES) * BITS).to(tl.uint8)) & ((1 << BITS) - 1)
     if WHOLE:
-        made = read.to(tl.float32) * spread(scale, head, tokens, first, SIZE, TILE, GROUP, CHANNELS, TURNED)
-        if ZERO:
-            made += spread(zero, head, tokens, first, SIZE, TILE, GROUP, CHANNELS, TURNED)
-    else:
         if CHANNELS > 0:
-            at = (head * tokens + token) * (SIZE // CHANNELS) + channel // CHANNELS
+            row = first + tl.arange(0, TILE)[:, None, None]
+            part = tl.arange(0, SIZE // CHANNELS)[None, :, None]
+            channel = part * CHANNELS + tl.arange(0, CHANNELS)[None, None, :]
         else:
-            at = (head * (tokens // GROUP) + token // GROUP) * SIZE + channel
-        made = read.to(tl.float32) * tl.load(scale + at, mask=mask, other=0.0).to(tl.float32)
-        if ZERO:
-            made += tl.load(zero + at, mask=mask, other=0.0).to(tl.float32)
-    return made
+            SHARE: tl.constexpr = BYTES if BYTES < TILE else TILE
+            group = tl.arange(0, TILE // SHARE)[:, None, None]
+            row = first + group * SHARE + tl.arange(0, SHARE)[None, :, None]
+            channel = tl.arange(0, SIZE)[None, None, :]
+    else:
+        row = first + tl.arange(0, TILE)[:, None, None]
+        channel = tl.arange(0, PAD)[None, None, :]
+    return row, channel
 
 
 @triton.jit
-def spread(
-    x, head, tokens, first, SIZE: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, CHANNELS: tl.constexpr,
-    TURNED: tl.constexpr,
+def read_shared(
+    x, head, tokens, first, bits, SIZE: tl.constexpr, PAD: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr,
+    BYTES: tl.constexpr, CHANNELS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Scales or zeros of a tile, each loaded once and repeated in registers: [TILE, SIZE], or TURNED [SIZE, TILE]."""
+    """Scales or zeros of the tokens that lie `bits` along in the bytes of a tile, on its axes; float32."""
+    row, channel = rows_and_channels(first, SIZE, PAD, TILE, BYTES, CHANNELS, WHOLE)
     if CHANNELS > 0:
         PARTS: tl.constexpr = SIZE // CHANNELS
-        token, part = first + tl.arange(0, TILE), tl.arange(0, PARTS)
-        if TURNED:
-            at = (head * tokens + token)[None, :] * PARTS + part[:, None]
-            held = tl.load(x + at, mask=(token < tokens)[None, :], other=0.0).to(tl.float32)
-            made = tl.reshape(tl.broadcast_to(held[:, None, :], [PARTS, CHANNELS, TILE]), [SIZE, TILE])
-        else:
-            at = (head * tokens + token)[:, None] * PARTS + part[None, :]
-            held = tl.load(x + at, mask=(token < tokens)[:, None], other=0.0).to(tl.float32)
-            made = tl.reshape(tl.broadcast_to(held[:, :, None], [TILE, PARTS, CHANNELS]), [TILE, SIZE])
+        token = row // BYTES * GROUP + bits * BYTES + row % BYTES
+        part = tl.arange(0, PARTS)[None, :, None] if WHOLE else channel // CHANNELS
+        at, mask = (head * tokens + token) * PARTS + part, (token < tokens) & (part < PARTS)
     else:
-        SHARE: tl.constexpr = GROUP if GROUP < TILE else TILE
-        group, channel = first // GROUP + tl.arange(0, TILE // SHARE), tl.arange(0, SIZE)
-        row = head * (tokens // GROUP) + group
-        real = group < tokens // GROUP
-        if TURNED:
-            held = tl.load(x + row[None, :] * SIZE + channel[:, None], mask=real[None, :], other=0.0).to(tl.float32)
-            made = tl.reshape(tl.broadcast_to(held[:, :, None], [SIZE, TILE // SHARE, SHARE]), [SIZE, TILE])
+        if WHOLE:
+            SHARE: tl.constexpr = BYTES if BYTES < TILE else TILE
+            group = first // BYTES + tl.arange(0, TILE // SHARE)[:, None, None]
         else:
-            held = tl.load(x + row[:, None] * SIZE + channel[None, :], mask=real[:, None], other=0.0).to(tl.float32)
-            made = tl.reshape(tl.broadcast_to(held[:, None, :], [TILE // SHARE, SHARE, SIZE]), [TILE, SIZE])
-    return made
+            group = row // BYTES
+        groups = tokens // GROUP
+        at, mask = (head * groups + group) * SIZE + channel, (group < groups) & (channel < SIZE)
+    return tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def read_bytes(
+    codes, head, rows, first, SIZE: tl.constexpr, PAD: tl.constexpr, TILE: tl.constexpr, BYTES: tl.constexpr,
+    CHANNELS: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """TILE rows of bytes of one side of a region, on the axes of `rows_and_channels`.
+
+    Codes lie as `compressors.quantizer.pack` lays them: BYTES rows for each GROUP of tokens; a byte holds 8 / BITS
+    tokens of a channel, BYTES apart.
+    """
+    row, channel = rows_and_channels(first, SIZE, PAD, TILE, BYTES, CHANNELS, WHOLE)
+    return tl.load(codes + (head * rows + row) * SIZE + channel, mask=(row < rows) & (channel < SIZE), other=0)
+
+
+@triton.jit
+def dequantise(
+    read, scale, zero, head, tokens, first, bits: tl.constexpr, SIZE: tl.constexpr, PAD: tl.constexpr,
+    TILE: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, BYTES: tl.constexpr, CHANNELS: tl.constexpr,
+    ZERO: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Float32 numbers [TILE, PAD] of those tokens that lie `bits` along in the bytes of a tile."""
+    if BITS < 8:
+        read = (read >> (bits * BITS)) & ((1 << BITS) - 1)
+    made = read.to(tl.float32) * read_shared(
+        scale, head, tokens, first, bits, SIZE, PAD, TILE, GROUP, BYTES, CHANNELS, WHOLE
+    )
+    if ZERO:
+        made += read_shared(zero, head, tokens, first, bits, SIZE, PAD, TILE, GROUP, BYTES, CHANNELS, WHOLE)
+    return tl.reshape(made, [TILE, PAD])
 
 
 @triton.jit
@@ -84,11 +96,16 @@ def attend_region(
     q, key_codes, key_scale, key_zero, value_codes, value_scale, value_zero, outs, tops, totals, scale, tokens, splits,
     first, q_head,
     GROUP: tl.constexpr, SIZE: tl.constexpr, VALUE: tl.constexpr, SOFT_CAP: tl.constexpr, BITS: tl.constexpr,
-    KEY_GROUP: tl.constexpr, KEY_CHANNELS: tl.constexpr, VALUE_GROUP: tl.constexpr, VALUE_CHANNELS: tl.constexpr,
-    ZERO: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr, TILE: tl.constexpr, PAD_D: tl.constexpr,
-    PAD_E: tl.constexpr, WHOLE: tl.constexpr,
+    PACKED: tl.constexpr, KEY_CHANNELS: tl.constexpr, VALUE_CHANNELS: tl.constexpr, ZERO: tl.constexpr,
+    ROWS: tl.constexpr, SPLIT: tl.constexpr, TILE: tl.constexpr, PAD_D: tl.constexpr, PAD_E: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """One split of one row's region for the G query heads of one KV head. Grid (splits of the region, K)."""
+    """One split of one row's region for the G query heads of one KV head. Grid (splits of the region, K).
+
+    A split is as many rows of bytes as SPLIT tokens take, and a tile TILE of them; PACKED tokens are packed together.
+    """
+    PER_BYTE: tl.constexpr = 8 // BITS
+    BYTES: tl.constexpr = PACKED // PER_BYTE
     part = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     row = tl.arange(0, ROWS)
@@ -100,18 +117,22 @@ def attend_region(
     out = tl.zeros([ROWS, PAD_E], tl.float32)
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    for tile in range(0, tl.minimum(SPLIT, tokens - part * SPLIT), TILE):
-        first_token = part * SPLIT + tile
-        here = first_token + tl.arange(0, TILE) < tokens
-        k = dequantise(
-            key_codes, key_scale, key_zero, head, tokens, first_token, SIZE, PAD_D, TILE, BITS, KEY_GROUP,
-            KEY_CHANNELS, ZERO, WHOLE, True,
-        )  # fmt: skip
-        v = dequantise(
-            value_codes, value_scale, value_zero, head, tokens, first_token, VALUE, PAD_E, TILE, BITS, VALUE_GROUP,
-            VALUE_CHANNELS, ZERO, WHOLE, False,
-        )  # fmt: skip
-        scores = score(queries, k.to(queries.dtype), scale, SOFT_CAP)
-        scores = tl.where(here[None, :], scores, float("-inf"))
-        out, top, total = absorb(out, top, total, scores, v.to(queries.dtype))
+    rows = tokens // PER_BYTE
+    begin = part * (SPLIT // PER_BYTE)
+    for tile in range(begin, tl.minimum(begin + SPLIT // PER_BYTE, rows), TILE):
+        here = tile + tl.arange(0, TILE) < rows
+        k_read = read_bytes(key_codes, head, rows, tile, SIZE, PAD_D, TILE, BYTES, KEY_CHANNELS, WHOLE)
+        v_read = read_bytes(value_codes, head, rows, tile, VALUE, PAD_E, TILE, BYTES, VALUE_CHANNELS, WHOLE)
+        for bits in tl.static_range(PER_BYTE):
+            k = dequantise(
+                k_read, key_scale, key_zero, head, tokens, tile, bits, SIZE, PAD_D, TILE, BITS, PACKED, BYTES,
+                KEY_CHANNELS, ZERO, WHOLE,
+            )  # fmt: skip
+            v = dequantise(
+                v_read, value_scale, value_zero, head, tokens, tile, bits, VALUE, PAD_E, TILE, BITS, PACKED, BYTES,
+                VALUE_CHANNELS, ZERO, WHOLE,
+            )  # fmt: skip
+            scores = score(queries, tl.trans(k.to(queries.dtype)), scale, SOFT_CAP)
+            scores = tl.where(here[None, :], scores, float("-inf"))
+            out, top, total = absorb(out, top, total, scores, v.to(queries.dtype))
     keep_part(outs, tops, totals, out, top, total, query_head * splits + first + part, real, VALUE, PAD_E)

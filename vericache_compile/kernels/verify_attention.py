@@ -17,6 +17,8 @@ from vericache_compile.kernels.launch import on, pad_size
 
 SPLIT = 256
 """Columns that are attended together: the reference's BLOCK."""
+PART = 32
+"""Numbers of an output that a program merges: one program for them all would wait for each step's loads in turn."""
 SHARED = 96 * 1024
 """Bytes of shared memory that a program may take: what every GPU since Ampere has (tests/kernels/test_compiled.py)."""
 
@@ -125,11 +127,11 @@ def merge_splits(
     batch, heads, window, splits, value_size = parts.outs.shape
     result = torch.empty((batch, heads, window, value_size), dtype=q.dtype, device=q.device)
     with on(q):
-        programs.merge_splits[(batch * heads * window,)](
+        programs.merge_splits[(batch * heads * window, -(-value_size // PART))](
             parts.outs, parts.tops, parts.totals, starts, lefts, parts.tops if sinks is None else sinks, result,
             kv_heads, splits, skipped, *lefts.stride(),
             GROUP=heads // kv_heads, WINDOW=window, VALUE=value_size, REACH=reach or 0,
-            SINKS=sinks is not None, SPLIT=SPLIT, PAD_E=pad_size(value_size), num_warps=4,
+            SINKS=sinks is not None, SPLIT=SPLIT, PART=PART, num_warps=4,
         )  # fmt: skip
     return result
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-MERGED = tl.constexpr(16)  # splits that are merged in one step
+MERGED = tl.constexpr(64)  # splits that are merged in one step
 
 
 @triton.jit
@@ -109,9 +109,12 @@ def attend_splits(
 def merge_splits(
     outs, tops, totals, starts, lefts, sinks, result, kv_heads, splits, skipped, l_batch, l_head,
     GROUP: tl.constexpr, WINDOW: tl.constexpr, VALUE: tl.constexpr, REACH: tl.constexpr,
-    SINKS: tl.constexpr, SPLIT: tl.constexpr, PAD_E: tl.constexpr,
+    SINKS: tl.constexpr, SPLIT: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """The splits that one query row sees, in order, into its output. Grid (B * H * W). Result [B, H, W, E]."""
+    """The splits that one query row sees, in order, into PART numbers of its output. Result [B, H, W, E].
+
+    Grid (B * H * W, ceil(E / PART)).
+    """
     row = tl.program_id(0).to(tl.int64)
     query_head = (row // WINDOW) % (kv_heads * GROUP)
     batch = row // (WINDOW * kv_heads * GROUP)
@@ -120,8 +123,8 @@ def merge_splits(
     if REACH > 0:
         left = tl.maximum(left, own - REACH + 1)
     first, last = left // SPLIT, own // SPLIT
-    value = tl.arange(0, PAD_E)
-    out = tl.zeros([PAD_E], tl.float32)
+    value = tl.program_id(1) * PART + tl.arange(0, PART)
+    out = tl.zeros([PART], tl.float32)
     top = tl.full([1], float("-inf"), tl.float32)
     total = tl.zeros([1], tl.float32)
     if SINKS:  # a score that takes its share and gives no value
