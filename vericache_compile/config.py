@@ -21,7 +21,7 @@ PARAMETERS = ("keep", "bits")
 WHERE = "the options of backend 'vericache'"
 DRAFT_DTYPES = {"same": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
 AUTO = "auto"
-"""int8 on the CPU, where drafting is bound by reading weights and memory is plenty; same elsewhere."""
+"""int8 where the CPU is fast at it: drafting is bound by reading weights, and memory is plenty; same elsewhere."""
 
 
 @dataclass(frozen=True)
