@@ -47,7 +47,9 @@ def kind_of(name: str, dtype: str) -> str:
     return "*fp32" if name in PARTS else f"*{dtype}"
 
 
-def compile_program(function: Any, capability: int, dtype: str, stages: int, constants: dict[str, Any]) -> int:
+def compile_program(
+    function: Any, capability: int, dtype: str, warps: int, stages: int, constants: dict[str, Any]
+) -> int:
     """Bytes of shared memory that the compiled program takes."""
     kinds = {name: "constexpr" if name in constants else kind_of(name, dtype) for name in function.arg_names}
     aligned = {
@@ -56,45 +58,53 @@ def compile_program(function: Any, capability: int, dtype: str, stages: int, con
         if kind.startswith("*") or (kind == "i32" and name not in NUMBERS)
     }
     source = ASTSource(function, kinds, constants, aligned)
-    made = triton.compile(source, GPUTarget("cuda", capability, 32), {"num_warps": 4, "num_stages": stages})
+    made = triton.compile(source, GPUTarget("cuda", capability, 32), {"num_warps": warps, "num_stages": stages})
     return int(made.metadata.shared)
 
 
 def main(capability: int, dtype: str, size: int) -> dict[str, int]:
     """All programs as a model of 8 query heads, 2 KV heads and a window of 16 launches them."""
     width = WIDTHS[dtype]
-    rows, tile = tile_sizes(64, size * width)
+    rows, tile, deep = tile_sizes(64, size * width)
     both = {"GROUP": 4, "VALUE": size, "SPLIT": SPLIT, "PAD_E": size}
     merged = {"GROUP": 4, "VALUE": size, "SPLIT": SPLIT, "PART": PART}
     own = {"SIZE": size, "PAD_D": size, "SOFT_CAP": 0.0}
-    read, stages = region_tile(size * width)
-    region = {**both, **own, "ROWS": 16, "TILE": read, "WHOLE": True}
-    kivi = {"BITS": 4, "ZERO": True, "PACKED": 32, "KEY_CHANNELS": 0, "VALUE_CHANNELS": 32}
-    int8 = {"BITS": 8, "ZERO": False, "PACKED": 1, "KEY_CHANNELS": 32, "VALUE_CHANNELS": 32}
+    (few, stages), (many, _) = (region_tile(bits, size * width) for bits in (4, 8))
+    region = {**both, **own, "ROWS": 16, "WHOLE": True}
+    kivi = {"TILE": few, "BITS": 4, "ZERO": True, "PACKED": 32, "KEY_CHANNELS": 0, "VALUE_CHANNELS": 32}
+    int8 = {"TILE": many, "BITS": 8, "ZERO": False, "PACKED": 1, "KEY_CHANNELS": 32, "VALUE_CHANNELS": 32}
     odd = {"SIZE": size - 16, "VALUE": size - 16, "KEY_CHANNELS": 16, "VALUE_CHANNELS": 16, "WHOLE": False}
     products = {outs: tiles_of(outs, width) for outs in (4096, 14336)}
     window = {"WINDOW": 16, "REACH": 0}
     biased = {"BIAS": True, "RELATIVE": True}
     verify, draft = verify_attention_triton, draft_attention_triton
     return {
-        name: compile_program(function, capability, dtype, depth, constants)
-        for name, function, depth, constants in (
-            ("attend_splits", verify.attend_splits, 2, {**both, **own, **window, **biased, "ROWS": rows, "TILE": tile}),
-            ("merge_splits", verify.merge_splits, 3, {**merged, **window, "SINKS": True}),
-            ("attend_region, kivi", draft.attend_region, stages, {**region, **kivi}),
-            ("attend_region, int8", draft.attend_region, stages, {**region, **int8}),
-            ("attend_region, int8, odd sizes", draft.attend_region, stages, {**region, **int8, **odd}),
+        name: compile_program(function, capability, dtype, warps, depth, constants)
+        for name, function, warps, depth, constants in (
+            (
+                "attend_splits",
+                verify.attend_splits,
+                4,
+                deep,
+                {**both, **own, **window, **biased, "ROWS": rows, "TILE": tile},
+            ),
+            ("merge_splits", verify.merge_splits, 1, 3, {**merged, **window, "SINKS": True}),
+            ("attend_region, kivi", draft.attend_region, 2, stages, {**region, **kivi}),
+            ("attend_region, int8", draft.attend_region, 2, stages, {**region, **int8}),
+            ("attend_region, int8, odd sizes", draft.attend_region, 2, stages, {**region, **int8, **odd}),
             (
                 "interleave",
                 interleave_triton.interleave,
+                4,
                 3,
                 {"SIZE": size, "VALUE": size, "BLOCK": BLOCK, "CHUNK": CHUNK},
             ),
-            ("write_token", write_token_triton.write_token, 3, {"SIZE": size, "VALUE": size, "PAD": size}),
+            ("write_token", write_token_triton.write_token, 4, 3, {"SIZE": size, "VALUE": size, "PAD": size}),
             *(
                 (
                     f"multiply, {outs} outputs",
                     row_invariant_linear_triton.multiply,
+                    4,
                     tiles.stages,
                     inner(outs, tiles, width),
                 )

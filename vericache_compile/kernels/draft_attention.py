@@ -91,7 +91,7 @@ def _attend_region(
         q = q.contiguous()
     kv_heads = keys.codes.shape[0]
     group = q.shape[0] // kv_heads
-    tile, stages = region_tile(max(keys.size, values.size) * q.element_size())
+    tile, stages = region_tile(keys.bits, max(keys.size, values.size) * q.element_size())
     with on(q):
         programs.attend_region[(splits, kv_heads)](
             q, keys.codes, keys.scale, keys.zero_or_scale, values.codes, values.scale, values.zero_or_scale,
@@ -101,7 +101,7 @@ def _attend_region(
             PACKED=keys.group, KEY_CHANNELS=keys.channels, VALUE_CHANNELS=values.channels,
             ZERO=keys.zero is not None, ROWS=pad_size(group), SPLIT=SPLIT, TILE=tile,
             PAD_D=pad_size(keys.size), PAD_E=pad_size(values.size), WHOLE=is_whole(keys) and is_whole(values),
-            num_warps=4, num_stages=stages,
+            num_warps=2, num_stages=stages,
         )  # fmt: skip
 
 
@@ -111,9 +111,9 @@ def is_whole(side: PackedSide) -> bool:
     return powers and side.size == pad_size(side.size)
 
 
-def region_tile(bytes_per_key: int) -> tuple[int, int]:
+def region_tile(bits: int, bytes_per_key: int) -> tuple[int, int]:
     """(rows of bytes of a step, steps in flight), so that a program fits in memory (tests/kernels/test_compiled.py)."""
-    return 32 if bytes_per_key <= 256 else 16, 2 if bytes_per_key <= 512 else 1
+    return 32 if bits == 8 and bytes_per_key <= 256 else 16, 2 if bytes_per_key <= 512 else 1
 
 
 def dequantise_reference(side: PackedSide) -> Tensor:

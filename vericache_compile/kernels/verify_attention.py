@@ -96,7 +96,7 @@ def attend_splits(
     batch, heads, window, size = q.shape
     kv_heads, columns, value_size = keys.shape[1], keys.shape[2], values.shape[3]
     group = heads // kv_heads
-    rows, tile = tile_sizes(group * window, max(size, value_size) * keys.element_size())
+    rows, tile, stages = tile_sizes(group * window, max(size, value_size) * keys.element_size())
     with on(q):
         programs.attend_splits[(-(-columns // SPLIT), kv_heads * -(-group * window // rows), batch)](
             q, keys, values, starts, lefts, parts.totals if bias is None else bias,
@@ -106,7 +106,7 @@ def attend_splits(
             GROUP=group, WINDOW=window, SIZE=size, VALUE=value_size, REACH=reach or 0, SOFT_CAP=soft_cap or 0.0,
             BIAS=bias is not None, RELATIVE=relative,
             ROWS=rows, SPLIT=SPLIT, TILE=tile, PAD_D=pad_size(size), PAD_E=pad_size(value_size),
-            num_warps=4, num_stages=2,
+            num_warps=4, num_stages=stages,
         )  # fmt: skip
 
 
@@ -131,16 +131,17 @@ def merge_splits(
             parts.outs, parts.tops, parts.totals, starts, lefts, parts.tops if sinks is None else sinks, result,
             kv_heads, splits, skipped, *lefts.stride(),
             GROUP=heads // kv_heads, WINDOW=window, VALUE=value_size, REACH=reach or 0,
-            SINKS=sinks is not None, SPLIT=SPLIT, PART=PART, num_warps=4,
+            SINKS=sinks is not None, SPLIT=SPLIT, PART=PART, num_warps=1,
         )  # fmt: skip
     return result
 
 
-def tile_sizes(rows: int, bytes_per_key: int) -> tuple[int, int]:
-    """(query rows of a program, columns of a step), so that queries and two steps' keys and values fit in SHARED."""
+def tile_sizes(rows: int, bytes_per_key: int) -> tuple[int, int, int]:
+    """(query rows of a program, columns of a step, steps in flight), so that queries and these steps' keys and values
+    fit in SHARED."""
     if bytes_per_key <= 256:
-        return min(64, pad_size(rows)), 64
-    return (min(64, pad_size(rows)), 32) if bytes_per_key <= 512 else (min(32, pad_size(rows)), 16)
+        return min(64, pad_size(rows)), 32, 3
+    return (min(64, pad_size(rows)), 32, 2) if bytes_per_key <= 512 else (min(32, pad_size(rows)), 16, 2)
 
 
 def verify_attention_reference(
