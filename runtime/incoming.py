@@ -14,7 +14,7 @@ from itertools import chain
 from torch import Tensor
 
 from vericache_compile.kernels.block_attention import BLOCK
-from vericache_compile.plan import Staging
+from vericache_compile.plan import Staging, rounded
 from vericache_compile.runtime.caches import DraftKV, FullKV, Reaches, write_columns
 from vericache_compile.runtime.clock import Moment, moment, seconds_between
 from vericache_compile.runtime.counts import Span, Traffic
@@ -246,13 +246,19 @@ def incoming(
     columns: Sequence[int],
     pads: Sequence[int],
     reaches: Reaches = (),
+    while_drafting: int = 0,
 ) -> Incoming:
-    """A round's full KV, wherever it lives; rows start at `columns`, `reaches` is that of `compress`. `staging` says
-    what the ring may take where it lives outside the device."""
+    """A round's full KV, wherever it lives; rows start at `columns`, `reaches` is that of `compress`.
+
+    Where it lives outside the device `staging` says what the ring may take; unless that was given, it is at least what
+    was seen to come `while_drafting`, in bytes.
+    """
     if not isinstance(full, PagedKV):
         return Incoming(full, columns)
     nbytes = 0  # a sequence begun under another placement: one site at a time
     if staging is not None:
         nbytes = staging.bytes_beside(0 if draft is None else draft.nbytes)
+        if staging.per_draft_byte:
+            nbytes = max(nbytes, rounded(while_drafting))
     full.link.catch_up()  # before memory goes: a round that was given up may still have copies under way to it
     return PagedIncoming(full, draft, ring, nbytes, columns, pads, reaches)

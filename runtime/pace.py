@@ -1,4 +1,5 @@
-"""Whether drafting pays for a sequence: measured on its own rounds, turned off while it does not, tried again later.
+"""What a sequence's own rounds tell: whether drafting pays, which is turned off while it does not and tried again
+later, and how much of full KV comes while a round drafts.
 
 Verify's shape does not depend on what was drafted, so neither do rows: a round without drafts is one verified token.
 """
@@ -13,6 +14,8 @@ ROUNDS = 8
 """Rounds of drafting that are looked at, and that must have been seen before it is turned off."""
 REST = 64
 """Rounds without drafts before drafting is tried again."""
+ENOUGH = 4
+"""Rounds that say how long drafting takes: the first also compile kernels."""
 MARGIN = 1.05
 """How much faster verifying alone must be."""
 
@@ -27,6 +30,7 @@ class Seen(NamedTuple):
     verify_seconds: float
     transfer_seconds: float = 0.0
     """Of the link bringing full KV in. Under drafting some of it is hidden; verifying alone, none."""
+    transfer_bytes: int = 0
 
     @property
     def alone_seconds(self) -> float:
@@ -51,6 +55,13 @@ class Pace:
             if len(self.seen) == ROUNDS and not self.pays():
                 self.resting = REST
                 self.seen.clear()
+
+    def bytes_while_drafting(self) -> int:
+        """What comes over the link while a round drafts; 0 while too little is known."""
+        moved = [each for each in self.seen if each.transfer_seconds]
+        if len(moved) < ENOUGH:
+            return 0
+        return int(median(each.draft_seconds * each.transfer_bytes / each.transfer_seconds for each in moved))
 
     def pays(self) -> bool:
         """Whether rounds with drafts gave rows as fast as verifying them one by one would have, within MARGIN.

@@ -61,15 +61,27 @@ class FilePage:
 def host_pages(site: Site, columns: int, count: int, pinned: bool) -> list[HostPage]:
     """`count` pages of `columns` columns, zeroed, in few allocations; in pageable memory where none can be pinned.
 
-    As many at once as a power of two: torch rounds the bytes that it pins up to one, and pinning is slow.
+    As many at once as a power of two: torch rounds the bytes that it pins up to one, and pinning is slow. Of these a
+    head's columns lie side by side, so that one copy moves them (`join`).
     """
     made: list[HostPage] = []
     while left := count - len(made):
         together = 1 << left.bit_length() - 1
-        shape, sizes = (together, site.kv_heads, columns), (site.head_size, site.value_size)[: site.sides]
+        shape, sizes = (site.kv_heads, together * columns), (site.head_size, site.value_size)[: site.sides]
         held = [host_memory((*shape, size), site.dtype, pinned) for size in sizes]
-        made += map(HostPage, held[0], held[-1][..., : site.value_size])
+        keys, values = held[0], held[-1][..., : site.value_size]
+        own = (slice(begin, begin + columns) for begin in range(0, together * columns, columns))
+        made += [HostPage(keys[:, at], values[:, at]) for at in own]
     return made
+
+
+def join(first: Tensor, second: Tensor) -> Tensor | None:
+    """Columns [K, n, D] and [K, m, D] as one tensor [K, n + m, D], where they adjoin in memory."""
+    one = first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+    behind = first.storage_offset() + first.shape[1] * first.stride(1)
+    if not one or first.stride() != second.stride() or second.storage_offset() != behind:
+        return None
+    return first.as_strided((first.shape[0], first.shape[1] + second.shape[1], first.shape[2]), first.stride())
 
 
 def host_memory(shape: tuple[int, ...], dtype: torch.dtype, pinned: bool, *, zeroed: bool = True) -> Tensor:

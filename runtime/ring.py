@@ -40,15 +40,17 @@ class Ring:
         """Have room for sites that need so many bytes each, in no more than `nbytes`, though for the largest at least.
 
         Of these `whole` are for putting a site together. All claims are forgotten. Less where the device has no
-        memory for so much: half of it, and so on. Raises torch.OutOfMemoryError where there is none for one site.
+        memory for so much: what there was, or half of it, and so on. Raises torch.OutOfMemoryError where there is none
+        for one site.
         """
         self._claimed.clear()
         least = max(needs)
         wanted = max(min(nbytes - whole, rounded(sum(map(aligned, needs)))), least)
         if not (self._suits(wanted, least, whole, device) and self.nbytes <= max(nbytes, least + whole)):
+            before = _size(self.buffer)
             self.buffer = self.whole = None  # their memory may be what the next ones take
             self.whole = _allocate(whole, device) if whole else None
-            self.buffer = self._allocate(wanted, least, device)
+            self.buffer = self._allocate(wanted, least, before, device)
             self._asked = wanted  # not what there was: what there is no memory for is not tried in each round
 
     def _suits(self, wanted: int, least: int, whole: int, device: torch.device) -> bool:
@@ -74,10 +76,10 @@ class Ring:
         begin = int(held.storage_offset())
         self._claimed.remove((begin, begin + held.nbytes))
 
-    def _allocate(self, wanted: int, least: int, device: torch.device) -> Tensor:
+    def _allocate(self, wanted: int, least: int, before: int, device: torch.device) -> Tensor:
         size = wanted
         while (made := _try(size, device, raises=size <= least)) is None:
-            size = max(size // 2, least)
+            size = max(before if before < size else size // 2, size // 2, least)
         if size < wanted and not self._told:
             self._told = True
             log.warning(

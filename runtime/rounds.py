@@ -69,7 +69,9 @@ def run_round(
     draft = prepare_draft(sequence, start, compressor, plan.window, counts, telling)
     horizon = next_steps(sequence, plan.window)
     low = bind_weights(plan.draft, inputs, casts)
-    coming = incoming(sequence.full, draft, ring, plan.captured.staging, start.columns, start.pads, reaches_of(plan))
+    where = (start.columns, start.pads, reaches_of(plan))
+    comes = sequence.pace.bytes_while_drafting()
+    coming = incoming(sequence.full, draft, ring, plan.captured.staging, *where, comes)
     launched, began = time.perf_counter(), moment(device)
     try:
         if known is None:
@@ -94,7 +96,7 @@ def run_round(
     compressing, more, stood = (after - then for after, then in zip(now, before, strict=True))
     traffic, spans = coming.traffic()
     counts.add_transfers(traffic, spans)
-    sequence.pace.note(Seen(horizon, 1 + stood / len(sequence.rows), *took, traffic.seconds))
+    sequence.pace.note(Seen(horizon, 1 + stood / len(sequence.rows), *took, traffic.seconds, traffic.nbytes))
     counts.rested += not horizon
     made = Round(called, compressing, launched, *took, len(sequence.rows), int(more), int(stood), traffic)
     counts.latest.append(made)

@@ -9,8 +9,9 @@ Shapes: B batch, K KV heads, P columns of a page, T tokens, D head size, E value
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 
 import torch
@@ -19,12 +20,12 @@ from torch import Tensor
 from vericache_compile.kernels.block_attention import BLOCK
 from vericache_compile.plan import Site, Tier
 from vericache_compile.runtime.caches import GROWTH, FullKV
-from vericache_compile.runtime.pages import FilePage, HostPage, PageFile, host_memory, host_pages, sides
+from vericache_compile.runtime.pages import FilePage, HostPage, PageFile, host_memory, host_pages, join, sides
 from vericache_compile.runtime.transfers import Link
 
 log = logging.getLogger(__name__)
 CHUNK_BYTES = 1 << 20
-"""A page on a machine with an accelerator holds about this much of one head: one copy over the link."""
+"""A page on a machine with an accelerator holds about this much of one head."""
 Page = HostPage | FilePage
 
 
@@ -97,11 +98,11 @@ class PagedKV(FullKV):
         """Write k [B, K, T, D] and v [B, K, T, E] from column columns[b] on."""
         with self.link.outgoing(k, v):
             for b, column in enumerate(columns):
-                for index, own, there in _cut(column, column + k.shape[2], self.page):
-                    page = self._writable(layer, b, index)
+                pages = partial(self._writable, layer, b)
+                for own, keys, values in self._runs(pages, column, column + k.shape[2]):
                     source = slice(own.start - column, own.stop - column)
-                    for held, given in self._sides(layer, (page.keys, k[b]), (page.values, v[b])):
-                        self.link.store(held[:, there], given[:, source])
+                    for held, given in self._sides(layer, (keys, k[b]), (values, v[b])):
+                        self.link.store(held, given[:, source])
 
     def settle(self, layer: int, lengths: Sequence[int]) -> None:
         """Rows are verified up to `lengths`: on the disk tier whole pages below go to a file."""
@@ -120,11 +121,11 @@ class PagedKV(FullKV):
         Of a latent site keys alone are copied: values are a part of them. One piece per step; yields its bytes. Raises
         PageLost for what a file does not give back.
         """
-        for index, own, there in _cut(columns.start, columns.stop, self.page):
-            page = self._readable(layer, row, index)
+        pages = partial(self._readable, layer, row)
+        for own, held_keys, held_values in self._runs(pages, columns.start, columns.stop):
             at = slice(own.start - origin, own.stop - origin)
-            for given, held in self._sides(layer, (keys, page.keys), (values, page.values)):
-                yield from self.link.copy(given[:, at], held[:, there])
+            for given, held in self._sides(layer, (keys, held_keys), (values, held_values)):
+                yield from self.link.copy(given[:, at], held)
 
     def read(self, layer: int, begin: int, end: int) -> tuple[Tensor, Tensor]:
         """Columns [begin, end) of all rows, on the device: keys [B, K, end - begin, D] and values, once there."""
@@ -163,6 +164,25 @@ class PagedKV(FullKV):
                 if columns % (self.page or 1):
                     copy.pages[layer][b].append(self._copy(layer, held[row][whole]))
         return copy
+
+    def _runs(self, pages: Callable[[int], HostPage], begin: int, end: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Columns [begin, end) and where they lie in `pages`, keys [K, n, D] and values: page by page, or for a link
+        that copies by streams as much at once as lies side by side, since each copy costs its thread the same."""
+        run: tuple[slice, Tensor, Tensor] | None = None
+        for index, own, there in _cut(begin, end, self.page):
+            page = pages(index)
+            keys, values = page.keys[:, there], page.values[:, there]
+            if run is not None and self.link.by_streams:
+                begun, *before = run
+                whole = [join(*sides) for sides in zip(before, (keys, values), strict=True)]
+                if whole[0] is not None and whole[1] is not None:
+                    run = (slice(begun.start, own.stop), whole[0], whole[1])
+                    continue
+            if run is not None:
+                yield run
+            run = (own, keys, values)
+        if run is not None:
+            yield run
 
     def _sides(self, layer: int, *pairs: tuple[Tensor, Tensor]) -> tuple[tuple[Tensor, Tensor], ...]:
         """Of a site's keys and values those that are held apart."""

@@ -142,6 +142,11 @@ class Link:
             self._stream, self._outgoing = (torch.cuda.Stream(device) for _ in range(2))  # type: ignore[no-untyped-call]
         return device.type == "cuda"
 
+    @property
+    def by_streams(self) -> bool:
+        """Whether copies go on streams of its own."""
+        return self._stream is not None
+
     def copy(self, target: Tensor, source: Tensor) -> Iterator[int]:
         """Copy source [K, T, D] to target of the same shape, in pieces; yields their bytes."""
         if self._stream is None:

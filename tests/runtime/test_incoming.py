@@ -243,3 +243,20 @@ def test_a_resident_cache_is_there_at_once(full: FullKV) -> None:
     assert keys is full.keys[0]
     assert values is full.values[0]
     assert coming.traffic()[0].nbytes == 0
+
+
+@pytest.mark.parametrize(("per_draft_byte", "grows"), [(0.01, True), (0.0, False)])
+def test_the_ring_has_room_for_what_was_seen_to_come(
+    full: FullKV, paged: PagedKV, per_draft_byte: float, grows: bool
+) -> None:
+    """Unless its size was given."""
+    ring, staging = Ring(), Staging(0, full.columns, per_draft_byte)
+    sizes = []
+    for seen in (0, 1 << 30, 0):
+        incoming(paged, draft_of(full, "kivi"), ring, staging, COLUMNS, PADS, (), seen).close()
+        sizes.append(ring.nbytes)
+    whole = full.batch * paged.columns * sum(site.bytes_per_token for site in full.sites)
+    assert sizes[0] < whole / 3
+    assert (sizes[1] >= whole) == grows
+    assert (sizes[1] > sizes[0]) == grows
+    assert sizes[2] <= sizes[1]

@@ -126,6 +126,17 @@ def test_what_it_held_makes_room_for_what_it_needs(monkeypatch: pytest.MonkeyPat
         assert 59_000 <= ring.nbytes <= 100_000
 
 
+def test_a_ring_that_cannot_grow_stays_what_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More of what comes was seen to pay than there is memory for."""
+    ring = Ring()
+    with monkeypatch.context() as crowded:
+        Crowded(10_000, crowded)
+        ring.fit(8000, [1000] * 16, 0, CPU)
+        for _ in range(2):
+            ring.fit(12_000, [1000] * 16, 0, CPU)
+            assert ring.nbytes == 8000
+
+
 def test_without_memory_for_one_site_the_devices_own_error_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     """And once there is memory again, the ring is made."""
     ring = Ring()

@@ -6,7 +6,7 @@ import errno
 import gc
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -83,6 +83,33 @@ def test_pages_hold_what_a_resident_cache_holds(make_sites: Sites, tier: Tier, d
     begin = data.draw(st.integers(0, whole))
     assert same(contents(ours, begin, whole), contents(theirs, begin, whole))
     assert bool(files_of(ours)) == (tier is Tier.DISK and max(lengths) >= 256)
+
+
+@pytest.mark.parametrize(
+    ("by_streams", "own", "forked"), [(False, [156, 256, 256, 132], [256, 256, 188]), (True, [800], [512, 188])]
+)
+def test_what_lies_side_by_side_is_one_copy_where_copies_go_on_streams(
+    by_streams: bool, own: list[int], forked: list[int], make_sites: Sites, fill: Fill, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pages that were made together; not the one that a fork has copied."""
+    copied: list[int] = []
+    copy = Link.copy
+
+    def watched(self: Link, target: Tensor, source: Tensor) -> Iterator[int]:
+        copied.append(source.shape[1])
+        yield from copy(self, target, source)
+
+    monkeypatch.setattr(Link, "copy", watched)
+    monkeypatch.setattr(Link, "by_streams", by_streams)
+    full, held = FullKV(make_sites(), 1), make(make_sites(), 1)
+    for each in (full, held):
+        fill(each, 0, 1000)
+    fork = held.select([0], 700)
+    assert same(contents(held, 100, 900), contents(full, 100, 900))
+    assert copied == [length for length in own for _ in range(2)] * len(held.sites)
+    copied.clear()
+    assert same(contents(fork, 0, 700), contents(full, 0, 700))
+    assert copied == [length for length in forked for _ in range(2)] * len(held.sites)
 
 
 @pytest.mark.parametrize("tier", TIERS)
