@@ -214,6 +214,8 @@ def measure_case(model: Any, case: Case, device: str, deadline: float, longest: 
             continue
         finally:
             model._compiled_call_impl = None
+            model.__dict__.pop("_compiled_call", None)  # generate's own, over a static cache: it holds its recordings
+            torch._dynamo.reset()
             gc.collect()
             if device == "cuda":
                 torch.cuda.empty_cache()
@@ -297,7 +299,7 @@ def together(kept: list[int], rows: int, window: int) -> float:
 
 def floors(report: dict[str, Any], weights: int) -> None:
     """What a draft step's bytes take at the bandwidth of a copy, what comes in at the link's, and how much of that
-    time a round does not show beside one with full KV on the device."""
+    time a round of median steps does not show beside one with full KV on the device."""
     bandwidth = report["bandwidth"]
     for case in report["cases"]:
         for ours in own_sides(case):
@@ -307,9 +309,11 @@ def floors(report: dict[str, Any], weights: int) -> None:
             if "link_gbps" in ours:
                 ours["link_over_ceiling"] = ours["link_gbps"] / bandwidth["link_gbps"]
         held, moved = (case["sides"].get(side, {}) for side in (HELD, OURS))
-        if "round_ms" in held and "link_gbps" in moved:
+        if "draft_step_ms" in held and "link_gbps" in moved:
             transfer = 1e3 * moved["transfer_gb"] / moved["link_gbps"]
-            moved["hidden_fraction"] = min(1 - (moved["round_ms"] - held["round_ms"]) / transfer, 1.0)
+            steps = int(case["options"].get("window", 16)) - 1
+            rounds = [steps * each["draft_step_ms"] + each["verify_ms"] for each in (held, moved)]
+            moved["hidden_fraction"] = min(1 - (rounds[1] - rounds[0]) / transfer, 1.0)
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -383,9 +387,9 @@ def main() -> None:
         "acceptance": known_acceptance(),
         "cases": [],
     }
-    model = make_model(config, dtype, device, max(case.tokens + steps_of(case) for case in cases))
     longest = 0.0
     for case in cases:
+        model = make_model(config, dtype, device, case.tokens + steps_of(case))  # counts go with it: one per case
         sides = measure_case(model, case, device, deadline, longest)
         longest = max([longest, *(each.get("wall_s", 0.0) for each in sides.values())])
         about = {
@@ -398,6 +402,7 @@ def main() -> None:
         project(report)
         floors(report, sum(x.nbytes for x in model.parameters()) - model.get_input_embeddings().weight.nbytes)
         write("gpu", report, arguments.out)  # after each case: what a time limit cuts off loses no more than its own
+        del model
 
 
 if __name__ == "__main__":
