@@ -4,7 +4,8 @@
     o = scaled_dot_product_attention(q, k, v, attn_mask=mask)      keeps flash attention away, and holds [T, T] numbers
 
 transformers leaves such a mask out where it is not traced. It is proved by running the mask's own subgraph with other
-numbers of tokens in place of T, past every constant that it is computed with, so no [T, T] numbers are made for it.
+numbers of tokens in place of T, so no [T, T] numbers are made for it. CALLS compare places and numbers added to them,
+so what a mask shows has changed its rule, if it ever does, within as many tokens as its constants are together.
 """
 
 from __future__ import annotations
@@ -18,15 +19,22 @@ from torch.fx.node import map_aggregate
 
 from vericache_compile.passes.evaluate import EXPECTED, concrete, constants
 from vericache_compile.passes.find_attention import ATTENTION
-from vericache_compile.passes.program import Program, ancestors, example, mutates
+from vericache_compile.passes.program import Program, ancestors, example, mutates, target_name
 from vericache_compile.passes.prove_mask import hides
 
+PLACES = {"arange", "add", "sub", "to", "float", "int", "long", "bool", "size", "getitem"}
+COMPARISONS = {"le", "lt", "ge", "gt", "eq", "ne", "tril", "triu", "invert"}
+LOGIC = {f"{kind}{each}" for kind in ("", "logical_", "bitwise_") for each in ("and", "or", "not")}
+FILLS = {"ones", "zeros", "full", "new_ones", "new_zeros", "new_full", "ones_like", "zeros_like", "full_like", "where"}
+SHAPES = {"expand", "expand_as", "unsqueeze", "contiguous", "clone", "masked_fill"}
+CALLS = PLACES | COMPARISONS | LOGIC | FILLS | SHAPES
+"""What a mask may be made by, without the underscores of operators; any other is left as it is."""
 COUNTS = (9, 70, 300)
-"""Numbers of tokens that each mask is computed for."""
-FEWEST = 64
-"""A mask over fewer tokens, where their number is known, is left as it is: small, and the number may be another's."""
-LARGEST = 5000
-"""So is one computed with a larger constant than this, the number of tokens left aside."""
+"""Numbers of tokens that each mask is computed for, besides those that its constants give."""
+FEWEST = 5
+"""A mask over fewer tokens, where their number is known, is left as it is: the number may as well be an axis."""
+LARGEST = 1000
+"""So is one whose constants are more than this together, the number of tokens left aside: a sliding window's, say."""
 
 
 def causal_masks(program: Program) -> dict[Node, bool]:
@@ -42,24 +50,34 @@ def causal_masks(program: Program) -> dict[Node, bool]:
 
 
 def _is_causal(program: Program, mask: Node, parts: set[Node]) -> bool:
-    tokens = example(program.placeholders[program.found_roles.tokens]).shape[1]
-    others = {c for c in constants([mask], ()) if c != tokens}
-    if (isinstance(tokens, int) and tokens < FEWEST) or max(others, default=0) > LARGEST:
+    size = example(program.placeholders[program.found_roles.tokens]).shape[1]
+    tokens = size if isinstance(size, int) else None
+    others = [c for c in constants([mask], ()) if c != tokens]
+    if (tokens is not None and tokens < FEWEST) or sum(others) > LARGEST:
         return False
-    if any(mutates(user) for part in parts for user in part.users):
+    calls = [node for node in parts if node.op != "placeholder"]
+    if not all(target_name(node).strip("_") in CALLS for node in calls) or _is_changed(program, parts):
         return False
-    counts = (*COUNTS, *(c + 3 for c in sorted(others) if c > COUNTS[0]))
+    counts = sorted({*COUNTS, *(c + 3 for c in others if c > COUNTS[0]), sum(others) + 3})
     try:
-        return all(_shows_what_came(_compute(program, mask, parts, count), count) for count in counts)
-    except EXPECTED:  # it depends on more than the number of tokens, or cannot be computed for these
+        return all(_shows_what_came(_compute(program, mask, parts, tokens, count), count) for count in counts)
+    except (*EXPECTED, TypeError, ArithmeticError):  # it is made of more, or cannot be computed for these
         return False
 
 
-def _compute(program: Program, mask: Node, parts: set[Node], count: int) -> Tensor:
-    """A mask for `count` tokens in rows that are not padded; raises ValueError where it depends on anything else."""
+def _is_changed(program: Program, parts: set[Node]) -> bool:
+    """Whether anything changes in place a tensor that a mask is made of, or that is made of such a one."""
+    tensors = {node for node in parts if isinstance(example(node), Tensor)}
+    changes = [node for node in program.module.graph.nodes if mutates(node) or "out" in node.kwargs]
+    return any(not tensors.isdisjoint(ancestors([node])) for node in changes)
+
+
+def _compute(program: Program, mask: Node, parts: set[Node], tokens: int | None, count: int) -> Tensor:
+    """A mask for `count` tokens, in place of `tokens` where these are known, in rows that are not padded; raises
+    ValueError where it depends on anything else."""
     roles, inputs = program.found_roles, program.placeholders
-    rows, tokens = example(inputs[roles.tokens]).shape
-    sizes = {x.node.expr: n for x, n in ((rows, program.batch), (tokens, count)) if isinstance(x, torch.SymInt)}
+    shape = zip(example(inputs[roles.tokens]).shape, (program.batch, count), strict=True)
+    sizes = {size.node.expr: number for size, number in shape if isinstance(size, torch.SymInt)}
 
     def counted(argument: Any) -> Any:
         return count if type(argument) is int and argument == tokens else argument

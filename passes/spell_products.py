@@ -15,8 +15,7 @@ An int8 copy is codes in groups and a scale per group:
 
     (w * x[m]).sum(-1)  ->  (codes * scale * x[m]).sum((-2, -1))
 
-More rows than a few, segments that run eagerly, and GPUs read bfloat16 copies instead of int8 ones: on an H200 those
-reductions took twice as long as over bfloat16.
+More rows than a few, and segments that run eagerly, read bfloat16 copies instead of int8 ones.
 """
 
 from __future__ import annotations
@@ -48,8 +47,7 @@ def spell_products(program: Program, *, inductor: bool, draft_dtype: torch.dtype
         for node in list(module.graph.find_nodes(op="call_function", target=LINEAR)):
             fake = node.args[0].meta["val"]
             few = inductor and fake.shape[:-1].numel() <= FEW.get(fake.device.type, 1)
-            pays = few and fake.device.type == "cpu"
-            dtype = draft_dtype if pays or draft_dtype is not torch.int8 else _wider(fake.device)
+            dtype = draft_dtype if few or draft_dtype is not torch.int8 else _wider(fake.device)
             spelling = _Spelling(module.graph, node, copies, dtype if mode == "draft" else None)
             if mode == "draft" and few:
                 spelling.rewrite(spelling.reductions)

@@ -32,6 +32,7 @@ from vericache_compile.passes.find_attention import leave_to_is_causal
 from vericache_compile.passes.program import (
     Program,
     SiteNodes,
+    ancestors,
     copy_graph,
     copy_module,
     example,
@@ -65,11 +66,10 @@ def split_captured(program: Program) -> int:
         program.captured = copy_module(program.module)
         return 0
     _refuse_unknown_length(program)
-    program.captured = _captured(program, {})
-    if masks := causal_masks(program):
+    masks = causal_masks(program)
+    program.captured = _captured(program, {mask for mask, is_padded in masks.items() if not is_padded})
+    if any(masks.values()):
         program.unpadded = _captured(program, masks)
-        if not any(masks.values()):  # they are causal whatever is padded
-            program.captured, program.unpadded = program.unpadded, None
     return len(program.sites)
 
 
@@ -87,21 +87,13 @@ def _captured(program: Program, masks: Collection[Node]) -> GraphModule:
             graph.call_method("append", (store, nodes.site.layer, *parts, *weight))
         for side, index in enumerate(nodes.site.past or ()):
             _read_past(graph, store, nodes.site.layer, side, node_of[program.placeholders[index]])
-    for mask in masks:
-        _erase_unused(node_of[mask])
+    idle = {node_of[node] for node in ancestors(list(masks)) if node.op != "placeholder"}
+    for node in reversed(list(graph.nodes)):
+        if node in idle and not node.users:
+            graph.erase_node(node)
     made = make_module(program.module, graph)
     _return_rows(program, made, node_of)
     return made
-
-
-def _erase_unused(node: Node) -> None:
-    """A node that nobody reads goes, and with it what only it reads."""
-    if node.users or node.op == "placeholder":
-        return
-    read = node.all_input_nodes
-    node.graph.erase_node(node)
-    for each in read:
-        _erase_unused(each)
 
 
 def _read_past(graph: Graph, store: Node, layer: int, side: int, past: Node) -> None:

@@ -250,8 +250,8 @@ def incoming(
 ) -> Incoming:
     """A round's full KV, wherever it lives; rows start at `columns`, `reaches` is that of `compress`.
 
-    Where it lives outside the device `staging` says what the ring may take; unless that was given, it is at least what
-    was seen to come `while_drafting`, in bytes.
+    Where it lives outside the device `staging` says what the ring may take; unless that was given, it is no less than
+    what was seen to come `while_drafting`, in bytes, in this round or in any before.
     """
     if not isinstance(full, PagedKV):
         return Incoming(full, columns)
@@ -259,6 +259,7 @@ def incoming(
     if staging is not None:
         nbytes = staging.bytes_beside(0 if draft is None else draft.nbytes)
         if staging.per_draft_byte:
-            nbytes = max(nbytes, rounded(while_drafting))
+            ring.seen = max(ring.seen, rounded(while_drafting))
+            nbytes = max(nbytes, ring.seen)
     full.link.catch_up()  # before memory goes: a round that was given up may still have copies under way to it
     return PagedIncoming(full, draft, ring, nbytes, columns, pads, reaches)

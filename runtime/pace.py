@@ -14,8 +14,8 @@ ROUNDS = 8
 """Rounds of drafting that are looked at, and that must have been seen before it is turned off."""
 REST = 64
 """Rounds without drafts before drafting is tried again."""
-ENOUGH = 4
-"""Rounds that say how long drafting takes: the first also compile kernels."""
+ENOUGH = 5
+"""Rounds that say how long drafting takes: the first two also compile and record kernels."""
 MARGIN = 1.05
 """How much faster verifying alone must be."""
 

@@ -27,6 +27,8 @@ class Ring:
         """What transfers write to (uint8)."""
         self.whole: Tensor | None = None
         """Room for one site's full KV (uint8); None until it is needed."""
+        self.seen = 0
+        """The most that was seen to come while a round drafted, in bytes."""
         self._asked = 0
         self._claimed: list[tuple[int, int]] = []
         self._told = False

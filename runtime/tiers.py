@@ -170,15 +170,17 @@ class PagedKV(FullKV):
         that copies by streams as much at once as lies side by side, since each copy costs its thread the same."""
         run: tuple[slice, Tensor, Tensor] | None = None
         for index, own, there in _cut(begin, end, self.page):
+            if run is not None and not self.link.by_streams:
+                yield run
+                run = None
             page = pages(index)
             keys, values = page.keys[:, there], page.values[:, there]
-            if run is not None and self.link.by_streams:
+            if run is not None:
                 begun, *before = run
                 whole = [join(*sides) for sides in zip(before, (keys, values), strict=True)]
                 if whole[0] is not None and whole[1] is not None:
                     run = (slice(begun.start, own.stop), whole[0], whole[1])
                     continue
-            if run is not None:
                 yield run
             run = (own, keys, values)
         if run is not None:

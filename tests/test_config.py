@@ -131,7 +131,8 @@ def test_draft_reads_what_the_cpu_is_fast_at_unless_told_otherwise(
     assert config({}).draft_dtype_on(torch.device("cpu")) is dtype
     assert config({}).draft_dtype_on(torch.device("cuda")) is None
     assert config({"draft_dtype": "same"}).draft_dtype_on(torch.device("cpu")) is None
-    assert config({"draft_dtype": "int8"}).draft_dtype_on(torch.device("cuda")) is torch.int8
+    assert config({"draft_dtype": "int8"}).draft_dtype_on(torch.device("cuda")) is torch.bfloat16
+    assert config({"draft_dtype": "int8"}).draft_dtype_on(torch.device("cpu")) is torch.int8
 
 
 @pytest.mark.parametrize("name", ["float32", "bf16", ""])

@@ -201,8 +201,8 @@ class CapturedPlan:
 
     module: GraphModule
     unpadded: GraphModule | None
-    """For calls in which no row is padded: the same without the masks that `is_causal` stands for. None where there are
-    none, or none that padding matters to."""
+    """The same for calls in which no row is padded, masked by `is_causal` where that says as much as the graph's masks;
+    None where it would be the same module."""
     roles: Roles
     sites: tuple[Site, ...]
     outputs: tuple[OutputRole, ...]

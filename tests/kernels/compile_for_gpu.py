@@ -77,6 +77,8 @@ def main(capability: int, dtype: str, size: int) -> dict[str, int]:
     products = {outs: tiles_of(outs, width) for outs in (4096, 14336)}
     window = {"WINDOW": 16, "REACH": 0}
     biased = {"BIAS": True, "RELATIVE": True}
+    own_order = [each.name for each in verify_attention_triton.merge_splits.params if each.do_not_specialize]
+    assert own_order == ["splits"], "what divides the number of splits would decide in which order sums are made"
     verify, draft = verify_attention_triton, draft_attention_triton
     return {
         name: compile_program(function, capability, dtype, warps, depth, constants)
@@ -90,6 +92,13 @@ def main(capability: int, dtype: str, size: int) -> dict[str, int]:
             ),
             ("merge_splits", verify.merge_splits, 1, 3, {**merged, **window, "SINKS": True}),
             ("attend_region, kivi", draft.attend_region, 2, stages, {**region, **kivi}),
+            (
+                "attend_region, kivi, odd sizes",
+                draft.attend_region,
+                2,
+                stages,
+                {**region, **kivi, **odd, "KEY_CHANNELS": 0},
+            ),
             ("attend_region, int8", draft.attend_region, 2, stages, {**region, **int8}),
             ("attend_region, int8, odd sizes", draft.attend_region, 2, stages, {**region, **int8, **odd}),
             (

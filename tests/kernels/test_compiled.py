@@ -36,5 +36,5 @@ def test_programs_compile_and_fit(capability: int, dtype: str, size: int, tmp_pa
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert ran.returncode == 0, ran.stderr
     made = json.loads(ran.stdout)
-    assert len(made) == 9
+    assert len(made) == 10
     assert max(made.values()) <= SHARED[capability], made

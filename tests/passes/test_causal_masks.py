@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,8 +14,10 @@ from models import make_prompt, make_tiny
 from torch import Tensor
 from torch.fx import GraphModule
 
+from vericache_compile.passes import pipeline
 from vericache_compile.passes.find_attention import NAMES
-from vericache_compile.passes.program import Program, output_node
+from vericache_compile.passes.program import Program, example, is_integer
+from vericache_compile.plan import CapturedPlan
 
 TOKENS = 80
 LOW = torch.finfo(torch.float32).min
@@ -52,6 +55,20 @@ class Filled(Prefill):
         return shown
 
 
+class FilledThroughAView(Prefill):
+    def mask(self, ids: Tensor, *more: Tensor) -> Tensor:
+        shown = super().mask(ids).clone()
+        shown[..., :7].fill_(True)
+        return shown
+
+
+class FilledByOut(Prefill):
+    def mask(self, ids: Tensor, *more: Tensor) -> Tensor:
+        shown = super().mask(ids).clone()
+        torch.logical_or(shown, torch.arange(ids.shape[1]) < 7, out=shown)
+        return shown
+
+
 class Padded(Prefill):
     def mask(self, ids: Tensor, *more: Tensor) -> Tensor:
         return super().mask(ids) & (more[0] != 0)[:, None, None]
@@ -62,10 +79,13 @@ class Weighted(Prefill):
         return torch.where(super().mask(ids), 0 * self.place.weight[0, 0], LOW)
 
 
-def prefill(model: Prefill, *more: Tensor, tokens: int = TOKENS, batch: int = 2, lengths: int = 1) -> Captured:
-    """The first call; of several lengths, which make the number of tokens symbolic."""
+def prefill(
+    model: Prefill, *, tokens: int = TOKENS, batch: int = 2, lengths: int = 1, padded: bool = False
+) -> Captured:
+    """The first call; of several lengths, which make the number of tokens symbolic, with a padding mask or without."""
     calls = [torch.randint(model.vocabulary, (batch, tokens + n)) for n in range(lengths)]
-    return capture(model, lambda model: [model(ids, *more) for ids in calls])[-1]
+    more = [[torch.ones_like(ids)] if padded else [] for ids in calls]
+    return capture(model, lambda model: [model(ids, *own) for ids, own in zip(calls, more, strict=True)])[-1]
 
 
 def taken(captured: Captured) -> Program:
@@ -101,9 +121,9 @@ def test_a_causal_mask_is_left_to_is_causal(model: type[Prefill], lengths: int) 
     torch.testing.assert_close(made[0], plain[program.rows[0]])
 
 
-def test_a_mask_with_padding_is_left_out_where_there_is_none() -> None:
-    padding = torch.ones(2, TOKENS, dtype=torch.int64)
-    captured = prefill(Padded(), padding)
+@pytest.mark.parametrize("lengths", [1, 2])
+def test_a_mask_with_padding_is_left_out_where_there_is_none(lengths: int) -> None:
+    captured = prefill(Padded(), lengths=lengths, padded=True)
     program = taken(captured)
     assert program.captured is not None
     assert program.unpadded is not None
@@ -114,17 +134,27 @@ def test_a_mask_with_padding_is_left_out_where_there_is_none() -> None:
     torch.testing.assert_close(without, as_captured)
 
 
+def shows_window(column: Tensor, token: Tensor) -> Tensor:
+    return (column <= token) & (column > token - 300 - 280)
+
+
 @pytest.mark.parametrize(
     "model",
     [
         pytest.param(Prefill(lambda column, token: (column <= token) & (column > token - 20)), id="window"),
         pytest.param(Prefill(lambda column, token: (column <= token) & (column > token - 600)), id="wider window"),
         pytest.param(Prefill(lambda column, token: (column <= token) & (column > token - 6000)), id="widest window"),
+        pytest.param(Prefill(shows_window), id="a window of two constants"),
+        pytest.param(Prefill(lambda k, t: (k <= t) & (t // 16 - k // 16 < 25)), id="a window of chunks"),
+        pytest.param(Prefill(lambda k, t: (k <= t) & ((t - k) >> 5 < 16)), id="a window shifted"),
+        pytest.param(Prefill(lambda k, t: (k <= t) & ((t - k).float().log2() < 8.7)), id="a logarithmic window"),
         pytest.param(Prefill(lambda column, token: (column <= token) | (column < 7)), id="prefix"),
         pytest.param(Prefill(lambda column, token: (column <= token) | (column < TOKENS)), id="all"),
         pytest.param(Prefill(lambda column, token: (column <= token) & (column // 16 == token // 16)), id="chunks"),
         pytest.param(Prefill(lambda column, token: column < token), id="strictly before"),
         pytest.param(Filled(), id="changed in place"),
+        pytest.param(FilledThroughAView(), id="a view changed in place"),
+        pytest.param(FilledByOut(), id="written to by out="),
         pytest.param(Weighted(), id="of a weight"),
     ],
 )
@@ -136,44 +166,96 @@ def test_any_other_mask_stays(model: Prefill) -> None:
     assert calls_of(program.captured).count("arange") == calls_of(program.module).count("arange")
 
 
-def test_a_mask_that_the_model_returns_is_still_made() -> None:
-    class Returning(Prefill):
-        def forward(self, ids: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
-            return *super().forward(ids), self.mask(ids).float().sum(-1)
+class Returning(Prefill):
+    """Returns the mask that it attends under."""
 
-    program = taken(prefill(Returning()))
+    def mask(self, ids: Tensor, *more: Tensor) -> Tensor:
+        return more[0] if more else super().mask(ids)
+
+    def forward(self, ids: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
+        mask = self.mask(ids)
+        return *super().forward(ids, mask), mask[:, 0].float()
+
+
+def test_a_mask_that_the_model_returns_is_still_made() -> None:
+    captured = prefill(Returning())
+    program = taken(captured)
     assert program.captured is not None
     assert is_left(program.captured)
-    assert output_node(program.captured).all_input_nodes
+    made = program.captured(Store(), *captured.inputs)
+    assert torch.equal(made[-1], torch.ones(TOKENS, TOKENS).tril().expand(2, -1, -1))
+
+
+def test_what_is_proved_pins_no_size() -> None:
+    """Not even to a number of tokens that masks are computed for."""
+    captured = prefill(Padded(), tokens=69, lengths=2, padded=True)
+    shapes = [example(node).node.shape_env for node in captured.module.graph.nodes if is_integer(node)]
+    before = [len(each.guards) for each in shapes]
+    assert taken(captured).unpadded is not None
+    assert before
+    assert [len(each.guards) for each in shapes] == before
 
 
 def test_few_tokens_of_a_known_number_keep_their_mask() -> None:
-    program = taken(prefill(Prefill(), tokens=12))
+    program = taken(prefill(Prefill(), tokens=3))
     assert program.captured is not None
     assert not is_left(program.captured)
 
 
-@pytest.mark.parametrize("padded", [False, True])
-def test_a_transformers_model_with_a_padding_mask(padded: bool) -> None:
-    """Plain decoding leaves the mask out where nothing is padded; so does a prefill, then to the bit."""
-    from transformers import DynamicCache
+class Watched:
+    """A module that notes when it runs."""
 
+    def __init__(self, name: str, module: GraphModule, ran: list[str]) -> None:
+        self.name, self.module, self.ran = name, module, ran
+
+    def __call__(self, *given: Any) -> Any:
+        self.ran.append(self.name)
+        return self.module(*given)
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Which modules of plans ran as captured."""
+    names: list[str] = []
+
+    def watched(*given: Any) -> CapturedPlan:
+        plan = make(*given)
+        assert plan.unpadded is not None
+        own: Any = {name: Watched(name, getattr(plan, name), names) for name in ("module", "unpadded")}
+        return replace(plan, **own)
+
+    make = pipeline._captured_plan
+    monkeypatch.setattr(pipeline, "_captured_plan", watched)
+    return names
+
+
+@pytest.mark.parametrize(
+    ("hidden", "module"),
+    [
+        pytest.param(slice(0), "unpadded", id="none"),
+        pytest.param(slice(9), "module", id="on the left"),
+        pytest.param(slice(-9, None), "module", id="on the right"),
+        pytest.param(slice(20, 30), "module", id="a hole"),
+    ],
+)
+def test_calls_with_padding_run_with_their_mask(hidden: slice, module: str, ran: list[str]) -> None:
+    """Plain decoding leaves the mask out where nothing is padded; so does a prefill, then to the bit."""
     model = make_tiny("llama", positions=256)
     prompt = make_prompt(TOKENS, 2)
-    if padded:
-        prompt["attention_mask"][1, :9] = 0
+    prompt["attention_mask"][:] = 1
+    prompt["attention_mask"][1, hidden] = 0
+    shown = prompt["attention_mask"] != 0
 
     def ask(model: Any) -> Tensor:
         with torch.no_grad():
-            made: Tensor = model(**prompt, past_key_values=DynamicCache()).logits
+            made: Tensor = model(**prompt, use_cache=True).logits
         return made
 
     plain = ask(model)
     model.compile(backend="vericache", options={"inductor": False})
     ours = ask(model)
     model._compiled_call_impl = None
-    if padded:
-        torch.testing.assert_close(ours[0], plain[0])
-        torch.testing.assert_close(ours[1, 9:], plain[1, 9:])
-    else:
-        assert torch.equal(ours, plain)
+    assert ran == [module]
+    torch.testing.assert_close(ours[shown], plain[shown])
+    assert bool(shown.all()) == (module == "unpadded")
+    assert module == "module" or torch.equal(ours, plain)

@@ -72,11 +72,11 @@ def test_rounds_that_compile_and_record_do_not_count() -> None:
 
 
 def test_what_comes_while_a_round_drafts_is_known_after_a_few() -> None:
-    """Rounds without transfers say nothing, nor do the first, in which kernels are compiled, once there are others."""
+    """Rounds without transfers say nothing, nor do the first two, in which kernels are compiled and recorded."""
     pace = Pace()
-    for drafting in (60.0, 2.0, 2.0):
+    for drafting in (60.0, 20.0, 2.0, 2.0):
         pace.note(Seen(15, 8.0, drafting, 1.0, 0.5, 1000))
-        pace.note(Seen(15, 8.0, drafting, 1.0))
+        pace.note(Seen(0, 8.0, drafting, 1.0))
         assert pace.bytes_while_drafting() == 0
     pace.note(Seen(15, 8.0, 3.0, 1.0, 0.5, 1000))
-    assert pace.bytes_while_drafting() == 5000
+    assert pace.bytes_while_drafting() == 6000
