@@ -126,8 +126,6 @@ def make_model(config: dict[str, int], dtype: torch.dtype, device: str, longest:
 
 def run_side(model: Any, side: str, case: Case, device: str) -> tuple[dict[str, Any], torch.Tensor]:
     """({figures}, tokens of the first row) of one generate call."""
-    torch._dynamo.reset()
-    model._compiled_call_impl = None
     new = STEPS.get(side) or steps_of(case)
     if side in VARIANTS:
         model.compile(backend="vericache", options=case.options | VARIANTS[side])

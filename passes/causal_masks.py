@@ -1,4 +1,4 @@
-"""Find the masks of a prefill that say no more than `is_causal` does where no row is padded.
+"""Find the masks of a prefill that say no more than `is_causal` does where no row is padded, and leave them to it.
 
     mask = (arange(T) <= arange(T)[:, None]).expand(B, 1, T, T)
     o = scaled_dot_product_attention(q, k, v, attn_mask=mask)      keeps flash attention away, and holds [T, T] numbers
@@ -18,7 +18,7 @@ from torch.fx import Interpreter, Node
 from torch.fx.node import map_aggregate
 
 from vericache_compile.passes.evaluate import EXPECTED, concrete, constants
-from vericache_compile.passes.find_attention import ATTENTION
+from vericache_compile.passes.find_attention import ATTENTION, NAMES
 from vericache_compile.passes.program import Program, ancestors, example, mutates, target_name
 from vericache_compile.passes.prove_mask import hides
 
@@ -29,6 +29,8 @@ FILLS = {"ones", "zeros", "full", "new_ones", "new_zeros", "new_full", "ones_lik
 SHAPES = {"expand", "expand_as", "unsqueeze", "contiguous", "clone", "masked_fill"}
 CALLS = PLACES | COMPARISONS | LOGIC | FILLS | SHAPES
 """What a mask may be made by, without the underscores of operators; any other is left as it is."""
+NARROW = (torch.float16, torch.bfloat16, torch.int16, torch.int8, torch.uint8)
+"""Types that do not tell all places apart: scores may be added to in them, nothing is compared in them."""
 COUNTS = (9, 70, 300)
 """Numbers of tokens that each mask is computed for, besides those that its constants give."""
 FEWEST = 5
@@ -49,6 +51,13 @@ def causal_masks(program: Program) -> dict[Node, bool]:
     return {mask: padding in parts for mask, parts in made.items() if _is_causal(program, mask, parts)}
 
 
+def leave_to_is_causal(call: Node) -> None:
+    """Let a call of scaled_dot_product_attention mask by `is_causal` in place of the mask that it is given."""
+    given: dict[str, Any] = dict(zip(NAMES, call.args, strict=False)) | call.kwargs
+    call.args = tuple(given.pop(name) for name in NAMES[:3])
+    call.kwargs = given | {"attn_mask": None, "is_causal": True}
+
+
 def _is_causal(program: Program, mask: Node, parts: set[Node]) -> bool:
     size = example(program.placeholders[program.found_roles.tokens]).shape[1]
     tokens = size if isinstance(size, int) else None
@@ -56,13 +65,19 @@ def _is_causal(program: Program, mask: Node, parts: set[Node]) -> bool:
     if (tokens is not None and tokens < FEWEST) or sum(others) > LARGEST:
         return False
     calls = [node for node in parts if node.op != "placeholder"]
-    if not all(target_name(node).strip("_") in CALLS for node in calls) or _is_changed(program, parts):
+    known = all(target_name(node).strip("_") in CALLS for node in calls)
+    widened = any(not _is_narrow(node) and any(map(_is_narrow, node.all_input_nodes)) for node in calls)
+    if not known or widened or _is_changed(program, parts):
         return False
     counts = sorted({*COUNTS, *(c + 3 for c in others if c > COUNTS[0]), sum(others) + 3})
     try:
         return all(_shows_what_came(_compute(program, mask, parts, tokens, count), count) for count in counts)
     except (*EXPECTED, TypeError, ArithmeticError):  # it is made of more, or cannot be computed for these
         return False
+
+
+def _is_narrow(node: Node) -> bool:
+    return getattr(example(node), "dtype", None) in NARROW
 
 
 def _is_changed(program: Program, parts: set[Node]) -> bool:

@@ -164,13 +164,6 @@ def _read_call(call: Node) -> Attention:
     return Attention(call, query, key, value, scale, mask, sides, is_causal=causal)
 
 
-def leave_to_is_causal(call: Node) -> None:
-    """Let a call of scaled_dot_product_attention mask by `is_causal` in place of the mask that it is given."""
-    given: dict[str, Any] = dict(zip(NAMES, call.args, strict=False)) | call.kwargs
-    call.args = tuple(given.pop(name) for name in NAMES[:3])
-    call.kwargs = given | {"attn_mask": None, "is_causal": True}
-
-
 def _match(finder: Finder, layer: int, call: Attention) -> tuple[SiteNodes, Appended, Appended]:
     query, result = call.query, call.result
     if example(query).dim() != 4:

@@ -26,9 +26,8 @@ from torch.fx import Graph, GraphModule, Node
 
 from vericache_compile.latent import absorb, expand
 from vericache_compile.ops import ATTEND
-from vericache_compile.passes.causal_masks import causal_masks
+from vericache_compile.passes.causal_masks import causal_masks, leave_to_is_causal
 from vericache_compile.passes.evaluate import batch_symbols, bind_symbols, bounds, concrete
-from vericache_compile.passes.find_attention import leave_to_is_causal
 from vericache_compile.passes.program import (
     Program,
     SiteNodes,

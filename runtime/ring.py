@@ -81,7 +81,7 @@ class Ring:
     def _allocate(self, wanted: int, least: int, before: int, device: torch.device) -> Tensor:
         size = wanted
         while (made := _try(size, device, raises=size <= least)) is None:
-            size = max(before if before < size else size // 2, size // 2, least)
+            size = max(before if before < size else 0, size // 2, least)
         if size < wanted and not self._told:
             self._told = True
             log.warning(

@@ -48,6 +48,14 @@ class Additive(Prefill):
         return torch.zeros(ids.shape[1], ids.shape[1]).masked_fill(~super().mask(ids), LOW)
 
 
+class Narrow(Prefill):
+    """Its scores are added to in bfloat16, which holds both numbers."""
+
+    def mask(self, ids: Tensor, *more: Tensor) -> Tensor:
+        shown = super().mask(ids)
+        return torch.where(shown, 0.0, torch.finfo(torch.bfloat16).min).to(torch.bfloat16)
+
+
 class Filled(Prefill):
     def mask(self, ids: Tensor, *more: Tensor) -> Tensor:
         shown = super().mask(ids).clone()
@@ -108,9 +116,10 @@ class Store:
 
 
 @pytest.mark.parametrize("lengths", [1, 2])
-@pytest.mark.parametrize("model", [Prefill, Additive])
+@pytest.mark.parametrize("model", [Prefill, Additive, Narrow])
 def test_a_causal_mask_is_left_to_is_causal(model: type[Prefill], lengths: int) -> None:
-    captured = prefill(model(), lengths=lengths)
+    dtype = torch.bfloat16 if model is Narrow else torch.float32
+    captured = prefill(model().to(dtype), lengths=lengths)
     program = taken(captured)
     assert program.captured is not None
     assert program.unpadded is None, "padding is nothing to it"
@@ -148,6 +157,9 @@ def shows_window(column: Tensor, token: Tensor) -> Tensor:
         pytest.param(Prefill(lambda k, t: (k <= t) & (t // 16 - k // 16 < 25)), id="a window of chunks"),
         pytest.param(Prefill(lambda k, t: (k <= t) & ((t - k) >> 5 < 16)), id="a window shifted"),
         pytest.param(Prefill(lambda k, t: (k <= t) & ((t - k).float().log2() < 8.7)), id="a logarithmic window"),
+        pytest.param(Prefill(lambda k, t: k.half() <= t.half()), id="places by half()"),
+        pytest.param(Prefill(lambda k, t: k.to(torch.float16) <= t.to(torch.float16)), id="places of 11 bits"),
+        pytest.param(Prefill(lambda k, t: k.to(torch.int16).to(torch.int64) <= t), id="places of 16 bits"),
         pytest.param(Prefill(lambda column, token: (column <= token) | (column < 7)), id="prefix"),
         pytest.param(Prefill(lambda column, token: (column <= token) | (column < TOKENS)), id="all"),
         pytest.param(Prefill(lambda column, token: (column <= token) & (column // 16 == token // 16)), id="chunks"),
