@@ -21,6 +21,7 @@ import operator
 from collections.abc import Callable, Collection
 from typing import Any
 
+import sympy
 import torch
 from torch.fx import Graph, GraphModule, Node
 
@@ -35,6 +36,7 @@ from vericache_compile.passes.program import (
     copy_graph,
     copy_module,
     example,
+    expression,
     make_module,
     mutates,
     output_node,
@@ -46,6 +48,9 @@ LEADING = ("tokens", "positions", "lengths", "pads")
 """Inputs that come before all others: tokens and positions [B, 1], lengths and pads [B] (int64)."""
 MAPPED = LEADING[:2]
 """Those of them that differ over a window."""
+STATE = "a state that each step overwrites, as recurrent and convolutional layers keep one"
+NO_WINDOW = "nothing to be done: such a state cannot go back to the last token that stands"
+ONLY_POSITIONS = "pass position_ids, and nothing else that varies with the past"
 
 
 def is_decode(program: Program) -> bool:
@@ -136,7 +141,7 @@ def _canonical(program: Program) -> GraphModule:
         call, buffer = node_of[original], node_of[original.all_input_nodes[0]]
         call.replace_all_uses_with(buffer)
         graph.erase_node(call)
-    _drop_idle_slices(graph)
+    _drop_idle_slices(graph, batch_symbols(program))
     module = make_module(program.module, graph)
     _return_rows(program, module, node_of)
     replaced = (node for nodes in program.sites for node in (*nodes.spelled, *nodes.expansion))
@@ -146,16 +151,21 @@ def _canonical(program: Program) -> GraphModule:
     return module
 
 
-def _drop_idle_slices(graph: Graph) -> None:
+def _drop_idle_slices(graph: Graph, batch: set[sympy.Symbol]) -> None:
     """Slices that leave out nothing go, and with them integers that say where they start (`logits_to_keep`, say)."""
+
+    def sizes(node: Node) -> list[Any] | None:
+        """Sizes that are the same at each step: numbers, and the batch."""
+        found = [expression(size) for size in getattr(example(node), "shape", ())]
+        return found if found and all(isinstance(size, int) or size.free_symbols <= batch for size in found) else None
+
     for node in graph.find_nodes(op="call_function", target=operator.getitem):
         source, index = node.args
         parts = index if isinstance(index, tuple) else (index,)
         if not isinstance(source, Node) or not all(isinstance(part, slice) for part in parts):
             continue
-        before, after = (getattr(example(n), "shape", None) for n in (source, node))
-        is_known = before is not None and all(isinstance(size, int) for size in before)
-        if is_known and before == after and all(part.step in (None, 1) for part in parts):
+        before = sizes(source)
+        if before is not None and before == sizes(node) and all(part.step in (None, 1) for part in parts):
             node.replace_all_uses_with(source)
 
 
@@ -253,7 +263,7 @@ def _drop_unused_inputs(program: Program, module: GraphModule, node_of: dict[Nod
             module.graph.erase_node(node)
             continue
         if reason := _not_understood(program, index, node):
-            raise unsupported(reason, node, "pass position_ids, and nothing else that varies with the past")
+            raise unsupported(reason, node, NO_WINDOW if reason == STATE else ONLY_POSITIONS)
         node.meta["captured_input"] = index
     module.recompile()
 
@@ -270,5 +280,7 @@ def _not_understood(program: Program, index: int, node: Node) -> str | None:
     if index == program.found_roles.mask:
         return "the padding mask in a computation other than attention and positions"
     if index not in program.found_roles.weights:
+        if value.is_floating_point() and any(mutates(user) for user in node.users):
+            return STATE
         return "an input that is neither weight, token, position, mask nor cache"
     return None if not any(mutates(user) for user in node.users) else "a weight or buffer that changes in place"

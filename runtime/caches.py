@@ -40,9 +40,14 @@ def zeros_for(shape: Sequence[int], like: Tensor) -> Tensor:
         return torch.zeros(tuple(shape), dtype=like.dtype, device=like.device)
 
 
+def storages(*tensors: Tensor) -> dict[int, int]:
+    """Bytes of the storages that tensors lie in, by their addresses."""
+    return {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+
+
 def bytes_of(*tensors: Tensor) -> int:
     """Bytes of the storages that tensors lie in, each counted once."""
-    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
+    return sum(storages(*tensors).values())
 
 
 def keys_and_values(site: Site, shape: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,7 +93,11 @@ class FullKV:
     @property
     def nbytes(self) -> int:
         """Bytes allocated, wherever they lie."""
-        return bytes_of(*self.keys, *self.values)
+        return sum(self.parts().values())
+
+    def parts(self) -> dict[int, int]:
+        """Bytes of each part, by a number that is the same in all sequences that share the part."""
+        return storages(*self.keys, *self.values)
 
     def reserve(self, columns: int, device: torch.device) -> None:
         """Make room for at least `columns` columns; what is held is kept."""

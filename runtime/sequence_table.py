@@ -89,9 +89,12 @@ class SequenceTable:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of KV that all sequences hold."""
-        mirrored = sum(mirror.sequence.nbytes for mirror in self.mirrors.values())
-        return mirrored + sum(sequence.nbytes for sequence in self._by_number.values())
+        """Bytes of KV that all sequences hold; what forks share counts once."""
+        held = [*self._by_number.values(), *(mirror.sequence for mirror in self.mirrors.values())]
+        full: dict[int, int] = {}
+        for sequence in held:
+            full |= sequence.full.parts()
+        return sum(full.values()) + sum(sequence.beside for sequence in held)
 
     def mint(
         self, sequence: Sequence, columns: int, device: torch.device, shown: Rows[int] | None = None

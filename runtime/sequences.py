@@ -135,7 +135,12 @@ class Sequence:
     @property
     def nbytes(self) -> int:
         """Bytes of KV held, full and draft, and of what is noted about it."""
-        return self.apart + sum(x.nbytes for x in (self.full, self.draft, self.drawn, self.repeated) if x is not None)
+        return self.full.nbytes + self.beside
+
+    @property
+    def beside(self) -> int:
+        """Bytes held beside full KV."""
+        return self.apart + sum(x.nbytes for x in (self.draft, self.drawn, self.repeated) if x is not None)
 
     @property
     def apart(self) -> int:

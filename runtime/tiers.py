@@ -77,10 +77,10 @@ class PagedKV(FullKV):
         """By bytes of a page; sites of one shape share a file."""
         self._full_disk = False
 
-    @property
-    def nbytes(self) -> int:
+    def parts(self) -> dict[int, int]:
         """Bytes of pages, in host memory and in files; none of them on the device."""
-        return sum(self._page_bytes(layer) * sum(map(len, rows)) for layer, rows in enumerate(self.pages))
+        sizes = map(self._page_bytes, range(len(self.sites)))
+        return {id(page): size for size, rows in zip(sizes, self.pages, strict=True) for row in rows for page in row}
 
     def _page_bytes(self, layer: int) -> int:
         return self.page * self.sites[layer].bytes_per_token

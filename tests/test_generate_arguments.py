@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from callers import OPTIONS, greedy, prompt
-from models import make_prompt, make_tiny
+from models import VOCABULARY, make_prompt, make_tiny
 from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, PreTrainedModel, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
@@ -23,7 +23,10 @@ Asked = Callable[[PreTrainedModel], Tensor]
 def compiled() -> Iterator[PreTrainedModel]:
     torch._dynamo.reset()
     model = make_tiny("llama")
+    with torch.no_grad():  # transformers' hooks, which break the graph of the call that installs them
+        model(input_ids=prompt(), output_hidden_states=True)
     model.compile(backend="vericache", options={**OPTIONS, "strict": True})
+    greedy(model, prompt(), count=2)
     yield model
     torch._dynamo.reset()
 
@@ -117,6 +120,60 @@ def a_prompt_in_chunks(model: PreTrainedModel) -> Tensor:
     return greedy(model, prompt(), prefill_chunk_size=16)
 
 
+def an_allowed_prefix(model: PreTrainedModel) -> Tensor:
+    """Odd and even tokens take turns."""
+
+    def allowed(_: int, ids: Tensor) -> list[int]:
+        return list(range(3 + int(ids[-1]) % 2, VOCABULARY, 2))
+
+    return greedy(model, prompt(batch=2), prefix_allowed_tokens_fn=allowed, sequence_bias={(8,): 1.5, (9, 10): -2.0})
+
+
+def a_prompt_to_stay_away_from(model: PreTrainedModel) -> Tensor:
+    """Classifier-free guidance calls the model once more per token, on a cache of its own."""
+    return greedy(model, prompt(), guidance_scale=1.5, negative_prompt_ids=prompt(25).roll(1, 1))
+
+
+@torch.no_grad()
+def groups_of_beams(model: PreTrainedModel) -> Tensor:
+    """Diverse beam search (arXiv 1610.02424): two groups of two beams, the second fined for the first one's tokens."""
+    cache, ids, given = DynamicCache(config=model.config), prompt().repeat(4, 1), prompt().repeat(4, 1)
+    sums = torch.tensor([0.0, -1e9, 0.0, -1e9])
+    for _ in range(12):
+        logs = model(input_ids=given, past_key_values=cache).logits[:, -1].log_softmax(-1)
+        parents, chosen = [], []
+        for group in (slice(0, 2), slice(2, 4)):
+            fine = torch.zeros(logs.shape[1])
+            fine[chosen] = 0.5
+            best = (sums[group, None] + logs[group] - fine).flatten().topk(2)
+            sums[group] = best.values
+            parents += (best.indices // logs.shape[1] + group.start).tolist()
+            chosen += (best.indices % logs.shape[1]).tolist()
+        cache.reorder_cache(torch.tensor(parents))
+        given = torch.tensor(chosen)[:, None]
+        ids = torch.cat([ids[parents], given], 1)
+    return ids
+
+
+@torch.no_grad()
+def contrastive_search(model: PreTrainedModel) -> Tensor:
+    """Of four candidates the one that is likely and unlike what was seen (arXiv 2202.06417)."""
+    cache, ids, more = DynamicCache(config=model.config), prompt(), {"output_hidden_states": True}
+    out = model(input_ids=ids, past_key_values=cache, **more)
+    seen, logits = out.hidden_states[-1][0], out.logits[0, -1]
+    for _ in range(10):
+        likely = logits.softmax(-1).topk(4)
+        cache.batch_repeat_interleave(4)
+        out = model(input_ids=likely.indices[:, None], past_key_values=cache, **more)
+        new = out.hidden_states[-1][:, -1]
+        alike = torch.cosine_similarity(new[:, None], seen[None], dim=-1).amax(-1)
+        best = int((0.4 * likely.values - 0.6 * alike).argmax())
+        cache.batch_select_indices(torch.tensor([best]))
+        seen, logits = torch.cat([seen, new[best, None]]), out.logits[best, -1]
+        ids = torch.cat([ids, likely.indices[best].view(1, 1)], 1)
+    return ids
+
+
 def a_forced_end(model: PreTrainedModel) -> Tensor:
     return greedy(model, prompt(), min_new_tokens=5, forced_eos_token_id=9, bad_words_ids=[[3], [5, 6]])
 
@@ -124,21 +181,47 @@ def a_forced_end(model: PreTrainedModel) -> Tensor:
 ASKED: list[Asked] = [
     a_cache_of_ones_own, scores_beside_tokens, a_stopping_rule, a_processor_of_ones_own, a_streamer,
     samples_of_a_padded_batch, beams, a_prompt_looked_up, a_prompt_in_chunks, a_forced_end,
+    an_allowed_prefix, a_prompt_to_stay_away_from, groups_of_beams, contrastive_search,
 ]  # fmt: skip
 SLOW = [pytest.param(ask, marks=pytest.mark.slow) for ask in (sampled_beams, an_assistant)]
 
 
 @pytest.mark.parametrize("ask", [*ASKED, *SLOW])
 def test_the_answer_is_the_plain_one(ask: Asked, compiled: PreTrainedModel) -> None:
+    before = stats(compiled)["rounds"]
     plain, ours = ask(make_tiny("llama")), ask(compiled)
     assert torch.equal(ours, plain)
-    assert stats(compiled)["rounds"] > 0
+    assert stats(compiled)["rounds"] > before or ask is a_prompt_looked_up, "its calls bring several tokens"
 
 
-def test_logits_are_the_plain_ones(compiled: PreTrainedModel) -> None:
-    more = {"return_dict_in_generate": True, "output_logits": True}
-    plain, ours = (greedy(model, prompt(), **more).logits for model in (make_tiny("llama"), compiled))
-    torch.testing.assert_close(torch.stack(ours), torch.stack(plain), atol=1e-4, rtol=1e-4)
+@pytest.mark.parametrize(
+    ("more", "found"),
+    [
+        ({"output_logits": True}, ("logits",)),
+        ({"output_scores": True, "repetition_penalty": 1.2}, ("scores",)),
+        ({"output_scores": True, "do_sample": True, "top_k": 20}, ("scores",)),
+        ({"output_scores": True, "num_beams": 2, "num_return_sequences": 2}, ("scores", "sequences_scores")),
+    ],
+)
+def test_what_comes_beside_tokens_is_close_to_the_plain_models(
+    more: dict[str, Any], found: tuple[str, ...], compiled: PreTrainedModel
+) -> None:
+    both = []
+    for model in (make_tiny("llama"), compiled):
+        torch.manual_seed(7)
+        both.append(greedy(model, prompt(), count=15, return_dict_in_generate=True, **more))
+    assert torch.equal(both[1].sequences, both[0].sequences)
+    for name in found:
+        torch.testing.assert_close(both[1][name], both[0][name], atol=1e-4, rtol=1e-4)
+
+
+def test_a_batch_after_a_prompt_lookup_is_taken(compiled: PreTrainedModel) -> None:
+    """By then Dynamo takes both the batch and `logits_to_keep` for sizes that vary."""
+    a_prompt_looked_up(compiled)
+    for batch in (2, 3):
+        before = stats(compiled)["rounds"]
+        assert torch.equal(greedy(compiled, prompt(batch=batch)), greedy(make_tiny("llama"), prompt(batch=batch)))
+        assert stats(compiled)["rounds"] > before
 
 
 def test_assistant_and_model_may_both_be_compiled(compiled: PreTrainedModel) -> None:

@@ -22,6 +22,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from vericache_compile import stats
 from vericache_compile.runtime import drafting
+from vericache_compile.runtime.caches import BLOCK
 from vericache_compile.runtime.ring import Ring, aligned
 from vericache_compile.runtime.tiers import PagedKV
 
@@ -177,6 +178,25 @@ def test_beams_share_pages() -> None:
         lambda model: model.generate(**make_prompt(300), max_new_tokens=6, num_beams=3, do_sample=False),
     )
     assert torch.equal(plain, ours)
+
+
+@pytest.mark.parametrize("placement", ["host", "device"])
+def test_memory_of_forks_of_one_prefix(placement: str) -> None:
+    """A copy costs nothing until it is used: then the page that it writes to, on the device all of full KV."""
+    model, ids = make_tiny("llama"), make_prompt(1100)["input_ids"]
+    options = {"placement": placement, "compressor": "streaming", "keep": 0.1, **EAGER}
+    model.compile(backend="vericache", options=options)
+    cache = DynamicCache()
+    prefix = grow(model, ids, cache, 2)
+    alone = stats(model)["bytes"]
+    forks = [copy.deepcopy(cache) for _ in range(4)]
+    assert stats(model)["bytes"] == alone
+    for i, fork in enumerate(forks):
+        grow(model, torch.cat([prefix, ids[:, i : i + 3]], 1), fork, 9)
+    found = stats(model)["bytes"]
+    each = BLOCK * found["per_token_full"] if placement == "host" else found["full"]
+    drafts = alone["draft"] + 4 * found["draft"]
+    assert found["all_sequences"] == alone["full"] + 4 * each + drafts
 
 
 def test_one_model_under_two_placements_shares_its_sequences() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +15,11 @@ from test_canonical import CHOICES, logits_of, random_guess, use_drafter, wrong_
 
 from vericache_compile import stats, sweep
 from vericache_compile.cli import main
+from vericache_compile.passes import pipeline
+from vericache_compile.passes.program import Program
+from vericache_compile.passes.split_modes import STATE
 from vericache_compile.sweep import WINDOW, Finding, try_model
-from vericache_compile.sweep_models import LAYERS, MODELS, VOCABULARY, attentions_of, make_model
+from vericache_compile.sweep_models import HYBRIDS, LAYERS, MODELS, VOCABULARY, attentions_of, make_model
 
 QUICK = {("gpt_oss", "eager"), ("bloom", "eager"), ("gemma2", "eager")}
 """Sinks and experts, ALiBi, soft caps: what no other test generates with."""
@@ -22,6 +27,7 @@ EAGERLY = {"inductor": False, "draft_dtype": "same"}
 FAMILIES = [
     pytest.param(name, attention, marks=() if (name, attention) in QUICK else pytest.mark.slow)
     for name in MODELS
+    if name not in HYBRIDS
     for attention in ("sdpa", "eager")
 ]
 
@@ -35,6 +41,12 @@ def test_a_family_gives_plain_tokens(name: str, attention: str) -> None:
     assert (found.taken, found.not_taken, found.sites) == (True, [], LAYERS)
     assert found.tokens_per_round == WINDOW
     assert found.tokens_per_round_snapkv >= 1
+
+
+@pytest.mark.parametrize("name", [HYBRIDS[0], *(pytest.param(name, marks=pytest.mark.slow) for name in HYBRIDS[1:])])
+def test_a_family_with_recurrent_layers_is_left_with_its_reason(name: str) -> None:
+    found = try_model(name, attentions_of(name)[0])
+    assert (found.taken, found.identical, found.not_taken) == (False, True, [STATE])
 
 
 @pytest.mark.parametrize(
@@ -137,7 +149,7 @@ def test_a_length_that_the_model_cannot_reach_fails_as_plain_generate_does() -> 
 
 
 FOUND = {
-    "opt": Finding("opt", "sdpa", 2, 2, True, True, 8.0, 1.5),
+    "opt": Finding("opt", "sdpa", sites=2, tokens_per_round=8.0, tokens_per_round_snapkv=1.5),
     "mpt": Finding("mpt", "eager", taken=False, not_taken=["a | b", "c"]),
 }
 
@@ -156,7 +168,7 @@ def test_the_command_prints_json_and_progress(capsys: pytest.CaptureFixture[str]
     out, err = capsys.readouterr()
     opt, mpt = json.loads(out)["models"]
     assert (opt["name"], opt["attention"], opt["layers"], opt["sites"], opt["reason"]) == ("opt", "sdpa", 2, 2, None)
-    assert (opt["taken"], opt["identical"], opt["tokens_per_round"]) == (True, True, 8.0)
+    assert (opt["taken"], opt["checks"], opt["identical"], opt["tokens_per_round"]) == (True, "passed", True, 8.0)
     assert (mpt["taken"], mpt["reason"]) == (False, "a | b; c")
     assert "trying small models: mpt, eager (2 of 2)" in err
 
@@ -165,15 +177,27 @@ def test_the_command_prints_json_and_progress(capsys: pytest.CaptureFixture[str]
 def test_the_command_writes_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "models.md"
     assert main(["sweep", "--markdown", str(page), "opt", "mpt"]) == 0
-    assert "| opt | sdpa | 2 / 2 | yes | yes | 8.0 | 1.5 |  |" in page.read_text()
-    assert "| mpt | eager | 0 / 2 | no | yes |  |  | a \\| b; c |" in page.read_text()
+    assert "| opt | sdpa | 2 / 2 | yes | passed | yes | 8.0 | 1.5 |  |" in page.read_text()
+    assert "| mpt | eager | 0 / 2 | no | passed | yes |  |  | a \\| b; c |" in page.read_text()
     assert "2 / 2" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("told")
-def test_a_difference_is_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(FOUND, "opt", Finding("opt", "sdpa", identical=False))
+@pytest.mark.parametrize("wrong", [{"identical": False}, {"tokens_per_round": 7.5}])
+def test_a_wrong_token_or_draft_is_exit_code_1(wrong: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FOUND, "opt", replace(FOUND["opt"], **wrong))
     assert main(["sweep", "opt"]) == 1
+
+
+def test_a_check_that_fails_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(program: Program, after: str) -> None:
+        raise AssertionError(f"after {after}: no good")
+
+    monkeypatch.setattr(pipeline, "check", fail)
+    found = try_model("llama", "sdpa")
+    assert (found.taken, found.identical) == (False, False)
+    assert found.checks == "after bind_scalars: no good"
+    assert not found.is_right
 
 
 def test_an_unknown_name_is_said_with_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:

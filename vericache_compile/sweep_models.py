@@ -57,6 +57,19 @@ LATENT: dict[str, Any] = {
     "v_head_dim": 16,
     "moe_intermediate_size": 32,
 }
+LINEAR: dict[str, Any] = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+}
+MAMBA: dict[str, Any] = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1}
+HYBRIDS = ("lfm2", "qwen3_next", "falcon_h1", "bamba", "jamba")
+"""Families with recurrent layers: not taken."""
 
 MODELS: dict[str, dict[str, Any]] = {
     "llama": COMMON,
@@ -107,6 +120,11 @@ MODELS: dict[str, dict[str, Any]] = {
     "deepseek_v2": COMMON | LATENT | {"topk_method": "greedy"},
     "deepseek_v3": COMMON | LATENT,
     "glm4_moe_lite": COMMON | LATENT,
+    "lfm2": COMMON | {"layer_types": ["conv", "full_attention"]},
+    "qwen3_next": COMMON | HEADS | LINEAR | {"layer_types": ["linear_attention", "full_attention"]},
+    "falcon_h1": COMMON | HEADS | MAMBA | {"mamba_d_ssm": 64},
+    "bamba": COMMON | MAMBA | {"attn_layer_indices": [1], "mamba_expand": 1},
+    "jamba": COMMON | {"attn_layer_offset": 1, "attn_layer_period": 2, "num_experts": 2, "mamba_dt_rank": 4},
 }
 """Configurations by name: transformers' model type, and after a hyphen what is particular."""
 

@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 
 from vericache_compile.errors import UnsupportedGraph
 from vericache_compile.passes.program import example, placeholders, returned
-from vericache_compile.passes.split_modes import LEADING, is_decode, split_modes
+from vericache_compile.passes.split_modes import LEADING, STATE, is_decode, split_modes
 
 
 def changes(before: GraphModule, after: GraphModule) -> tuple[list[str], list[str]]:
@@ -183,6 +183,15 @@ class Counter(Toy):
         return self.to_logits(x) + self.count
 
 
+class Recurrent(Toy):
+    """A layer's state that each step overwrites."""
+
+    def forward(self, ids: Tensor, k: Tensor, v: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
+        logits, k, v = super().forward(ids, k, v)
+        more[0].copy_(0.5 * more[0] + logits.mean())
+        return logits * more[0], k, v
+
+
 class Summing(Toy):
     """Returns a number for the whole batch."""
 
@@ -197,6 +206,7 @@ REFUSED = [
     (Peeking, (), "cached keys or values in a computation other than attention", "past.mean()"),
     (Shaded, (PADDING,), "the padding mask in a computation other than attention and positions", "more[0].float()"),
     (Biased, (torch.ones(29),), "an input that is neither weight, token, position, mask nor cache", "* more[0]"),
+    (Recurrent, (torch.ones(29),), STATE, "more[0].copy_"),
     (Counter, (), "a weight or buffer that changes in place", "self.count.add_"),
     (Summing, (), "an output without one row per sequence", "logits.sum()"),
 ]
