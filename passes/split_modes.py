@@ -19,9 +19,8 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import sympy
 import torch
 from torch.fx import Graph, GraphModule, Node
 
@@ -43,6 +42,9 @@ from vericache_compile.passes.program import (
     unsupported,
 )
 from vericache_compile.passes.spelled_attention import APPENDS
+
+if TYPE_CHECKING:
+    import sympy
 
 LEADING = ("tokens", "positions", "lengths", "pads")
 """Inputs that come before all others: tokens and positions [B, 1], lengths and pads [B] (int64)."""

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 
 @pytest.fixture(scope="session")
-def plain_tokens() -> Callable[[str, int, int, int], torch.Tensor]:
-    """Plain greedy tokens of a tiny model: (name, prompt tokens, batch, new tokens)."""
+def plain_tokens() -> Callable[..., torch.Tensor]:
+    """Plain greedy tokens of a tiny model: (name, prompt tokens, batch, new tokens, layers=2)."""
     return plain_tokens_of
 
 

@@ -58,12 +58,12 @@ def capture(model: nn.Module, drive: Callable[[nn.Module], object]) -> list[Capt
 
 @cache
 def tiny_decode(name: str, batch: int, loop: str = "generate", tokens: int = 7) -> Captured:
-    """The decode step (any past length) of a tiny model: a call with `tokens` + 2 columns cached.
+    """The decode step (any past length) of a tiny model of three layers: a call with `tokens` + 2 columns cached.
 
     `loop` is generate, static (generate with a cache of a fixed size), plain (a loop of one's own that passes only
     tokens and cache) or masked (and the padding mask).
     """
-    model, prompt = make_tiny(name), make_prompt(tokens, batch)
+    model, prompt = make_tiny(name, layers=3), make_prompt(tokens, batch)
 
     def generate(model: Any) -> None:
         asked = {"cache_implementation": "static"} if loop == "static" else {}

@@ -47,13 +47,13 @@ BATCHES = (1, 3)
 PROMPTS = (1, 2, 31, 700, 3000)
 
 
-def _config(name: str, positions: int) -> Any:
+def _config(name: str, positions: int, layers: int) -> Any:
     if name == "llama":
         return LlamaConfig(
             vocab_size=VOCABULARY,
             hidden_size=64,
             intermediate_size=96,
-            num_hidden_layers=3,
+            num_hidden_layers=layers,
             num_attention_heads=4,
             num_key_value_heads=2,
             max_position_embeddings=positions,
@@ -64,7 +64,7 @@ def _config(name: str, positions: int) -> Any:
             vocab_size=VOCABULARY,
             hidden_size=64,
             intermediate_size=96,
-            num_hidden_layers=3,
+            num_hidden_layers=layers,
             num_attention_heads=4,
             num_key_value_heads=2,
             head_dim=16,
@@ -87,7 +87,7 @@ def _config(name: str, positions: int) -> Any:
     return GPT2Config(
         vocab_size=VOCABULARY,
         n_embd=64,
-        n_layer=3,
+        n_layer=layers,
         n_head=4,
         n_positions=positions,
         initializer_range=0.2,
@@ -96,16 +96,16 @@ def _config(name: str, positions: int) -> Any:
     )
 
 
-def make_tiny(name: str, positions: int = POSITIONS, seed: int = 0) -> PreTrainedModel:
-    """A random model of three layers; a wide initialisation keeps logits far from ties."""
+def make_tiny(name: str, positions: int = POSITIONS, seed: int = 0, layers: int = 2) -> PreTrainedModel:
+    """A random model (those with sliding layers have their own number of them); logits are far from ties."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(_config(name, positions)).eval()
+    model = AutoModelForCausalLM.from_config(_config(name, positions, layers)).eval()
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model
 
 
 @cache
-def plain_tokens_of(name: str, tokens: int, batch: int, count: int) -> torch.Tensor:
+def plain_tokens_of(name: str, tokens: int, batch: int, count: int, layers: int = 2) -> torch.Tensor:
     """Plain greedy tokens of a tiny model."""
-    return make_tiny(name).generate(**make_prompt(tokens, batch), max_new_tokens=count, do_sample=False)
+    return make_tiny(name, layers=layers).generate(**make_prompt(tokens, batch), max_new_tokens=count, do_sample=False)

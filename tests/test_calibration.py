@@ -43,13 +43,13 @@ def text() -> torch.Tensor:
 @pytest.fixture(scope="module")
 def turned(text: torch.Tensor) -> list[Rotation | None]:
     """How the tiny llama turns keys."""
-    return turns_of(make_tiny("llama"), text)
+    return turns_of(make_tiny("llama", layers=3), text)
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory, text: torch.Tensor) -> dict[str, Path]:
     """One file per method, of the tiny llama."""
-    folder, model = tmp_path_factory.mktemp("calibrated"), make_tiny("llama")
+    folder, model = tmp_path_factory.mktemp("calibrated"), make_tiny("llama", layers=3)
     made = {method: folder / f"{i}.safetensors" for i, method in enumerate(METHODS)}
     for method, path in made.items():
         calibrate(model, text, method, path)
@@ -59,7 +59,7 @@ def files(tmp_path_factory: pytest.TempPathFactory, text: torch.Tensor) -> dict[
 @pytest.fixture(scope="module")
 def switched() -> Iterator[tuple[PreTrainedModel, Switch]]:
     torch._dynamo.reset()
-    model, switch = make_tiny("llama"), Switch()
+    model, switch = make_tiny("llama", layers=3), Switch()
     model.compile(backend=switch)
     yield model, switch
     torch._dynamo.reset()
@@ -78,7 +78,7 @@ def test_tokens_are_plain_with_a_calibrated_method(
     compressor = _spelled(method, files[method])
     switch.options = {"compressor": compressor, "window": 4, "inductor": False}
     ours = model.generate(**make_prompt(300, 3), max_new_tokens=30, do_sample=False)
-    assert torch.equal(ours, plain_tokens("llama", 300, 3, 30))
+    assert torch.equal(ours, plain_tokens("llama", 300, 3, 30, layers=3))
     assert stats(model)["rounds"] > 0
     assert str(files[method]) in stats(model)["compressor"]
 
@@ -98,11 +98,11 @@ def test_a_file_full_of_nan_costs_no_token(
     save_file(spoilt, path, metadata=metadata)
     switch.options = {"compressor": _spelled(method, path), "window": 4, "inductor": False}
     ours = model.generate(**make_prompt(300, 3), max_new_tokens=30, do_sample=False)
-    assert torch.equal(ours, plain_tokens("llama", 300, 3, 30))
+    assert torch.equal(ours, plain_tokens("llama", 300, 3, 30, layers=3))
 
 
 def test_what_is_observed_is_what_the_model_caches(text: torch.Tensor) -> None:
-    model = make_tiny("llama")
+    model = make_tiny("llama", layers=3)
     cache = model(text[:1], use_cache=True).past_key_values
     seen = dict(observe(model, text[:1]))
     assert sorted(seen) == [0, 1, 2]
@@ -113,14 +113,14 @@ def test_what_is_observed_is_what_the_model_caches(text: torch.Tensor) -> None:
 
 def test_keys_are_observed_as_before_rope(text: torch.Tensor, turned: list[Rotation | None]) -> None:
     """They are what the projection of the keys gives."""
-    model, kept = make_tiny("llama"), []
+    model, kept = make_tiny("llama", layers=3), []
     model.model.layers[1].self_attn.k_proj.register_forward_hook(lambda module, args, out: kept.append(out))
     seen = dict(observe(model, text[:1], turned))[1]
     torch.testing.assert_close(seen.keys, kept[0][0].unflatten(1, (2, 16)).transpose(0, 1), atol=1e-5, rtol=1e-4)
 
 
 def test_asking_how_keys_are_turned_leaves_no_statistics_behind(text: torch.Tensor) -> None:
-    model = make_tiny("llama")
+    model = make_tiny("llama", layers=3)
     assert turns_of(model, text)[0] is not None
     with pytest.raises(VericacheError, match="has not run under vericache"):
         stats(model)
@@ -150,7 +150,7 @@ def test_gradients_are_those_of_the_loss(text: torch.Tensor) -> None:
     """By a difference: a little more of one cached number, and the loss changes by its gradient times that."""
     from transformers import DynamicCache
 
-    model = make_tiny("llama").double()
+    model = make_tiny("llama", layers=3).double()
     seen = dict(observe(model, text[:1], gradients=True))[1]
 
     def loss(push: float) -> float:
@@ -180,7 +180,7 @@ def test_bases_in_the_file_are_those_of_the_text(
 ) -> None:
     """Keys of the text, as before RoPE, lose no more in the file's basis than in the best one of all rows together."""
     held = read(str(files["recalkv"]), "recalkv")
-    whole = [seen.keys for layer, seen in observe(make_tiny("llama"), text, turned) if layer == 1]
+    whole = [seen.keys for layer, seen in observe(make_tiny("llama", layers=3), text, turned) if layer == 1]
     keys = torch.cat([each.transpose(0, 1).flatten(1) for each in whole])
     fit = Bases(*(held.part(f"1.{part}") for part in Bases._fields))
     basis = fit.keys[0, :, :8]
@@ -244,7 +244,7 @@ def test_kvquant_weighs_by_fisher_information(
     files: dict[str, Path], text: torch.Tensor, turned: list[Rotation | None]
 ) -> None:
     held = read(str(files["kvquant"]), "kvquant")
-    seen = sample(make_tiny("llama"), text, turned)[2]
+    seen = sample(make_tiny("llama", layers=3), text, turned)[2]
     plain = KVQuant().fit(seen.keys, seen.values, None)
     torch.testing.assert_close(held.part("2.low"), plain[2])
     assert not torch.allclose(held.part("2.key_levels"), plain[0])
@@ -255,9 +255,14 @@ def test_kvsharer_keeps_pairs_within_its_cosine(files: dict[str, Path], monkeypa
     assert len(pairs) <= 1
     assert all(0 <= lender < borrower < 3 for borrower, lender in pairs)
     monkeypatch.setattr("vericache_compile.compressors.kvsharer.COSINE", 1.1)
-    assert KVSharer(share=0.4).learn(make_tiny("llama"), make_prompt(64)["input_ids"], ())["pairs"].shape == (0, 2)
+    assert KVSharer(share=0.4).learn(make_tiny("llama", layers=3), make_prompt(64)["input_ids"], ())["pairs"].shape == (
+        0,
+        2,
+    )
     monkeypatch.setattr("vericache_compile.compressors.kvsharer.COSINE", -1.1)
-    accepted = KVSharer(share=0.67).learn(make_tiny("llama"), make_prompt(64)["input_ids"], ())["pairs"].tolist()
+    accepted = (
+        KVSharer(share=0.67).learn(make_tiny("llama", layers=3), make_prompt(64)["input_ids"], ())["pairs"].tolist()
+    )
     assert accepted in ([[2, 0], [1, 0]], [[1, 0], [2, 0]])
 
 
@@ -317,13 +322,13 @@ def test_another_models_file_is_refused_before_any_output(
     tmp_path: Path, text: torch.Tensor, compressor: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "other.safetensors"
-    calibrate(make_tiny("gpt2"), text, compressor, path)
+    calibrate(make_tiny("gpt2", layers=3), text, compressor, path)
     _refused(_spelled(compressor, path), "it is of a model with 3 layers of [4, 16, 16]")
 
 
 def test_a_model_of_the_same_sites_and_another_width_is_refused(files: dict[str, Path], tmp_path: Path) -> None:
     path = tmp_path / "other.safetensors"
-    model = make_tiny("llama")
+    model = make_tiny("llama", layers=3)
     model.resize_token_embeddings(128)
     calibrate(model, make_prompt(64)["input_ids"], "recalkv", path)
     _refused(_spelled("recalkv", path), "it is of another model")
@@ -331,7 +336,7 @@ def test_a_model_of_the_same_sites_and_another_width_is_refused(files: dict[str,
 
 def _refused(compressor: str, found: str) -> None:
     torch._dynamo.reset()
-    model = make_tiny("llama")
+    model = make_tiny("llama", layers=3)
     model.compile(backend="vericache", options={"compressor": compressor, "inductor": False})
     with pytest.raises(Exception, match="calibration file") as caught:
         model.generate(**make_prompt(30), max_new_tokens=4, do_sample=False)
@@ -344,7 +349,7 @@ def _refused(compressor: str, found: str) -> None:
 
 
 def test_a_changed_file_is_read_again(tmp_path: Path, text: torch.Tensor) -> None:
-    path, model = tmp_path / "f.safetensors", make_tiny("llama")
+    path, model = tmp_path / "f.safetensors", make_tiny("llama", layers=3)
     calibrate(model, text, "cskv", path)
     before = read(str(path), "cskv")
     assert read(str(path), "cskv") is before
@@ -354,9 +359,9 @@ def test_a_changed_file_is_read_again(tmp_path: Path, text: torch.Tensor) -> Non
 
 def test_what_learns_nothing_or_cannot_be_written_is_refused(text: torch.Tensor, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=r"'snapkv' learns nothing[\s\S]*kvquant, recalkv, cskv, kvsharer"):
-        calibrate(make_tiny("llama"), text, "snapkv", tmp_path / "f")
+        calibrate(make_tiny("llama", layers=3), text, "snapkv", tmp_path / "f")
     with pytest.raises(OptionError, match="it cannot be written"):
-        calibrate(make_tiny("llama"), text, "cskv", tmp_path / "no" / "folder")
+        calibrate(make_tiny("llama", layers=3), text, "cskv", tmp_path / "no" / "folder")
     assert not list(tmp_path.iterdir())
 
 
@@ -372,7 +377,7 @@ def test_the_command_writes_a_file_that_serves(tmp_path: Path, capsys: pytest.Ca
     from transformers import PreTrainedTokenizerFast
 
     folder, text, out = tmp_path / "model", tmp_path / "text.txt", tmp_path / "out.safetensors"
-    make_tiny("llama").save_pretrained(folder)
+    make_tiny("llama", layers=3).save_pretrained(folder)
     words = {f"w{i}": i for i in range(90)}
     backend = Tokenizer(models.WordLevel(words, unk_token="w0"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()

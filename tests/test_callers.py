@@ -290,7 +290,11 @@ def test_rounds_read_the_weights_that_the_model_has_now() -> None:
     assert stats(model)["rounds"] > 1
 
 
-@pytest.mark.parametrize("options", [{"compressor": "kivi"}, {"keep": 0.3, "placement": "host"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param({"compressor": "kivi"}, marks=pytest.mark.slow), {"keep": 0.3, "placement": "host"}],
+    ids=str,
+)
 def test_padding_that_the_caller_stops_to_mask(options: dict[str, Any]) -> None:
     """The draft cache was made for rows that begin later than they now do."""
 

@@ -21,7 +21,7 @@ def test_json_is_the_explanation(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert main([*ARGUMENTS, "--json"]) == 0
     made = json.loads(capsys.readouterr().out)
     assert made["window"] == 4
-    assert [site["layer"] for site in made["sites"]] == [0, 1, 2]
+    assert [site["layer"] for site in made["sites"]] == [0, 1]
     assert made["not_taken"] == []
 
 
@@ -30,8 +30,8 @@ def test_tables_for_people(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     monkeypatch.setattr(cli_explain, "load", lambda *args: (make_tiny("gpt2"), None))
     assert main(ARGUMENTS) == 0
     text = capsys.readouterr().out
-    assert "0-2" in text
-    assert "4, 3 of them distinct" in text
+    assert "0-1" in text
+    assert "3, 3 of them distinct" in text
     assert "at 4,096 tokens" in text
 
 

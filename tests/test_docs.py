@@ -1,4 +1,4 @@
-"""The pages on compression methods say what the code does: names, parameters, defaults, papers."""
+"""The pages on methods and models say what the code does: names, parameters, defaults, papers; families tried."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from vericache_compile.compressors.table import COMPRESSORS, all_parameters
+from vericache_compile.sweep import COLUMNS
+from vericache_compile.sweep_models import HYBRIDS, MODELS, attentions_of
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs" / "compressors").glob("*.md"))
@@ -34,3 +36,15 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert links
     assert all((page.parent / link).exists() for link in links)
     assert f"docs/compressors/{page.name}" in (ROOT / "README.md").read_text()
+
+
+def test_the_page_on_models_has_every_family_and_each_is_right() -> None:
+    """As `vericache sweep --markdown docs/models.md` writes it."""
+    lines = [line for line in (ROOT / "docs" / "models.md").read_text().splitlines() if line.startswith("| ")]
+    header, _, *rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+    assert tuple(header) == COLUMNS
+    expected = [[name, attention] for name in MODELS for attention in attentions_of(name)]
+    assert [row[:2] for row in rows] == expected
+    for name, *_, taken, checks, identical, _, _, reason in rows:
+        assert (taken, checks, identical) == ("no" if name in HYBRIDS else "yes", "passed", "yes"), name
+        assert bool(reason) == (name in HYBRIDS), name

@@ -65,7 +65,7 @@ def test_rows_are_bit_equal_wherever_full_kv_lives(
         assert stats(model)["placement"] == choice["placement"]
         held_on_the_device = choice.get("compressor") == "none" and batch == 1
         assert bool(stats(model)["bytes"]["transferred"]) != held_on_the_device, "columns of padding always come in"
-    assert rings >= {1, 3}
+    assert rings >= {1, 2}
     use_drafter(monkeypatch, random_guess(VOCABULARY))
     for choice in ({"placement": "host", "staging_mb": 0.001}, {"placement": "disk"}):
         assert torch.equal(first, logits_of(model, switch, inputs, 40, **choice, **EAGER)), "random guesses"
@@ -243,7 +243,7 @@ def test_auto_leaves_the_device_when_its_room_is_taken() -> None:
     model = make_tiny("llama")
     prompt = make_prompt(300)
     plain = model.generate(**prompt, max_new_tokens=12, do_sample=False)
-    tokens = (300 + 1024) * 3 * 2 * (16 + 16) * 4
+    tokens = (300 + 1024) * 2 * 2 * (16 + 16) * 4
     model.compile(backend="vericache", options={"device_memory_mb": 1.2 * tokens / 2**20, **EAGER})
     cache, other = DynamicCache(), DynamicCache()
     settings = {"max_new_tokens": 12, "do_sample": False}

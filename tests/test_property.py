@@ -33,7 +33,7 @@ CONFIGURATIONS: list[Any] = [
 ]
 PROMPTS = (70, 41)
 """Tokens of the two prompts that a series starts with."""
-STEPS = 40
+STEPS = 30
 """Forward calls in a series, at most."""
 
 

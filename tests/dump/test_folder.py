@@ -177,8 +177,8 @@ def test_a_refusal_before_any_pass_still_shows_the_graph(tmp_path: Path) -> None
 def test_a_run_writes_a_folder_per_graph_and_gives_the_same_tokens(tmp_path: Path) -> None:
     prompt = make_prompt(9)
     settings = {"max_new_tokens": 6, "do_sample": False}
-    plain = make_tiny("qwen3").generate(**prompt, **settings)
-    model = make_tiny("qwen3")
+    plain = make_tiny("qwen3", layers=3).generate(**prompt, **settings)
+    model = make_tiny("qwen3", layers=3)
     model.compile(backend="vericache", options={**OPTIONS, "dump": str(tmp_path)})
     assert torch.equal(model.generate(**prompt, **settings), plain)
     folders = sorted(tmp_path.iterdir())
@@ -189,7 +189,7 @@ def test_a_run_writes_a_folder_per_graph_and_gives_the_same_tokens(tmp_path: Pat
 
 
 def test_dumps_hold_no_tokens_and_no_weights(tmp_path: Path) -> None:
-    model = make_tiny("llama")
+    model = make_tiny("llama", layers=3)
     model.compile(backend="vericache", options={**OPTIONS, "dump": str(tmp_path)})
     with torch.no_grad():
         model.lm_head.weight[:] = 0.123456789
@@ -213,8 +213,8 @@ def test_a_folder_that_cannot_be_written_to_is_said_once_and_stops_nothing(
     else:
         root.touch()
     prompt, settings = make_prompt(9), {"max_new_tokens": 6, "do_sample": False}
-    plain = make_tiny("llama").generate(**prompt, **settings)
-    model = make_tiny("llama")
+    plain = make_tiny("llama", layers=3).generate(**prompt, **settings)
+    model = make_tiny("llama", layers=3)
     model.compile(backend="vericache", options={**OPTIONS, "dump": str(root)})
     with caplog.at_level(logging.WARNING, logger="vericache_compile"):
         assert torch.equal(model.generate(**prompt, **settings), plain)

@@ -23,7 +23,7 @@ def run(path: Path, *words: str) -> subprocess.CompletedProcess[str]:
     [
         ("llama", 1, "generate"),
         pytest.param("gpt2", 3, "generate", marks=pytest.mark.slow),
-        ("qwen3", 3, "masked"),
+        pytest.param("qwen3", 3, "masked", marks=pytest.mark.slow),
         pytest.param("llama", 3, "static", marks=pytest.mark.slow),
     ],
 )

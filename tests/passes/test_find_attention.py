@@ -39,8 +39,14 @@ def test_a_site_is_an_append_and_an_attention() -> None:
     assert program.outputs == [LOGITS, OutputRole(Output.KEYS, 0), OutputRole(Output.VALUES, 0)]
 
 
-@pytest.mark.parametrize(("name", "heads", "kv_heads"), [("llama", 4, 2), ("qwen3", 4, 2), ("gpt2", 4, 4)])
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(
+    ("name", "heads", "kv_heads", "batch"),
+    [
+        ("llama", 4, 2, 1),
+        ("gpt2", 4, 4, 3),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in (("llama", 4, 2, 3), ("qwen3", 4, 2, 1))),
+    ],
+)
 def test_every_layer_of_a_model_is_a_site(name: str, heads: int, kv_heads: int, batch: int) -> None:
     program = run_until(tiny_decode(name, batch), "find_attention", batch=batch)
     sites = [nodes.site for nodes in program.sites]

@@ -107,9 +107,18 @@ def test_cutting_again_gives_equal_keys() -> None:
         assert [segment.key for segment in cut(program.variants[mode])] == [segment.key for segment in segments]
 
 
-@pytest.mark.parametrize("loop", ["plain", "masked"])
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    ("name", "batch", "loop"),
+    [
+        ("llama", 1, "masked"),
+        ("llama", 3, "plain"),
+        ("gpt2", 1, "plain"),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in (("llama", 1, "plain"), ("llama", 3, "masked"), ("gpt2", 1, "masked"), ("gpt2", 3, "plain"))
+        ),
+    ],
+)
 def test_positions_given_or_computed_and_masks_make_no_difference(name: str, batch: int, loop: str) -> None:
     def keys(loop: str) -> set[str]:
         program = run_until(tiny_decode(name, batch, loop), "partition", batch=batch)

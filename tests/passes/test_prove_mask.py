@@ -15,8 +15,14 @@ from vericache_compile.passes.prove_mask import prove_mask
 from vericache_compile.plan import Alibi
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
+@pytest.mark.parametrize(
+    ("name", "batch"),
+    [
+        ("llama", 1),
+        ("gpt2", 3),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in (("llama", 3), ("qwen3", 1), ("gpt2", 1))),
+    ],
+)
 def test_the_masks_of_real_models_are_proved(name: str, batch: int) -> None:
     """One row without padding has a mask in some versions of transformers, and none in others."""
     program = run_until(tiny_decode(name, batch), "split_captured", batch=batch)
@@ -119,8 +125,14 @@ def test_a_sliding_window_is_found_however_wide(model: type[Sliding]) -> None:
     assert program.sites[0].site.window == model.window
 
 
-@pytest.mark.parametrize(("name", "batch"), [("mistral", 1), ("gemma3_text", 3)])
-@pytest.mark.parametrize("tokens", [7, 40])
+@pytest.mark.parametrize(
+    ("name", "batch", "tokens"),
+    [
+        ("mistral", 1, 7),
+        ("gemma3_text", 3, 40),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in (("mistral", 1, 40), ("gemma3_text", 3, 7))),
+    ],
+)
 def test_the_windows_of_real_models_are_found(name: str, batch: int, tokens: int) -> None:
     """Before the window fills, the cut of the cache says how wide it will be."""
     program = run_until(tiny_decode(name, batch, tokens=tokens), "prove_mask", batch=batch)

@@ -40,8 +40,18 @@ def test_attend_reads_this_call_then_the_cache_then_lengths_and_pads() -> None:
     assert call.args[7:] == (nodes.site.scale, 0, None)
 
 
-@pytest.mark.parametrize("loop", ["generate", "plain", "masked"])
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    ("name", "loop"),
+    [
+        ("llama", "generate"),
+        ("llama", "masked"),
+        ("gpt2", "plain"),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in (("llama", "plain"), ("gpt2", "generate"), ("gpt2", "masked"))
+        ),
+    ],
+)
 def test_nothing_of_the_past_but_the_cache_is_read(name: str, loop: str) -> None:
     program = run_until(tiny_decode(name, 3, loop), "split_modes", batch=3)
     roles = program.found_roles

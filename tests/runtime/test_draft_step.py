@@ -69,7 +69,7 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return compared
 
 
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_tokens_and_caches_are_those_of_lengths_in_python(batch: int, compared: list[str]) -> None:
     """Rows of the batch advance on their own."""
     model = make_tiny("llama")
@@ -112,7 +112,7 @@ def test_full_kv_from_elsewhere_is_asked_for_before_the_first_step(monkeypatch: 
     monkeypatch.setattr(rounds, "draft_tokens", drafting)
     assert torch.equal(logits_of(model, switch, inputs, 16, window=4, placement="host", **OPTIONS), first)
     assert ahead[0]
-    assert all(layers in ([0, 1, 2], []) for layers in ahead), "none where drafting rests"
+    assert all(layers in ([0, 1], []) for layers in ahead), "none where drafting rests"
 
 
 def test_a_step_lives_as_long_as_its_draft_cache(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,7 +233,7 @@ def tiny() -> PreTrainedModel:
 
 
 @pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize(("name", "batch"), [("streaming", 2), ("kivi", 1)])
+@pytest.mark.parametrize(("name", "batch"), [pytest.param("streaming", 2, marks=pytest.mark.slow), ("kivi", 1)])
 def test_a_model_on_triton_kernels_gives_plain_tokens(
     name: str, batch: int, tiny: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -47,7 +47,7 @@ def test_every_event_has_what_perfetto_asks_for(tmp_path: Path) -> None:
 
 def test_transfers_have_a_track(tmp_path: Path) -> None:
     """Every site once per round, and as many bytes as `stats` says."""
-    model = make_tiny("llama")
+    model = make_tiny("llama", layers=3)
     options = {"inductor": False, "window": 4, "placement": "host", "trace": str(tmp_path / "trace.json")}
     model.compile(backend="vericache", options=options)
     made, _ = stats_of(model, 1)

@@ -95,8 +95,8 @@ def told() -> Iterator[Told]:
         patch.setattr(repeat, "CHUNK", 20)
         patch.setitem(table._registered, "listener", Listener)
         torch._dynamo.reset()
-        model, switch = make_tiny("llama"), Switch()
-        plain = make_tiny("llama")
+        model, switch = make_tiny("llama", layers=3), Switch()
+        plain = make_tiny("llama", layers=3)
         plain.set_attn_implementation("eager")
         prompt = make_prompt(TOKENS, BATCH)
         model.compile(backend=switch)
@@ -186,7 +186,7 @@ def test_read_reads_the_full_cache(told: Told) -> None:
 
 def test_repeated_is_the_most_that_a_repetition_attends_to_a_key(told: Told) -> None:
     """Against the plain model fed the context and then each chunk of it, less attention to what no query may see."""
-    plain = make_tiny("llama")
+    plain = make_tiny("llama", layers=3)
     plain.set_attn_implementation("eager")
     for b, pad in enumerate(told.pads):
         context = told.ids[b, pad:TOKENS]
@@ -235,7 +235,7 @@ def test_regions_do_not_keep_what_they_were_told(told: Told) -> None:
 
 def test_where_keys_come_in_each_round_a_window_is_added_one_round_later() -> None:
     """Tokens have drawn what plain attention says, from all queries but the last round's."""
-    model, prompt = make_tiny("llama"), make_prompt(TOKENS, BATCH)
+    model, prompt = make_tiny("llama", layers=3), make_prompt(TOKENS, BATCH)
     options = {"compressor": "h2o", "window": 4, "inductor": False, "placement": "host"}
     model.compile(backend="vericache", options=options)
     model.generate(**prompt, max_new_tokens=NEW, do_sample=False)
@@ -247,7 +247,7 @@ def test_where_keys_come_in_each_round_a_window_is_added_one_round_later() -> No
     assert sequence.drawn is not None
     assert sequence.asked is not None
     pads = (prompt["attention_mask"] == 0).sum(1).tolist()
-    plain = make_tiny("llama")
+    plain = make_tiny("llama", layers=3)
     plain.set_attn_implementation("eager")
     ids = plain.generate(**prompt, max_new_tokens=NEW + 8, do_sample=False)  # rounds run ahead of the caller
     for b, (row, pad) in enumerate(zip(sequence.rows, pads, strict=True)):
