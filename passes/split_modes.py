@@ -50,8 +50,9 @@ LEADING = ("tokens", "positions", "lengths", "pads")
 """Inputs that come before all others: tokens and positions [B, 1], lengths and pads [B] (int64)."""
 MAPPED = LEADING[:2]
 """Those of them that differ over a window."""
+OVERWRITTEN = "a weight or buffer that changes in place"
 STATE = "a state that each step overwrites, as recurrent and convolutional layers keep one"
-NO_WINDOW = "nothing to be done: such a state cannot go back to the last token that stands"
+NO_WINDOW = "nothing to be done: a round would have to take it back to the last token that stands"
 ONLY_POSITIONS = "pass position_ids, and nothing else that varies with the past"
 
 
@@ -68,6 +69,7 @@ def split_captured(program: Program) -> int:
 
     Caches that are written in place keep themselves: there it is the graph as it is.
     """
+    _refuse_states(program)
     if any(nodes.site.in_place for nodes in program.sites):
         program.captured = copy_module(program.module)
         return 0
@@ -77,6 +79,19 @@ def split_captured(program: Program) -> int:
     if any(masks.values()):
         program.unpadded = _captured(program, masks)
     return len(program.sites)
+
+
+def _refuse_states(program: Program) -> None:
+    """A call is repeated where a page of its cache was lost, and a window has no state for each token."""
+    for index, node in enumerate(program.placeholders):
+        known = index in program.found_roles.weights or node in program.cached
+        is_float = isinstance(value := example(node), torch.Tensor) and value.is_floating_point()
+        if is_float and not known and _is_overwritten(node):
+            raise unsupported(STATE, node, NO_WINDOW)
+
+
+def _is_overwritten(node: Node) -> bool:
+    return any(mutates(user) and user.args[0] is node for user in node.users)
 
 
 def _captured(program: Program, masks: Collection[Node]) -> GraphModule:
@@ -265,7 +280,7 @@ def _drop_unused_inputs(program: Program, module: GraphModule, node_of: dict[Nod
             module.graph.erase_node(node)
             continue
         if reason := _not_understood(program, index, node):
-            raise unsupported(reason, node, NO_WINDOW if reason == STATE else ONLY_POSITIONS)
+            raise unsupported(reason, node, NO_WINDOW if reason == OVERWRITTEN else ONLY_POSITIONS)
         node.meta["captured_input"] = index
     module.recompile()
 
@@ -282,7 +297,5 @@ def _not_understood(program: Program, index: int, node: Node) -> str | None:
     if index == program.found_roles.mask:
         return "the padding mask in a computation other than attention and positions"
     if index not in program.found_roles.weights:
-        if value.is_floating_point() and any(mutates(user) for user in node.users):
-            return STATE
         return "an input that is neither weight, token, position, mask nor cache"
-    return None if not any(mutates(user) for user in node.users) else "a weight or buffer that changes in place"
+    return OVERWRITTEN if _is_overwritten(node) else None

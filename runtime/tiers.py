@@ -77,6 +77,11 @@ class PagedKV(FullKV):
         """By bytes of a page; sites of one shape share a file."""
         self._full_disk = False
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows' pages; those that rows share count for each."""
+        return sum(self._page_bytes(layer) * sum(map(len, rows)) for layer, rows in enumerate(self.pages))
+
     def parts(self) -> dict[int, int]:
         """Bytes of pages, in host memory and in files; none of them on the device."""
         sizes = map(self._page_bytes, range(len(self.sites)))

@@ -119,18 +119,28 @@ def all_cores() -> Iterator[None]:
 
 @pytest.mark.usefixtures("all_cores")
 @pytest.mark.parametrize(
-    "choices",
+    ("tokens", "choices"),
     [
-        ({**CHOICES[1], "placement": "host", "staging_mb": 8}, {**CHOICES[4], "placement": "disk", "staging_mb": 2}),
-        pytest.param(CHOICES[2:5], marks=pytest.mark.slow),
+        (
+            250,
+            (
+                {**CHOICES[1], "placement": "host", "staging_mb": 8},
+                {**CHOICES[4], "placement": "disk", "staging_mb": 2},
+            ),
+        ),
+        pytest.param(750, CHOICES[2:5], marks=pytest.mark.slow),
     ],
     ids=["elsewhere", "device"],
 )
 def test_rows_are_bit_equal_on_smollm2(
-    choices: Sequence[dict[str, Any]], smollm2: PreTrainedModel, document_ids: Tensor, monkeypatch: pytest.MonkeyPatch
+    tokens: int,
+    choices: Sequence[dict[str, Any]],
+    smollm2: PreTrainedModel,
+    document_ids: Tensor,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Real weights and text, compiled segments, all cores, a prompt that ends near a block border."""
-    switch, ids = compiled(smollm2), document_ids[:, :250]
+    switch, ids = compiled(smollm2), document_ids[:, :tokens]
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     first = logits_of(smollm2, switch, inputs, 20, **CHOICES[0])
     for choice in choices:

@@ -17,21 +17,21 @@ ARGUMENTS = ["explain", "--window", "4", "--draft-dtype", "same"]
 
 
 def test_json_is_the_explanation(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(cli_explain, "load", lambda *args: (make_tiny("llama"), None))
+    monkeypatch.setattr(cli_explain, "load", lambda *args: (make_tiny("llama", layers=3), None))
     assert main([*ARGUMENTS, "--json"]) == 0
     made = json.loads(capsys.readouterr().out)
     assert made["window"] == 4
-    assert [site["layer"] for site in made["sites"]] == [0, 1]
+    assert [site["layer"] for site in made["sites"]] == [0, 1, 2]
     assert made["not_taken"] == []
 
 
 def test_tables_for_people(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("COLUMNS", "140")
-    monkeypatch.setattr(cli_explain, "load", lambda *args: (make_tiny("gpt2"), None))
+    monkeypatch.setattr(cli_explain, "load", lambda *args: (make_tiny("gpt2", layers=3), None))
     assert main(ARGUMENTS) == 0
     text = capsys.readouterr().out
-    assert "0-1" in text
-    assert "3, 3 of them distinct" in text
+    assert "0-2" in text
+    assert "4, 3 of them distinct" in text
     assert "at 4,096 tokens" in text
 
 
@@ -46,7 +46,7 @@ def attend_by_relu(
 def test_a_model_that_is_not_taken_says_why(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = make_tiny("llama")
+    model = make_tiny("llama", layers=3)
     AttentionInterface.register("relu", attend_by_relu)
     model.set_attn_implementation("relu")
     monkeypatch.setattr(cli_explain, "load", lambda *args: (model, None))
@@ -60,4 +60,4 @@ def test_a_model_that_is_not_taken_says_why(
 def test_equal_layers_are_one_row() -> None:
     site = dict.fromkeys(cli_explain.SITE, 1)
     sites = [site | {"layer": layer, "heads": 1 + (layer == 2)} for layer in range(4)]
-    assert [row[:2] for row in cli_explain.site_rows(sites)] == [("0-1", "1"), ("2", "2"), ("3", "1")]
+    assert [row[:2] for row in cli_explain.site_rows(sites)] == [("0-2", "1"), ("2", "2"), ("3", "1")]

@@ -29,16 +29,16 @@ def explain_toy(model: Toy, *more: Any) -> Explanation:
 
 
 def test_a_model_that_is_taken() -> None:
-    model = make_tiny("llama")
+    model = make_tiny("llama", layers=3)
     made = explain(model, **make_prompt(7), options=OPTIONS)
     assert [graph["runs_as"] for graph in made.graphs][-1] == "decode"
     assert made.not_taken == []
     assert [(site["layer"], site["heads"], site["kv_heads"], site["head_size"]) for site in made.sites] == [
-        (layer, 4, 2, 16) for layer in range(2)
+        (layer, 4, 2, 16) for layer in range(3)
     ]
-    assert made.cache_bytes_per_token["full"] == 2 * 2 * (16 + 16) * 4
+    assert made.cache_bytes_per_token["full"] == 3 * 2 * (16 + 16) * 4
     assert made.cache_bytes_per_token["compressed"] == pytest.approx(made.cache_bytes_per_token["full"] / 4)
-    assert made.segments == {"draft": {"total": 3, "distinct": 3}, "verify": {"total": 3, "distinct": 3}}
+    assert made.segments == {"draft": {"total": 4, "distinct": 3}, "verify": {"total": 4, "distinct": 3}}
     assert set(made.nodes) == {"captured", "draft", "verify"}
     json.dumps(made.as_dict())
 

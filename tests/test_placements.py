@@ -57,7 +57,7 @@ def rings(monkeypatch: pytest.MonkeyPatch) -> set[int]:
 def test_rows_are_bit_equal_wherever_full_kv_lives(
     name: str, batch: int, rings: set[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, inputs = make_tiny(name), make_prompt(500, batch)
+    model, inputs = make_tiny(name, layers=3), make_prompt(500, batch)
     switch = compiled(model)
     first = logits_of(model, switch, inputs, 40, **EAGER)
     for choice in ELSEWHERE:
@@ -65,7 +65,7 @@ def test_rows_are_bit_equal_wherever_full_kv_lives(
         assert stats(model)["placement"] == choice["placement"]
         held_on_the_device = choice.get("compressor") == "none" and batch == 1
         assert bool(stats(model)["bytes"]["transferred"]) != held_on_the_device, "columns of padding always come in"
-    assert rings >= {1, 2}
+    assert rings >= {1, 3}
     use_drafter(monkeypatch, random_guess(VOCABULARY))
     for choice in ({"placement": "host", "staging_mb": 0.001}, {"placement": "disk"}):
         assert torch.equal(first, logits_of(model, switch, inputs, 40, **choice, **EAGER)), "random guesses"
@@ -136,7 +136,7 @@ def test_a_prefill_leaves_one_sites_kv_on_the_device(monkeypatch: pytest.MonkeyP
     with torch.no_grad():
         model(ids, past_key_values=cache)
         model(ids[:, :20], past_key_values=cache)
-    assert alive == [2, 2, 2]
+    assert alive == [2, 2]
 
 
 def grow(model: Any, given: Tensor, cache: DynamicCache, count: int) -> Tensor:

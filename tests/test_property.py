@@ -156,7 +156,7 @@ def make_caller(request: pytest.FixtureRequest) -> Iterator[Callable[[], Caller]
     """Callers of one compiled model; tails are short, so that they are compressed in often."""
     torch._dynamo.reset()
     batch, options = request.param
-    plain, ours = make_tiny("llama"), make_tiny("llama")
+    plain, ours = make_tiny("llama", layers=3), make_tiny("llama", layers=3)
     ours.compile(backend="vericache", options={**options, "inductor": False})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(drafting, "CHUNK", 6)

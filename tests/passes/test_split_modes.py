@@ -193,6 +193,15 @@ class Counter(Toy):
         return self.to_logits(x) + self.count
 
 
+class Adding(Toy):
+    """Reads an input in a call that overwrites something else."""
+
+    def forward(self, ids: Tensor, k: Tensor, v: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
+        logits, k, v = super().forward(ids, k, v)
+        logits += more[0]
+        return logits, k, v
+
+
 class Recurrent(Toy):
     """A layer's state that each step overwrites."""
 
@@ -216,6 +225,7 @@ REFUSED = [
     (Peeking, (), "cached keys or values in a computation other than attention", "past.mean()"),
     (Shaded, (PADDING,), "the padding mask in a computation other than attention and positions", "more[0].float()"),
     (Biased, (torch.ones(29),), "an input that is neither weight, token, position, mask nor cache", "* more[0]"),
+    (Adding, (torch.ones(29),), "an input that is neither weight, token, position, mask nor cache", "+= more[0]"),
     (Recurrent, (torch.ones(29),), STATE, "more[0].copy_"),
     (Counter, (), "a weight or buffer that changes in place", "self.count.add_"),
     (Summing, (), "an output without one row per sequence", "logits.sum()"),

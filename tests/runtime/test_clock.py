@@ -58,7 +58,7 @@ def test_without_streams_a_moment_is_now() -> None:
 @pytest.mark.usefixtures("stream")
 def test_a_round_is_timed_by_events_that_are_read_at_its_end() -> None:
     """From one event to the next there is draft; in verify there are two for each of three sites."""
-    model = make_tiny("llama")
+    model = make_tiny("llama", layers=3)
     options: dict[str, Any] = {"placement": "host", "window": 4, "inductor": False}
     model.compile(backend="vericache", options=options)
     model.generate(**make_prompt(40), max_new_tokens=8, do_sample=False)

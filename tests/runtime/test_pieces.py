@@ -98,7 +98,7 @@ def two_turns(model: Any, batch: int) -> Tensor:
 def test_rows_are_those_of_launches_and_growth_records_nothing_anew(
     how: dict[str, Any], batch: int, recorder: Recorder, in_use: list[DecodePlan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = make_tiny("llama")
+    model = make_tiny("llama", layers=3)
     model.compile(backend="vericache", options={**OPTIONS, **how})
     with monkeypatch.context() as launched:
         launched.setattr(pieces, "serves", lambda device, plan: False)
@@ -117,7 +117,7 @@ def test_a_recording_that_fails_leaves_launches_and_the_same_rows(
 
     capture._tell.cache_clear()
     monkeypatch.setattr(capture, "record", fail)
-    model, prompt = make_tiny("llama"), make_prompt(60, 3)
+    model, prompt = make_tiny("llama", layers=3), make_prompt(60, 3)
     plain = model.generate(**prompt, max_new_tokens=24, do_sample=False)
     model.compile(backend="vericache", options=OPTIONS)
     with caplog.at_level(logging.WARNING, "vericache_compile"):

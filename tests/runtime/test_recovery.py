@@ -56,7 +56,7 @@ def decode(model: PreTrainedModel, prompt: dict[str, Tensor], steps: int, betwee
 @pytest.mark.parametrize("batch", [1, 3])
 def test_a_lost_page_comes_back_to_the_bit(batch: int, caplog: pytest.LogCaptureFixture) -> None:
     """Lost from the prompt, and later from what was decoded; some tokens were not the likeliest."""
-    prompt, model = make_prompt(470, batch), make_tiny("llama")
+    prompt, model = make_prompt(470, batch), make_tiny("llama", layers=3)
     model.compile(backend="vericache", options=OPTIONS)
     expected = decode(model, prompt, 100, lambda step: None)
     assert not caplog.records or "again" not in caplog.text
@@ -73,7 +73,7 @@ def test_a_lost_page_comes_back_to_the_bit(batch: int, caplog: pytest.LogCapture
 
 
 def test_a_second_turn_over_a_lost_page() -> None:
-    model, ids = make_tiny("llama"), make_prompt(300)["input_ids"]
+    model, ids = make_tiny("llama", layers=3), make_prompt(300)["input_ids"]
 
     def turns(model: Any, fault: bool) -> Tensor:
         cache = DynamicCache()
@@ -89,7 +89,7 @@ def test_a_second_turn_over_a_lost_page() -> None:
 
 
 def test_a_copy_recovers_as_the_original_does() -> None:
-    model, prompt = make_tiny("llama"), make_prompt(300)
+    model, prompt = make_tiny("llama", layers=3), make_prompt(300)
     plain = model.generate(**prompt, max_new_tokens=40, do_sample=False)
     model.compile(backend="vericache", options=OPTIONS)
     cache = DynamicCache()
@@ -104,7 +104,7 @@ def test_a_copy_recovers_as_the_original_does() -> None:
 
 def test_without_its_tokens_a_lost_page_is_an_error() -> None:
     """A cache whose rows were put in another order does not know how its pages came about."""
-    model, prompt = make_tiny("llama"), make_prompt(300, 2)
+    model, prompt = make_tiny("llama", layers=3), make_prompt(300, 2)
     model.compile(backend="vericache", options=OPTIONS)
     cache, settings = DynamicCache(), {"do_sample": False, "max_new_tokens": 4}
     first = model.generate(**prompt, past_key_values=cache, **settings)[[1, 0]]
@@ -119,7 +119,7 @@ def test_without_its_tokens_a_lost_page_is_an_error() -> None:
 
 def test_a_crop_into_the_prompt_is_remembered() -> None:
     """What was decoded after the crop comes back, not the prompt that stood there before; a long turn as well."""
-    model, ids = make_tiny("llama"), make_prompt(700)["input_ids"]
+    model, ids = make_tiny("llama", layers=3), make_prompt(700)["input_ids"]
     model.compile(backend="vericache", options=OPTIONS)
 
     def drive(fault: bool) -> Tensor:
