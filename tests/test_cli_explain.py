@@ -60,4 +60,4 @@ def test_a_model_that_is_not_taken_says_why(
 def test_equal_layers_are_one_row() -> None:
     site = dict.fromkeys(cli_explain.SITE, 1)
     sites = [site | {"layer": layer, "heads": 1 + (layer == 2)} for layer in range(4)]
-    assert [row[:2] for row in cli_explain.site_rows(sites)] == [("0-2", "1"), ("2", "2"), ("3", "1")]
+    assert [row[:2] for row in cli_explain.site_rows(sites)] == [("0-1", "1"), ("2", "2"), ("3", "1")]
