@@ -228,7 +228,8 @@ def evaluate(
     cached = program.cached
     counters = [program.placeholders[i] for i in program.found_roles.counters]
     counts = [call for call in program.writes if call.args[0] in counters]
-    needed = set(ancestors([*nodes, *counts], filled))
+    sizes = {node: size for node in program.module.graph.nodes if (size := _size(node, env)) is not None}
+    needed = set(ancestors([*nodes, *counts], filled.keys() | sizes.keys()))
     interpreter = Interpreter(program.module)
     for node in program.module.graph.nodes:
         if node not in needed:
@@ -236,6 +237,9 @@ def evaluate(
         if node in filled:
             value = _full(node, env, filled[node])
             interpreter.env[node] = value.clone() if any(map(mutates, node.users)) else value
+            continue
+        if node in sizes:
+            interpreter.env[node] = sizes[node]
             continue
         if reads_data(node, cached):
             raise _depends("cached keys or values", node)
@@ -252,6 +256,13 @@ def evaluate(
             found = f"a mask or position that fails at {scene.past} cached columns ({error})"
             raise FailsAt(found, source_line(node), FIX) from error
     return [interpreter.env[node] for node in nodes]
+
+
+def _size(node: Node, env: Mapping[sympy.Symbol, int]) -> int | None:
+    """A size that past length and batch give, whichever tensor it was read from; None for any other node."""
+    value = example(node)
+    known = isinstance(value, torch.SymInt) and value.node.expr.free_symbols <= env.keys()
+    return concrete(value, env) if known else None
 
 
 def _input(program: Program, node: Node, scene: Scene, env: Mapping[sympy.Symbol, int]) -> Any:

@@ -202,6 +202,15 @@ def test_copies_give_plain_tokens_with_learned_positions(call: Caller) -> None:
     assert torch.equal(call(compiled("gpt2")), call(make_tiny("gpt2")))
 
 
+def test_a_padded_batch_is_taken_where_dynamo_has_made_its_size_symbolic() -> None:
+    """Its mask then reads the batch from the embedded tokens: their size, not what they hold."""
+    model = compiled()
+    read_prompt(model, prompt())
+    assert torch.equal(beam_search_over_a_padded_batch(model), beam_search_over_a_padded_batch(make_tiny("llama")))
+    assert stats(model)["rounds"] > 0
+    assert stats(model)["not_taken"] == []
+
+
 def test_beam_search_leaves_no_sequences_behind(model: PreTrainedModel) -> None:
     gc.collect()  # compiling leaves cycles that hold a first call's cache, under any backend
     greedy(model, prompt(), num_beams=3, count=20)
