@@ -108,6 +108,17 @@ def test_rows_are_bit_equal_on_tiny_models(name: str, batch: int, window: int, m
     assert (stats(model)["accepted"], stats(model)["served_rows"]) == (0, 39 * batch)
 
 
+def test_rows_do_not_depend_on_what_dynamo_saw_before() -> None:
+    """A padded batch is decoded in rounds whether its size is a number in the graph, or a symbol after a batch of one."""
+    model, inputs, settings = make_tiny("llama"), make_prompt(30, 3), {"window": 8, "inductor": False}
+    switch = compiled(model)
+    first = logits_of(model, switch, inputs, 20, **settings)
+    torch._dynamo.reset()
+    logits_of(model, switch, make_prompt(50), 1, **settings)
+    assert torch.equal(first, logits_of(model, switch, inputs, 20, **settings))
+    assert stats(model)["not_taken"] == []
+
+
 @pytest.fixture
 def all_cores() -> Iterator[None]:
     """The suite gives each of its processes one thread; kernels that split work must keep their bits as well."""
