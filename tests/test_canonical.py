@@ -109,7 +109,7 @@ def test_rows_are_bit_equal_on_tiny_models(name: str, batch: int, window: int, m
 
 
 def test_rows_do_not_depend_on_what_dynamo_saw_before() -> None:
-    """A padded batch is decoded in rounds whether its size is a number in the graph or, after a batch of one, a symbol."""
+    """A padded batch is decoded in rounds, whether its size is a number there or, after a batch of one, a symbol."""
     model, inputs, settings = make_tiny("llama"), make_prompt(30, 3), {"window": 8, "inductor": False}
     switch = compiled(model)
     first = logits_of(model, switch, inputs, 20, **settings)
