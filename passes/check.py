@@ -36,9 +36,10 @@ def _check_sites(program: Program, after: str) -> None:
 
 
 def _check_gemms(program: Program) -> None:
-    """Verify has as many GEMMs as draft, and none reads a weight that was expanded over the window."""
+    """Verify has draft's GEMMs and those of rows besides logits; none reads a weight expanded over the window."""
     draft, verify = (find_gemms(program.variants[mode]) for mode in ("draft", "verify"))
-    assert len(draft) == len(verify), f"{len(draft)} GEMMs in draft, {len(verify)} in verify"
+    same = len(draft) == len(verify) or (len(draft) < len(verify) and len(program.rows) > 1)
+    assert same, f"{len(draft)} GEMMs in draft, {len(verify)} in verify"
     for node in find_expanded(program.variants["verify"]):
         raise AssertionError(f"{node.name} reads an operand that is expanded")
 

@@ -13,23 +13,22 @@ from __future__ import annotations
 import operator
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch._guards import tracing
-from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Interpreter, Node
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 
 from vericache_compile import ops
 from vericache_compile.passes.evaluate import bind_symbols, concrete
 from vericache_compile.passes.expert_products import ExpertProducts
-from vericache_compile.passes.program import Program, example, mutates, placeholders, unsupported
+from vericache_compile.passes.program import Program, example, output_node, placeholders, returned, unsupported
 from vericache_compile.passes.split_modes import MAPPED
+from vericache_compile.passes.trace_regions import trace_regions
 
 if TYPE_CHECKING:
     import sympy
@@ -47,17 +46,22 @@ MATMULS = (torch.matmul, torch.mm, operator.matmul, "matmul", "mm", "__matmul__"
 def expand_window(program: Program) -> int:
     """Trace draft over one token and verify over `program.window`; returns the number of aten nodes made."""
     draft, verify = program.variants["draft"], program.variants["verify"]
-    logits = program.logits
-
-    def next_token(*inputs: Any) -> tuple[Tensor]:
-        return (_Linears(draft).run(*inputs)[logits].argmax(-1),)
-
-    in_dims = tuple(0 if node.meta.get("role") in MAPPED else None for node in placeholders(verify))
-    window = torch.func.vmap(_Linears(verify).run, in_dims=in_dims)
-    program.variants["draft"] = _trace(program, draft, next_token, 0)
-    program.variants["verify"] = _trace(program, verify, window, program.window)
+    program.variants["draft"] = _trace(program, draft, 0)
+    program.variants["verify"] = _trace(program, verify, program.window)
     _refuse_slow_window(program.variants["draft"], program.variants["verify"])
+    _return_next_token(program.variants["draft"], program.logits)
     return sum(len(module.graph.nodes) for module in program.variants.values())
+
+
+def _return_next_token(draft: GraphModule, logits: int) -> None:
+    """Return the token of the largest logit, and no rows."""
+    output, rows = output_node(draft), returned(draft)[logits]
+    with draft.graph.inserting_before(output):
+        token = draft.graph.call_function(aten.argmax.default, (rows, -1))
+    token.meta["val"] = rows.meta["val"].argmax(-1)
+    output.args = ((token,),)
+    draft.graph.eliminate_dead_code()
+    draft.recompile()
 
 
 def find_gemms(module: GraphModule) -> list[Node]:
@@ -137,15 +141,14 @@ def _is_shared(weight: Tensor) -> bool:
     return not torch._C._functorch.is_batchedtensor(weight)
 
 
-def _trace(program: Program, module: GraphModule, run: Callable[..., Any], window: int) -> GraphModule:
-    """make_fx of `run` on fake inputs shaped as `module`'s placeholders; tokens and positions gain a leading window."""
+def _trace(program: Program, module: GraphModule, window: int) -> GraphModule:
+    """The aten graph on fake inputs shaped as `module`'s; tokens and positions gain a leading window, if any."""
     nodes = placeholders(module)
     env = bind_symbols(program, COLUMNS)
-    if any(mutates(node) for node in module.graph.nodes):
-        run = torch.func.functionalize(run)
+    mapped = [node for node in nodes if window and node.meta.get("role") in MAPPED]
     with tracing(None), torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), preserve_node_meta():
-        inputs = [_fake(node, env, window if node.meta.get("role") in MAPPED else 0) for node in nodes]
-        traced = make_fx(run, decomposition_table=select_decomp_table())(*inputs)
+        inputs = {node: _fake(node, env, window if node in mapped else 0) for node in nodes}
+        traced = trace_regions(module, inputs, mapped, lambda region: _Linears(region).run)
     for made, node in zip(placeholders(traced), nodes, strict=True):
         made.meta["captured_input"] = node.meta.get("captured_input")
         made.meta["role"] = node.meta.get("role")

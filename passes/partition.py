@@ -11,11 +11,12 @@ segment that reads it. Inputs are numbered in the order of first use, so that eq
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
+from torch.utils._pytree import tree_map_only
 
 from vericache_compile.ops import ATTEND, OUTSIDE
 from vericache_compile.passes.program import Program, SegmentGraph, make_module, placeholders
@@ -74,6 +75,15 @@ def _is_needed(node: Node, level: dict[Node, int]) -> bool:
 
 
 def _segment(variant: GraphModule, nodes: list[Node], outputs: list[Node], free: set[Node]) -> SegmentGraph:
+    module, inputs = cut_out(variant, nodes, outputs, free)
+    return SegmentGraph(module, tuple(inputs), tuple(outputs), structure_key(module))
+
+
+def cut_out(
+    variant: GraphModule, nodes: Sequence[Node], outputs: Sequence[Node], free: Collection[Node] = ()
+) -> tuple[GraphModule, list[Node]]:
+    """Nodes of a graph as a graph that returns `outputs`, with those in `free` repeated; and what it takes, in the
+    order of first use."""
     graph = Graph()
     node_of: dict[Node, Node] = {}
     inputs: list[Node] = []
@@ -91,8 +101,7 @@ def _segment(variant: GraphModule, nodes: list[Node], outputs: list[Node], free:
         node_of[node] = graph.node_copy(node, bring)
     graph.output(tuple(node_of[n] for n in outputs))
     _placeholders_first(graph)
-    module = make_module(variant, graph)
-    return SegmentGraph(module, tuple(inputs), tuple(outputs), structure_key(module))
+    return make_module(variant, graph), inputs
 
 
 def _placeholder(graph: Graph, node: Node, number: int) -> Node:
@@ -115,16 +124,19 @@ def structure_key(module: GraphModule) -> str:
     lines = [_describe(node.meta["val"]) for node in placeholders(module)]
     for node in module.graph.nodes:
         args = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: f"%{number[n]}")
-        lines.append(f"{node.op} {node.target if node.op == 'call_function' else ''} {args}")
+        lines.append(f"{node.op} {node.target if node.op.startswith('call_') else ''} {args}")
         if node.op == "get_attr":
             lines.append(_describe_constant(getattr(module, str(node.target))))
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _describe(value: object) -> str:
-    if isinstance(value, torch.Tensor):
-        return f"{value.dtype} {tuple(value.shape)} {value.stride()} {value.device}"
-    return str(value)
+    """A tensor by its layout, also within a tuple or the like; any other value by itself."""
+
+    def layout(tensor: torch.Tensor) -> str:
+        return f"{tensor.dtype} {tuple(tensor.shape)} {tensor.stride()} {tensor.device}"
+
+    return str(tree_map_only(torch.Tensor, layout, value))
 
 
 def _describe_constant(value: object) -> str:
@@ -133,4 +145,5 @@ def _describe_constant(value: object) -> str:
         held = value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
         return f"{_describe(value)} {hashlib.sha256(held).hexdigest()}"
     assert isinstance(value, GraphModule), f"a constant of type {type(value).__name__}"
-    return value.code
+    inner = (getattr(value, str(node.target)) for node in value.graph.find_nodes(op="get_attr"))
+    return "\n".join([value.code, *map(_describe_constant, inner)])

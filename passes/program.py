@@ -175,7 +175,7 @@ def copy_module(module: GraphModule) -> GraphModule:
     return copied
 
 
-def make_module(root: GraphModule, graph: Graph) -> GraphModule:
+def make_module(root: torch.nn.Module, graph: Graph) -> GraphModule:
     """A module of a graph, parameters and submodules those of `root`. Its code is written when it is first called or
     looked at: most modules on the way are only read as graphs."""
     return _LazyGraphModule(root, graph)

@@ -119,6 +119,30 @@ def test_an_outer_product_is_no_product_with_a_weight(batch: int) -> None:
     assert_rows_equal_steps(program, captured)
 
 
+class Headed(Toy):
+    """Returns rows of a second head beside logits, as models with a value or reward head do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_value = nn.Linear(self.vocabulary, 1)
+
+    def forward(self, ids: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
+        """Logits, values [B, T, 1], and the grown cache."""
+        logits, *cache = super().forward(ids, *given)
+        return logits, self.to_value(logits), *cache
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_draft_leaves_out_what_only_other_rows_need(batch: int) -> None:
+    captured = toy_decode(Headed(), batch=batch)
+    program = run_until(captured, "expand_window", batch=batch)
+    assert [len(find_gemms(program.variants[mode])) for mode in ("draft", "verify")] == [3, 4]
+    steps = take_steps(program, captured, 4)
+    made = run_variant(program, "verify", captured, steps, 4)
+    for rows, expected in zip(made, zip(*steps.rows, strict=True), strict=True):
+        torch.testing.assert_close(rows, torch.stack(expected), atol=1e-5, rtol=1e-5)
+
+
 class InPlace(Toy):
     """Changes hidden states in place."""
 
