@@ -72,6 +72,7 @@ test-transformers: compiler
 bench: compiler $(STAMP)
 	@$(BIN)/python benchmarks/decode.py
 	@$(BIN)/python benchmarks/first_call.py
+	@$(BIN)/python benchmarks/capture.py
 
 clean:
 	@rm -rf $(VENV) .venv-torch-* $(PEER) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage htmlcov

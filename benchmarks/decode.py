@@ -149,6 +149,7 @@ def machine() -> dict[str, Any]:
         )
     return {
         "device": name,
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),

@@ -51,26 +51,6 @@ def first_call(side: str, options: dict[str, Any]) -> dict[str, float]:
     return {"seconds": seconds, "plain_seconds": plain}
 
 
-CAPTURE = """
-import sys, time
-sys.path.insert(0, {here!r})
-from decode import document, load
-from vericache_compile import explain
-model, inputs = load(), document(1, 64)
-began = time.perf_counter()
-found = explain(model, **inputs, options={options!r})
-assert found.sites and not found.not_taken, found
-print(time.perf_counter() - began)
-"""
-
-
-def capture_and_passes(options: dict[str, Any]) -> dict[str, float]:
-    """Seconds to capture a model and put its graphs through all passes but Inductor's, in a fresh process."""
-    program = CAPTURE.format(here=str(Path(__file__).parent), options=options)
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    return {"seconds": float(done.stdout.split()[-1])}
-
-
 def served_row(model: Any, options: dict[str, Any]) -> dict[str, float]:
     """Median milliseconds of a call answered from held rows, and of one into a backend that does nothing."""
     inputs = document(1, 512)
@@ -119,8 +99,7 @@ def main() -> None:
         report["served_row"] = served_row(load(), options)
     with console.status("first calls in fresh processes"):
         report["first_call"] = {side: first_call(side, options) for side in (STATIC, OURS)}
-        report["capture_and_passes"] = capture_and_passes(options)
-    print(json.dumps({name: report[name] for name in ("served_row", "first_call", "capture_and_passes")}, indent=2))
+    print(json.dumps({name: report[name] for name in ("served_row", "first_call")}, indent=2))
     write("first-call", report, None)
 
 
