@@ -83,7 +83,7 @@ def _is_narrow(node: Node) -> bool:
 def _is_changed(program: Program, parts: set[Node]) -> bool:
     """Whether anything changes in place a tensor that a mask is made of, or that is made of such a one."""
     tensors = {node for node in parts if isinstance(example(node), Tensor)}
-    changes = [node for node in program.module.graph.nodes if mutates(node) or "out" in node.kwargs]
+    changes = [node for node in program.module.graph.nodes if mutates(node)]
     return any(not tensors.isdisjoint(ancestors([node])) for node in changes)
 
 

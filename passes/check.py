@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vericache_compile.ops import ATTEND, OUTSIDE, PREFETCH, WAIT
+from vericache_compile.ops import ATTEND, LAYER, OUTSIDE, PREFETCH, WAIT
 from vericache_compile.passes.expand_window import find_expanded, find_gemms
 from vericache_compile.passes.program import Program, returned
 from vericache_compile.plan import Act, SegmentedProgram
@@ -31,7 +31,7 @@ def check(program: Program, after: str) -> None:
 
 def _check_sites(program: Program, after: str) -> None:
     for mode, module in program.variants.items():
-        layers = [node.args[8] for node in module.graph.nodes if node.target is ATTEND]
+        layers = [node.args[LAYER] for node in module.graph.nodes if node.target is ATTEND]
         assert layers == list(range(len(program.sites))), f"after {after}: {mode} attends at layers {layers}"
 
 
@@ -54,7 +54,7 @@ def _check_transfers(program: Program, after: str) -> None:
                     f"after {after}: {site.name} attends to {held.name}, which is not waited for"
                 )
                 ticket = held.args[1]
-                same = ticket.target is PREFETCH and ticket.args[1] == held.args[2] == site.args[8]
+                same = ticket.target is PREFETCH and ticket.args[1] == held.args[2] == site.args[LAYER]
                 assert same, f"after {after}: {held.name} waits for another site than {site.name}"
     for mode, variant in program.variants.items():
         asked = [node.args[1] for node in variant.graph.nodes if node.target is PREFETCH]

@@ -60,7 +60,10 @@ def _return_next_token(draft: GraphModule, logits: int) -> None:
         token = draft.graph.call_function(aten.argmax.default, (rows, -1))
     token.meta["val"] = rows.meta["val"].argmax(-1)
     output.args = ((token,),)
+    sites = draft.graph.find_nodes(op="call_function", target=ops.ATTEND)
     draft.graph.eliminate_dead_code()
+    if lost := [site for site in sites if site not in draft.graph.find_nodes(op="call_function", target=ops.ATTEND)]:
+        raise unsupported("logits that do not read all attentions, beside rows that do", lost[0], FIX)
     draft.recompile()
 
 
@@ -100,7 +103,7 @@ class _Linears(Interpreter):
     def run_node(self, n: Node) -> Any:
         try:
             return super().run_node(n)
-        except (RuntimeError, TypeError, ValueError) as error:
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise unsupported(f"a call that a window cannot be put through ({reason})", n, FIX) from error
 
@@ -124,16 +127,26 @@ def _as_product(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     product: Tensor | None = None
     if target is torch.nn.functional.linear:
         given = dict(zip(("input", "weight", "bias"), args, strict=False)) | dict(kwargs)
-        product = ops.linear(given["input"], given["weight"], given.get("bias"))
+        product = _linear(given["input"], given["weight"], given.get("bias"))
     elif target in (torch.addmm, "addmm") and not kwargs and args[0].dim() == 1 and _is_shared(args[2]):
-        product = ops.linear(args[1], args[2].t(), args[0])
+        product = _linear(args[1], args[2].t(), args[0])
     elif target in MATMULS and not kwargs:
         x, weight = args
         if x.dim() > 1 and weight.dim() > 1 and x.shape[-1] == 1:
             product = torch.mul(x, weight)
         elif weight.dim() == 2 and _is_shared(weight):
-            product = ops.linear(x, weight.t(), None)
+            product = _linear(x, weight.t(), None)
     return product
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The product in the type that autocast gives it, where that is on."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    made: Tensor = ops.linear(x, weight, bias)
+    return made
 
 
 def _is_shared(weight: Tensor) -> bool:

@@ -31,6 +31,7 @@ from vericache_compile.passes.program import (
     Program,
     SiteNodes,
     ancestors,
+    changed,
     example,
     expression,
     is_integer,
@@ -301,7 +302,7 @@ def _may_repeat(node: Node) -> bool:
 
 def _is_write(node: Node) -> bool:
     """Whether a call writes columns of a buffer in place, and stands for that buffer from there on."""
-    buffer = node.args[0] if mutates(node) else None
+    buffer = changed(node) if mutates(node) else None
     return isinstance(buffer, Node) and (write := find_write(buffer)) is not None and write.call is node
 
 
@@ -343,10 +344,10 @@ def _arguments(node: Node, env: dict[Any, int]) -> tuple[tuple[Any, ...], dict[s
 
 
 def _classify_outputs(program: Program, returned: list[Any], cached: dict[Node, OutputRole]) -> list[OutputRole]:
-    outputs = [cached.get(value) or _as_length(program, value) or OutputRole(Output.ROWS) for value in returned]
+    outputs = [cached.get(value) or _as_count(program, value) or OutputRole(Output.ROWS) for value in returned]
     for value, role in zip(returned, outputs, strict=True):
         is_tensor = isinstance(value, Node) and isinstance(example(value), torch.Tensor)
-        if not is_tensor and role.kind is not Output.LENGTH:
+        if not is_tensor and role.kind not in (Output.LENGTH, Output.BATCH):
             raise unsupported("an output that is not a tensor", output_node(program.module), "return tensors only")
     widths = {i: row_width(returned[i]) for i, role in enumerate(outputs) if role.kind is Output.ROWS}
     if not any(widths.values()):
@@ -356,13 +357,16 @@ def _classify_outputs(program: Program, returned: list[Any], cached: dict[Node, 
     return outputs
 
 
-def _as_length(program: Program, value: Any) -> OutputRole | None:
-    """The role of a returned integer that is a past length grown by this call's tokens; None for anything else."""
+def _as_count(program: Program, value: Any) -> OutputRole | None:
+    """The role of a returned integer that is a past length grown by this call's tokens, or the batch; None for anything
+    else."""
     if not isinstance(value, Node) or not is_integer(value):
         return None
     inputs, made = program.placeholders, set(ancestors([value]))
-    fed = example(inputs[program.found_roles.tokens]).shape[1]
-    if expression(example(value)) == expression(fed) and all(nodes.site.past is None for nodes in program.sites):
+    batch, fed = map(expression, example(inputs[program.found_roles.tokens]).shape)
+    if expression(example(value)) == fed and all(nodes.site.past is None for nodes in program.sites):
         return OutputRole(Output.LENGTH)
+    if expression(example(value)) == batch:
+        return OutputRole(Output.BATCH)
     source = next((i for i in program.found_roles.lengths if inputs[i] in made), None)
     return None if source is None else OutputRole(Output.LENGTH, source=source)

@@ -19,7 +19,16 @@ from torch import Tensor
 from torch.fx import Interpreter, Node
 
 from vericache_compile.passes.evaluate import LONGEST, constants
-from vericache_compile.passes.program import Program, ancestors, example, expression, mutates, target_name, unsupported
+from vericache_compile.passes.program import (
+    Program,
+    ancestors,
+    changed,
+    example,
+    expression,
+    mutates,
+    target_name,
+    unsupported,
+)
 
 FIX = "use transformers' DynamicCache (the default), or write each token by keys[:, :, input_pos] = k, input_pos [1]"
 TRIED = (0, 5, 300)
@@ -41,7 +50,7 @@ class Write:
 def find_write(buffer: Node) -> Write | None:
     """The only call that changes a buffer [B, K, C, D] in place, if it writes columns before anyone reads the buffer;
     raises UnsupportedGraph for any other."""
-    calls = [user for user in buffer.users if mutates(user) and user.args[0] is buffer]
+    calls = [user for user in buffer.users if mutates(user) and changed(user) is buffer]
     if not calls:
         return None
     call = calls[0]
@@ -84,7 +93,7 @@ def find_counters(program: Program, writes: list[Write]) -> dict[Node, Node | No
             raise unsupported("a cache that is updated in place at a column that is not its length", write.call, FIX)
         counters[own[0]] = None
     for counter in counters:
-        added = [user for user in counter.users if mutates(user) and user.args[0] is counter]
+        added = [user for user in counter.users if mutates(user) and changed(user) is counter]
         is_known = [(user.target, user.args[1:]) for user in added] in ([], [("add_", (1,))])
         if not is_known or any(user.users for user in added):
             raise unsupported("a length of a cache that is not counted up by the tokens of a call", counter, FIX)
@@ -120,7 +129,7 @@ def _column(program: Program, write: Write, counter: Node, past: Tensor) -> Tens
     for node in program.module.graph.nodes:
         if node is write.call:
             break
-        if node in needed or (mutates(node) and node.args[0] is counter):
+        if node in needed or (mutates(node) and changed(node) is counter):
             interpreter.env[node] = interpreter.run_node(node)
     found: Tensor = interpreter.env[write.at]
     return found

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from vericache_compile.ops import ATTEND, PREFETCH, WAIT
+from vericache_compile.ops import ATTEND, LAYER, PREFETCH, WAIT
 from vericache_compile.passes.program import Program
 
 
@@ -29,7 +29,7 @@ def insert_transfers(program: Program) -> int:
 
 
 def _insert(attention: Node) -> None:
-    keys, values, lengths, layer = attention.args[3], attention.args[4], attention.args[5], attention.args[8]
+    keys, values, lengths, layer = attention.args[3], attention.args[4], attention.args[5], attention.args[LAYER]
     assert isinstance(lengths, Node), f"{attention.name} has no lengths"
     with attention.graph.inserting_before(attention):
         ticket = attention.graph.call_function(PREFETCH, (lengths, layer))

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.fx import Interpreter, Node
 
 from vericache_compile.passes.evaluate import concrete
-from vericache_compile.passes.program import Program, example, is_integer, is_weight, mutates, target_name
+from vericache_compile.passes.program import Program, changed, example, is_integer, is_weight, mutates, target_name
 from vericache_compile.passes.spelled_attention import Attention
 
 COLUMNS = 3
@@ -102,7 +102,7 @@ def _between(front: tuple[Node, ...], ends: set[Node]) -> set[Node]:
 def _writes(node: Node) -> list[Node]:
     """The calls that write into a tensor, or into a part of it."""
     parts = [node, *(user for user in node.users if target_name(user) == "getitem" and user.args[0] is node)]
-    return [user for part in parts for user in part.users if mutates(user) and user.args[0] is part]
+    return [user for part in parts for user in part.users if mutates(user) and changed(user) is part]
 
 
 def _splits_by_head(

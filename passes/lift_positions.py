@@ -21,6 +21,7 @@ from vericache_compile.passes.evaluate import Scene, batch_symbols, evaluate, le
 from vericache_compile.passes.program import (
     Program,
     ancestors,
+    changed,
     example,
     mutates,
     output_node,
@@ -71,7 +72,7 @@ def _length_nodes(program: Program) -> set[Node]:
             other.add(node)
         elif any(i in lengths or i in cached for i in node.all_input_nodes):
             lengths.add(node)
-        if mutates(node) and node.args[0] not in other and node not in unmoved:
+        if mutates(node) and changed(node) not in other and node not in unmoved:
             raise unsupported("an in-place change of a mask or position", node, "write it out of place")
     return lengths
 

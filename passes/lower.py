@@ -15,7 +15,7 @@ from torch._guards import tracing
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 
-from vericache_compile.ops import ATTEND, EXPERTS_MM, PREFETCH, WAIT
+from vericache_compile.ops import ATTEND, EXPERTS_MM, LAYER, PREFETCH, WAIT
 from vericache_compile.passes.program import Program, SegmentGraph, placeholders, returned
 from vericache_compile.plan import Act, Compiled, SegmentedProgram, Step
 
@@ -91,7 +91,7 @@ def _list_steps(variant: GraphModule, segments: list[SegmentGraph], runs: list[C
 def _attention_steps(site: Node) -> list[NodeStep]:
     """The waits of one site, if it has any, and its attention: q, k, v, sinks where it has them, what waits bring."""
     waits = [node for node in site.args[3:5] if isinstance(node, Node) and node.target is WAIT]
-    layer, given = _layer(site, 8), (*site.args[:3], *site.args[10:11])
+    layer, given = _layer(site, LAYER), (*site.args[:3], *site.args[10:11])
     read = [node for node in given if isinstance(node, Node)]
     steps = [NodeStep(Act.WAIT, None, (), (node,), layer, side) for side, node in enumerate(waits)]
     return [*steps, NodeStep(Act.ATTEND, None, (*read, *waits), (site,), layer)]

@@ -15,6 +15,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Graph, GraphModule, Node
 from torch.utils._pytree import tree_map_only
 
@@ -140,10 +141,12 @@ def _describe(value: object) -> str:
 
 
 def _describe_constant(value: object) -> str:
-    """A constant tensor by its bytes, a nested graph by its code."""
+    """A constant tensor by its bytes, a nested graph by its code and constants, anything else by which object it is."""
     if isinstance(value, torch.Tensor):
-        held = value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+        with unset_fake_temporarily():
+            held = value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
         return f"{_describe(value)} {hashlib.sha256(held).hexdigest()}"
-    assert isinstance(value, GraphModule), f"a constant of type {type(value).__name__}"
-    inner = (getattr(value, str(node.target)) for node in value.graph.find_nodes(op="get_attr"))
-    return "\n".join([value.code, *map(_describe_constant, inner)])
+    if isinstance(value, GraphModule):
+        inner = (getattr(value, str(node.target)) for node in value.graph.find_nodes(op="get_attr"))
+        return "\n".join([value.code, *map(_describe_constant, inner)])
+    return f"{type(value).__name__} {id(value)}"

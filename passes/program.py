@@ -209,12 +209,19 @@ def target_name(node: Node) -> str:
 
 
 def mutates(node: Node) -> bool:
-    """Whether a node changes its first argument in place."""
+    """Whether a node changes its first argument in place, or what it is given as `out`."""
     name = target_name(node)
     if node.op == "call_function" and getattr(node.target, "__module__", "") == "_operator":
         return name in IN_PLACE
-    is_call = node.op in ("call_function", "call_method")
-    return is_call and (name.strip("_") in IN_PLACE or (name.endswith("_") and not name.endswith("__")))
+    if node.op not in ("call_function", "call_method"):
+        return False
+    is_named = name.strip("_") in IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+    return is_named or node.kwargs.get("inplace") is True or node.kwargs.get("out") is not None
+
+
+def changed(node: Node) -> Any:
+    """What a node that `mutates` changes."""
+    return node.kwargs.get("out", node.args[0] if node.args else node.kwargs.get("input"))
 
 
 def row_width(value: object) -> int:

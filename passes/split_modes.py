@@ -32,6 +32,7 @@ from vericache_compile.passes.program import (
     Program,
     SiteNodes,
     ancestors,
+    changed,
     copy_graph,
     copy_module,
     example,
@@ -91,7 +92,7 @@ def _refuse_states(program: Program) -> None:
 
 
 def _is_overwritten(node: Node) -> bool:
-    return any(mutates(user) and user.args[0] is node for user in node.users)
+    return any(mutates(user) and changed(user) is node for user in node.users)
 
 
 def _captured(program: Program, masks: Collection[Node]) -> GraphModule:
@@ -212,7 +213,7 @@ def _replace_attention(program: Program, node_of: dict[Node, Node], nodes: SiteN
     with attention.graph.inserting_before(attention):
         if before.dim() != 4:  # [B * H, T, E]
             made = attention.graph.call_method("flatten", (made, 0, 1))
-        if nodes.spelled and before.dtype is not example(nodes.query).dtype:  # wider than what is cached
+        if before.dtype is not example(nodes.query).dtype:  # wider than what is cached; narrower under autocast
             made = attention.graph.call_method("to", (made, before.dtype))
     attention.replace_all_uses_with(made)
 

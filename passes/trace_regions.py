@@ -3,7 +3,8 @@
     r0 | attend 0, r1 | attend 1, r2 | ... | attend L-1, rL      regions, in the graph's own order
     traced: r0, one of the equal regions, rL                     each of the others is a copy of its like
 
-Regions are equal where their calls, arguments and source lines are, and the layout of what they read.
+Regions are equal where their calls, arguments, constants and source lines are, and the layout of what they read and
+which of it has a window. A graph with something between regions that no cut may separate is one region.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
@@ -21,13 +23,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
 
-from vericache_compile.ops import ATTEND
+from vericache_compile.ops import ATTEND, LAYER
 from vericache_compile.passes.partition import cut_out, structure_key
-from vericache_compile.passes.program import make_module, mutates, placeholders, returned
+from vericache_compile.passes.program import make_module, mutates, placeholders, returned, target_name
 
 aten = torch.ops.aten
-LAYER = 8
-"""The place of the site's number among the arguments of `vericache.attend`."""
 Run = Callable[..., Any]
 
 
@@ -43,16 +43,17 @@ class _Traced:
 def trace_regions(
     module: GraphModule, inputs: Mapping[Node, Any], mapped: Collection[Node], run: Callable[[GraphModule], Run]
 ) -> GraphModule:
-    """The aten graph of `module` on fake `inputs`; of these, and of what is returned, those in `mapped` have a window.
+    """The aten graph of `module` on fake `inputs`, of which those in `mapped` have a window.
 
-    A window is a leading axis [W, ...] that torch.func.vmap maps over; where there is one, all that is returned has it.
-    `run` makes of a region what is called to run it.
+    A window is a leading axis [W, ...] that torch.func.vmap maps over; where any input has one, all that is returned
+    has it. `run` makes of a region what is called to run it.
     """
-    unrolled = _Unrolled(module, inputs, mapped, run)
     regions = list(_regions(module.graph))
-    if not all(map(unrolled.add, regions)):  # something that an earlier region made changes in place: no cuts
+    whole = [node for region in regions for node in region]
+    unrolled = _Unrolled(module, inputs, mapped, run)
+    if any(map(_enters, regions)) or not all(map(unrolled.add, regions)):
         unrolled = _Unrolled(module, inputs, mapped, run)
-        unrolled.add([node for region in regions for node in region])
+        unrolled.add(whole)
     return unrolled.finish()
 
 
@@ -65,6 +66,12 @@ def _regions(graph: Graph) -> Iterator[list[Node]]:
         if node.op not in ("placeholder", "output"):
             region.append(node)
     yield region
+
+
+def _enters(region: Sequence[Node]) -> bool:
+    """Whether a region enters what a later one leaves (autocast, say)."""
+    inside = set(region)
+    return any("enter" in target_name(node) and not inside.issuperset(node.users) for node in region)
 
 
 class _Unrolled:
@@ -84,6 +91,8 @@ class _Unrolled:
         self.mapped: set[Node] = set()
         """Nodes of `graph` that have a window."""
         self.traced: dict[str, _Traced] = {}
+        self.constants = count()
+        self.is_pure = not any(mutates(node) for node in module.graph.nodes)
         for node, given in inputs.items():
             made = self.graph.placeholder(node.name)
             made.meta["val"] = given
@@ -93,8 +102,6 @@ class _Unrolled:
 
     def add(self, nodes: Sequence[Node]) -> bool:
         """Append a region; whether it leaves what it reads as it is."""
-        if not nodes:
-            return True
         inside = set(nodes)
         outputs = [node for node in nodes if not inside.issuperset(node.users)]
         region, reads = cut_out(self.module, nodes, outputs)
@@ -142,7 +149,7 @@ class _Unrolled:
             return values
 
         def windowed(*given: Tensor) -> list[Any]:
-            if not any(dim == 0 for dim in in_dims):
+            if not self.mapped.intersection(tensors):
                 return flat(*given)
             values: list[Any] = []
 
@@ -153,9 +160,9 @@ class _Unrolled:
             made = iter(torch.func.vmap(rows, in_dims=in_dims)(*given))
             return [next(made) if is_mapped else value for value, is_mapped in zip(values, mapped, strict=True)]
 
-        is_pure = not any(mutates(node) for node in region.graph.nodes)
-        call = windowed if is_pure else torch.func.functionalize(windowed)
-        traced = make_fx(call, decomposition_table=select_decomp_table())(*(node.meta["val"] for node in tensors))
+        call = windowed if self.is_pure else torch.func.functionalize(windowed)
+        fakes = [node.meta["val"].detach() for node in tensors]  # make_fx takes one tensor given twice for one input
+        traced = make_fx(call, decomposition_table=select_decomp_table())(*fakes)
         return _Traced(traced, specs[0], mapped)
 
     def _copy(self, traced: GraphModule, tensors: Sequence[Node], layers: Sequence[Any]) -> list[Any]:
@@ -169,7 +176,7 @@ class _Unrolled:
             if node.target is ATTEND:
                 made.update_arg(LAYER, next(numbers))
             if node.op == "get_attr":
-                made.target = f"_constant_{len(self.root.__dict__)}"
+                made.target = f"_constant_{next(self.constants)}"
                 setattr(self.root, made.target, getattr(traced, str(node.target)))
         return list(map_arg(returned(traced), node_of.__getitem__))
 

@@ -405,6 +405,8 @@ class Session:
         def output(role: OutputRole) -> Any:
             if role.kind is Output.LENGTH:
                 return tokens.shape[1] + (int(inputs[role.source]) if role.source >= 0 else 0)
+            if role.kind is Output.BATCH:
+                return tokens.shape[0]
             if role.kind in (Output.KEYS, Output.VALUES):
                 return pairs[role.layer][role.kind is Output.VALUES]
             return next(remaining)

@@ -17,14 +17,22 @@ def plain_tokens() -> Callable[..., torch.Tensor]:
     return plain_tokens_of
 
 
+@pytest.fixture(autouse=True, scope="module")
+def fresh_dynamo() -> Iterator[None]:
+    """The tests of a file share what Dynamo captures: models of one make and options run one graph."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
 @pytest.fixture(autouse=True)
-def fresh_dynamo(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Each test compiles on its own, but for those that share what was captured."""
-    shared = request.node.get_closest_marker("shared_captures")
-    if not shared:
+def own_captures(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tests marked so share nothing."""
+    own = request.node.get_closest_marker("own_captures")
+    if own:
         torch._dynamo.reset()
     yield
-    if not shared:
+    if own:
         torch._dynamo.reset()
 
 

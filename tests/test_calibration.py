@@ -30,7 +30,6 @@ from vericache_compile.model_state import state_of
 from vericache_compile.plan import Site
 from vericache_compile.testing import storages
 
-pytestmark = pytest.mark.shared_captures
 METHODS = ("recalkv", "cskv", "cskv(bits=4)", "kvquant", "kvsharer(share=0.4)")
 FIX = "vericache calibrate --compressor"
 

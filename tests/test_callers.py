@@ -164,7 +164,6 @@ def shared() -> PreTrainedModel:
     return model
 
 
-@pytest.mark.shared_captures
 @pytest.mark.parametrize("call", TAKEN, ids=lambda call: call.__name__)
 def test_caller_gets_plain_tokens_from_rounds(call: Caller) -> None:
     model = shared()
@@ -230,6 +229,7 @@ def test_the_callers_cache_holds_no_data() -> None:
         cache = DynamicCache(config=model.config)
 
 
+@pytest.mark.own_captures
 def test_a_recompile_storm_never_reaches_dynamos_limit() -> None:
     """Past its limit Dynamo would run the model on hollow caches; the limit is raised before that."""
     model, limit = make_tiny("llama"), 8

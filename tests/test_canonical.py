@@ -74,7 +74,6 @@ def wrong_guess(vocabulary: int, logits: Tensor) -> Callable[[Tensor, int], Tens
     return lambda start, steps: torch.full((start.shape[0], steps), never)
 
 
-@pytest.mark.shared_captures
 @pytest.mark.parametrize("compressor", ["kvzip(keep=0.1)", "h2o(keep=0.1, refresh=8)", "quest(keep=0.1, whole=0)"])
 def test_rows_do_not_depend_on_what_a_compressor_asks_for(compressor: str) -> None:
     """A context repeated behind the frontier, draft caches made anew, tokens recalled from the full cache."""
@@ -83,7 +82,6 @@ def test_rows_do_not_depend_on_what_a_compressor_asks_for(compressor: str) -> No
     assert torch.equal(expected, logits_of(model, switch, inputs, 30, compressor=compressor, window=8, inductor=False))
 
 
-@pytest.mark.shared_captures
 @pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize(
     ("name", "window"),

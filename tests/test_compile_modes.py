@@ -130,6 +130,7 @@ def test_a_reset_compiler_starts_anew() -> None:
     assert stats(model)["graphs"]["decode"] == before + 1
 
 
+@pytest.mark.own_captures
 def test_growing_lengths_and_many_prompts_are_captured_once() -> None:
     """500 tokens at growing lengths, then 20 prompts of different lengths: two prefills and one decode step."""
     model = compiled()

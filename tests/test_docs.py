@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from models import OLDER
 
 from vericache_compile.compressors.table import COMPRESSORS, all_parameters
 from vericache_compile.sweep import COLUMNS
@@ -38,6 +39,7 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert f"docs/compressors/{page.name}" in (ROOT / "README.md").read_text()
 
 
+@pytest.mark.skipif(OLDER, reason="the page is of a newer transformers, where other families have sdpa")
 def test_the_page_on_models_has_every_family_and_each_is_right() -> None:
     """As `vericache sweep --markdown docs/models.md` writes it."""
     lines = [line for line in (ROOT / "docs" / "models.md").read_text().splitlines() if line.startswith("| ")]

@@ -15,7 +15,6 @@ from transformers import DynamicCache, PreTrainedModel
 
 from vericache_compile import stats
 
-pytestmark = pytest.mark.shared_captures
 Asked = tuple[int, int, dict[str, Any]]
 
 

@@ -15,7 +15,6 @@ from transformers.generation.streamers import BaseStreamer
 
 from vericache_compile import stats
 
-pytestmark = pytest.mark.shared_captures
 Asked = Callable[[PreTrainedModel], Tensor]
 
 

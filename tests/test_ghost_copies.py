@@ -16,7 +16,6 @@ from transformers import DynamicCache, PreTrainedModel
 from vericache_compile import stats
 from vericache_compile.errors import GhostError
 
-pytestmark = pytest.mark.shared_captures
 OPTIONS: dict[str, Any] = {"inductor": False, "compressor": "snapkv", "keep": 0.2, "window": 4}
 Caller = Callable[[PreTrainedModel], Tensor]
 

@@ -15,7 +15,6 @@ from vericache_compile import stats
 from vericache_compile.runtime import rounds
 from vericache_compile.runtime.caches import DraftKV
 
-pytestmark = pytest.mark.shared_captures
 OPTIONS: dict[str, Any] = {"window": 8, "inductor": False}
 
 

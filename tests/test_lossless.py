@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 
 from vericache_compile import stats
 
-pytestmark = pytest.mark.shared_captures
 MODELS = ("llama", "qwen3", "gpt2")
 
 

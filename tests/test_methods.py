@@ -10,8 +10,6 @@ from vericache_compile.compressors.table import COMPRESSORS
 from vericache_compile.runtime import drafting
 from vericache_compile.testing import GATHER, KV_HEADS, check_tokens, make_prompt, tiny_model
 
-pytestmark = pytest.mark.shared_captures
-
 
 @pytest.fixture(autouse=True)
 def gathering(monkeypatch: pytest.MonkeyPatch) -> None:

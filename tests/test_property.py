@@ -18,7 +18,6 @@ from transformers import DynamicCache, PreTrainedModel
 from vericache_compile import stats
 from vericache_compile.runtime import compression, drafting
 
-pytestmark = pytest.mark.shared_captures
 CONFIGURATIONS: list[Any] = [
     (1, {"compressor": "kivi", "bits": 2, "window": 8}),
     (3, {"compressor": "streaming", "keep": 0.2, "window": 4}),

@@ -41,14 +41,19 @@ def sampling(model: PreTrainedModel) -> Tensor:
 
 @torch.no_grad()
 def by_hand(model: PreTrainedModel) -> Tensor:
-    """A loop of one's own, where the model computes mask and positions from the count; padded on the left."""
-    cache, tokens = StaticCache(config=model.config, max_cache_len=64), []
-    ids, mask = make_prompt(20, 3).values()
-    for _ in range(30):
-        ids = model(input_ids=ids, attention_mask=mask, past_key_values=cache).logits[:, -1:].argmax(-1)
-        tokens.append(ids)
-        mask = torch.cat([mask, mask.new_ones(3, 1)], dim=1)
-    return torch.cat(tokens, dim=1)
+    """A loop of one's own, where the model computes mask and positions from the count; padded on the left.
+
+    With the second batch Dynamo makes its size symbolic; a cache that is first filled notes it.
+    """
+    tokens = []
+    for batch in (1, 3):
+        cache = StaticCache(config=model.config, max_cache_len=64)
+        ids, mask = make_prompt(20, batch).values()
+        for _ in range(30):
+            ids = model(input_ids=ids, attention_mask=mask, past_key_values=cache).logits[:, -1:].argmax(-1)
+            tokens.append(ids)
+            mask = torch.cat([mask, mask.new_ones(batch, 1)], dim=1)
+    return torch.cat(tokens)
 
 
 @pytest.mark.parametrize("call", [padded, one_cache_for_several_turns, sampling, by_hand])

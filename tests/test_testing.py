@@ -16,7 +16,6 @@ from vericache_compile.compressors import table
 from vericache_compile.compressors.none import NoCompression, UncompressedKV
 from vericache_compile.compressors.streaming import Streaming
 
-pytestmark = pytest.mark.shared_captures
 EXAMPLE = Path(__file__).parents[1] / "examples" / "custom_compressor.py"
 TestEveryOther = runpy.run_path(str(EXAMPLE))["TestEveryOther"]
 EveryOther = table._registered.pop("every_other")  # other test files share this process

@@ -144,7 +144,7 @@ def _convert(gguf: Path, folder: Path, progress: bool) -> None:
         raise DemoModelError(f"the conversion failed: {error}", f"{FOLDER}, from {WHEEL}", fix) from error
     if not _complete(folder):
         missing = ", ".join(name for name in _FILES if not (folder / name).is_file())
-        fix = "use a transformers from 5.17 to 5.23"
+        fix = "use a transformers from 5.17 to 5.24"
         raise DemoModelError(f"transformers wrote no {missing}", f"{FOLDER}, from {WHEEL}", fix)
 
 

@@ -290,6 +290,8 @@ EXPERT_ROWS = 16
 
 ATTEND = torch.ops.vericache.attend.default
 """The node target of a site."""
+LAYER = 8
+"""The place of the site's number among its arguments."""
 PREFETCH = torch.ops.vericache.prefetch.default
 """The node target of a request for a site's full KV."""
 WAIT = torch.ops.vericache.wait.default

@@ -25,6 +25,8 @@ class Output(StrEnum):
     VALUES = "values"
     LENGTH = "length"
     """The past length that the caller counts, grown by this call's tokens: an integer."""
+    BATCH = "batch"
+    """How many rows this call has: an integer, which a cache may note as it is first filled."""
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,6 @@ from vericache_compile.errors import OptionError
 from vericache_compile.plan import Site
 from vericache_compile.runtime import caches, compression
 
-pytestmark = pytest.mark.shared_captures
-
 
 def test_without_a_file_layers_are_paired_from_the_last_one_down() -> None:
     assert KVSharer(share=0.25).donors(8) == {7: 6, 5: 4}

@@ -143,6 +143,26 @@ def test_draft_leaves_out_what_only_other_rows_need(batch: int) -> None:
         torch.testing.assert_close(rows, torch.stack(expected), atol=1e-5, rtol=1e-5)
 
 
+class Mixed(Toy):
+    """Enters autocast itself, for its logits."""
+
+    def finish(self, x: Tensor, past: Tensor, *more: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.to_logits(x)
+
+
+@pytest.mark.parametrize("model", [Toy, Mixed])
+def test_products_are_of_the_type_that_autocast_gives_them(model: type[Toy]) -> None:
+    with torch.autocast("cpu", torch.bfloat16, enabled=model is Toy):
+        captured = toy_decode(model(), batch=3)
+        program = run_until(captured, "expand_window", batch=3)
+        steps = take_steps(program, captured, 4)
+        [logits] = run_variant(program, "verify", captured, steps, 4)
+    expected = torch.stack([rows[0] for rows in steps.rows])
+    assert logits.dtype is expected.dtype is torch.bfloat16
+    torch.testing.assert_close(logits, expected, atol=0.04, rtol=0.02)  # a few units in the last place
+
+
 class InPlace(Toy):
     """Changes hidden states in place."""
 
@@ -184,6 +204,14 @@ class Copied(Spelled):
         return torch.bmm(x, self.matrix.expand(x.shape[0], -1, -1))
 
 
+class Out(Toy):
+    """Writes over its hidden states by name, and reads them."""
+
+    def finish(self, x: Tensor, past: Tensor, *more: Tensor) -> Tensor:
+        torch.mul(x, 2, out=x)
+        return self.to_logits(x)
+
+
 class Noisy(Toy):
     """Draws a random number per token."""
 
@@ -196,6 +224,7 @@ class Noisy(Toy):
     [
         (Expert, "a product with weights that a window cannot share among its tokens", "expert_mm(x, self.matrix)"),
         (Copied, "a product with weights that are copied for each token of a window", "torch.bmm"),
+        (Out, "a call that a window cannot be put through", "out=x"),
         (Noisy, "a call that a window cannot be put through", "torch.rand_like(x)"),
     ],
 )

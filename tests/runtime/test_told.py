@@ -22,7 +22,6 @@ from vericache_compile.runtime import drafting, repeat
 from vericache_compile.runtime.drawn import attention_drawn
 from vericache_compile.runtime.sequences import Sequence
 
-pytestmark = pytest.mark.shared_captures
 TOKENS, NEW, BATCH = 45, 100, 3
 SEEN: list[tuple[Facts, Tensor, Tensor | None]] = []
 
