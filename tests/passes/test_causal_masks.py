@@ -241,6 +241,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
+@pytest.mark.own_captures
 @pytest.mark.parametrize(
     ("hidden", "module"),
     [
