@@ -4,8 +4,8 @@
     verify: tokens [W, B, 1] -> logits [W, B, 1, V], attention sees [B, H, W, D], causal in the window
 
 Every matrix product with a weight is one `vericache.linear` in both, and one with the weights of experts that tokens
-choose one `vericache.experts_mm` (`expert_products`), so verify has as many GEMMs as draft and none over an expanded
-weight. A model for which that does not come out raises UnsupportedGraph: its window would cost W decode steps.
+choose one `vericache.experts_mm` (`expert_products`), so verify has as many GEMMs as one decode step and none over an
+expanded weight. A model for which that does not come out raises UnsupportedGraph: its window would cost W decode steps.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ def _return_next_token(draft: GraphModule, logits: int) -> None:
     output.args = ((token,),)
     sites = draft.graph.find_nodes(op="call_function", target=ops.ATTEND)
     draft.graph.eliminate_dead_code()
-    if lost := [site for site in sites if site not in draft.graph.find_nodes(op="call_function", target=ops.ATTEND)]:
+    left = set(draft.graph.find_nodes(op="call_function", target=ops.ATTEND))
+    if lost := [site for site in sites if site not in left]:
         raise unsupported("logits that do not read all attentions, beside rows that do", lost[0], FIX)
     draft.recompile()
 

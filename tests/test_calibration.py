@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +55,10 @@ def files(tmp_path_factory: pytest.TempPathFactory, text: torch.Tensor) -> dict[
 
 
 @pytest.fixture(scope="module")
-def switched() -> Iterator[tuple[PreTrainedModel, Switch]]:
-    torch._dynamo.reset()
+def switched() -> tuple[PreTrainedModel, Switch]:
     model, switch = make_tiny("llama", layers=3), Switch()
     model.compile(backend=switch)
-    yield model, switch
-    torch._dynamo.reset()
+    return model, switch
 
 
 def _spelled(method: str, path: Path) -> str:

@@ -21,12 +21,10 @@ Asked = tuple[int, int, dict[str, Any]]
 @pytest.fixture(scope="module", params=["llama", pytest.param("gemma3_text", marks=pytest.mark.slow)])
 def pair(request: pytest.FixtureRequest) -> Iterator[tuple[PreTrainedModel, PreTrainedModel]]:
     """A plain model and the same one compiled; the second kind has sliding layers."""
-    torch._dynamo.reset()
     model = make_tiny(request.param)
     model.compile(backend="vericache", options=OPTIONS)
     yield make_tiny(request.param), model
     assert stats(model)["rounds"] > 0
-    torch._dynamo.reset()
 
 
 @st.composite

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,15 +19,13 @@ Asked = Callable[[PreTrainedModel], Tensor]
 
 
 @pytest.fixture(scope="module")
-def compiled() -> Iterator[PreTrainedModel]:
-    torch._dynamo.reset()
+def compiled() -> PreTrainedModel:
     model = make_tiny("llama")
     with torch.no_grad():  # transformers' hooks, which break the graph of the call that installs them
         model(input_ids=prompt(), output_hidden_states=True)
     model.compile(backend="vericache", options={**OPTIONS, "strict": True})
     greedy(model, prompt(), count=2)
-    yield model
-    torch._dynamo.reset()
+    return model
 
 
 class Threes(StoppingCriteria):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -177,11 +177,9 @@ CALLERS: list[Caller] = [
 
 
 @pytest.fixture(scope="module")
-def model() -> Iterator[PreTrainedModel]:
+def model() -> PreTrainedModel:
     """One compiled model for all tests that do not change its options."""
-    torch._dynamo.reset()
-    yield compiled()
-    torch._dynamo.reset()
+    return compiled()
 
 
 @pytest.mark.parametrize("call", CALLERS, ids=lambda call: call.__name__)

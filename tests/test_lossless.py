@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -30,13 +29,11 @@ GRID = [
 
 
 @pytest.fixture(scope="module")
-def switched(request: pytest.FixtureRequest) -> Iterator[tuple[PreTrainedModel, Switch]]:
+def switched(request: pytest.FixtureRequest) -> tuple[PreTrainedModel, Switch]:
     """A small model, compiled under options that each test sets."""
-    torch._dynamo.reset()
     model, switch = make_tiny(request.param), Switch()
     model.compile(backend=switch)
-    yield model, switch
-    torch._dynamo.reset()
+    return model, switch
 
 
 @pytest.mark.parametrize(("switched", "compressor", "window"), GRID, indirect=["switched"])

@@ -153,7 +153,6 @@ ACTIONS: st.SearchStrategy[tuple[Any, ...]] = st.one_of(
 @pytest.fixture(scope="module", params=CONFIGURATIONS, ids=lambda p: f"{p[1]['compressor']}-{p[0]}")
 def make_caller(request: pytest.FixtureRequest) -> Iterator[Callable[[], Caller]]:
     """Callers of one compiled model; tails are short, so that they are compressed in often."""
-    torch._dynamo.reset()
     batch, options = request.param
     plain, ours = make_tiny("llama", layers=3), make_tiny("llama", layers=3)
     ours.compile(backend="vericache", options={**options, "inductor": False})
@@ -165,7 +164,6 @@ def make_caller(request: pytest.FixtureRequest) -> Iterator[Callable[[], Caller]
     assert found["rounds"] > 0
     assert found["accepted"] > 0
     assert found["graphs"]["not taken"] == 0
-    torch._dynamo.reset()
 
 
 @settings(max_examples=15, deadline=None, derandomize=True)

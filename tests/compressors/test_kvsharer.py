@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -75,12 +74,10 @@ def test_a_borrower_takes_the_bytes_of_its_tail_only() -> None:
 
 
 @pytest.fixture(scope="module")
-def switched() -> Iterator[tuple[PreTrainedModel, Switch]]:
-    torch._dynamo.reset()
+def switched() -> tuple[PreTrainedModel, Switch]:
     model, switch = make_tiny("llama"), Switch()
     model.compile(backend=switch)
-    yield model, switch
-    torch._dynamo.reset()
+    return model, switch
 
 
 @pytest.mark.parametrize("compressor", ["kvsharer(share=0.67)", "0: none, rest: kvsharer(share=0.34)"])

@@ -93,7 +93,6 @@ def told() -> Iterator[Told]:
         patch.setattr(drafting, "CHUNK", 8)
         patch.setattr(repeat, "CHUNK", 20)
         patch.setitem(table._registered, "listener", Listener)
-        torch._dynamo.reset()
         model, switch = make_tiny("llama", layers=3), Switch()
         plain = make_tiny("llama", layers=3)
         plain.set_attn_implementation("eager")
@@ -114,7 +113,6 @@ def told() -> Iterator[Told]:
         sequence = state.latest.session.newest
         assert sequence is not None
         yield Told(model, sequence, ids, pads, list(weights), list(SEEN))
-        torch._dynamo.reset()
 
 
 def test_attention_is_the_sum_that_plain_attention_gives(told: Told) -> None:
