@@ -163,7 +163,7 @@ class Session:
             record(sequence, plan, module, inputs, columns, count)
         for row, pad in zip(sequence.rows, pads, strict=True):
             row.length, row.pad = columns + count, pad
-        if "repeated" in self.compressor.wants or sequence.full.tier is Tier.DISK:
+        if self.compressor.wants & {"repeated", "ids"} or sequence.full.tier is Tier.DISK:
             _note_tokens(sequence, inputs[roles.tokens], columns)
         self._note(sequence)
         self.prefill_seconds += time.perf_counter() - began

@@ -43,6 +43,7 @@ class Telling:
             repeated=scores[layer] if scores else None,
             everywhere=tuple(scores[i] for i in compressed) if scores else (),
             read=reader(full, layer, b, row.pad) if "read" in self.wants else None,
+            ids=row.ids[begin:end] if "ids" in self.wants and len(row.ids) >= end else None,
             shared=self.shared.setdefault(b, {}) if "shared" in self.wants else None,
         )
 

@@ -208,6 +208,14 @@ def test_repeated_is_the_most_that_a_repetition_attends_to_a_key(told: Told) -> 
                 torch.testing.assert_close(scores, expected, atol=1e-4, rtol=1e-3)
 
 
+def test_ids_are_the_tokens_handed_over_each_time(told: Told) -> None:
+    for b, pad in enumerate(told.pads):
+        for time in range(len(told.facts) // (len(told.weights) * BATCH)):
+            facts, keys, _ = told.of(0, b, time)
+            begin = pad + facts.token
+            assert facts.ids == told.ids[b, begin : begin + keys.shape[1]].tolist()
+
+
 def test_sites_of_a_row_share_and_rows_do_not(told: Told) -> None:
     shared = [[told.of(layer, b)[0].shared for layer in range(3)] for b in range(BATCH)]
     assert all(row[0] is not None and all(x is row[0] for x in row) for row in shared)

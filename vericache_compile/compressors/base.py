@@ -109,7 +109,7 @@ class Compressor(ABC):
     needs: ClassVar[tuple[str, ...]] = ()
     """What it asks for: `queries`, the last ones; `layers`, which site of how many it stands at (`for_layer`);
     `count`, a number that the data decides, and the host waits for it once per site and compression; or one of `Facts`:
-    `pre_rope`, `attention`, `repeated`, `read`, `shared`."""
+    `pre_rope`, `attention`, `repeated`, `read`, `ids`, `shared`."""
     refresh: int = 0
     """Compress anew from the full KV after so many tokens, by the latest queries; 0: never."""
     facts: Facts = NOTHING

@@ -5,7 +5,7 @@ Shapes: K KV heads, S tokens handed over, n columns, D head size, Dv value head 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -48,6 +48,8 @@ class Facts:
     """`repeated` of every site of the row that is compressed, this one's too."""
     read: Read | None = None
     """`read`: reads the full KV, during draft too."""
+    ids: Sequence[int] | None = None
+    """`ids`: [S], the tokens that are handed over, as the tokenizer numbers them."""
     shared: dict[object, Tensor] | None = None
     """`shared`: what sites of one row leave for later ones, in one compression."""
 
@@ -59,5 +61,5 @@ class Facts:
 
 
 NOTHING: Final = Facts()
-KINDS: Final = frozenset({"pre_rope", "attention", "repeated", "read", "shared"})
+KINDS: Final = frozenset({"pre_rope", "attention", "repeated", "read", "ids", "shared"})
 """What a method's `needs` can name of these."""
