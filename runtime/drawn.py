@@ -123,9 +123,10 @@ def attention_drawn(q: Tensor, keys: Tensor, scale: float) -> Tensor:
     sums = torch.zeros(kv_heads, columns, device=keys.device)
     for begin in range(0, tokens, AT_ONCE):
         own = torch.arange(begin, min(begin + AT_ONCE, tokens), device=keys.device) + columns - tokens
-        future = torch.arange(columns, device=keys.device) > own[:, None]
+        seen = max(min(begin + AT_ONCE, tokens) + columns - tokens, 0)  # what comes later is nobody's here
+        future = torch.arange(seen, device=keys.device) > own[:, None]
         for head in range(kv_heads):  # one at a time: the weights are [G, T, C]
-            logits = grouped[head, :, begin : begin + AT_ONCE].float() * scale @ keys[head].float().T
+            logits = grouped[head, :, begin : begin + AT_ONCE].float() * scale @ keys[head, :seen].float().T
             weights = logits.masked_fill_(future, float("-inf")).softmax(dim=-1)
-            sums[head] += weights.nan_to_num_(0).sum(dim=(0, 1))  # a query of padding sees nothing
+            sums[head, :seen] += weights.nan_to_num_(0).sum(dim=(0, 1))  # a query of padding sees nothing
     return sums

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vericache_compile.compressors.kivi import Kivi
-from vericache_compile.compressors.kvquant import KVQuant, Ranges, k_means, nearest
+from vericache_compile.compressors.kvquant import KVQuant, Ranges, k_means
 from vericache_compile.errors import OptionError
 
 Row = Callable[..., tuple[Tensor, Tensor, Tensor]]
@@ -120,15 +120,3 @@ def test_nan_is_no_crash_and_spoils_no_other_head(random_row: Row) -> None:
 def test_values_out_of_range_are_option_errors(wrong: dict[str, int]) -> None:
     with pytest.raises(OptionError, match=next(iter(wrong))):
         KVQuant(**wrong)
-
-
-@pytest.mark.parametrize("spread", [1.0, 1e-3])
-def test_the_nearest_level_is_the_nearest(spread: float) -> None:
-    """Of many numbers too, which are looked up in a table; levels may lie closer than its bins."""
-    generator = torch.Generator().manual_seed(2)
-    levels = (spread * (2 * torch.rand(64, generator=generator) - 1)).sort().values
-    x = 3 * torch.rand(2, 9000, 3, generator=generator) - 1.5
-    x[0, :64, 0], x[1, :63, 1] = levels, (levels[1:] + levels[:-1]) / 2
-    found = levels[nearest(x, levels).long()]
-    best = (x[..., None] - levels).abs().min(dim=-1).values
-    torch.testing.assert_close((x - found).abs(), best, rtol=0, atol=2e-7)

@@ -27,6 +27,7 @@ from torch import Tensor
 from vericache_compile.calibration import Calibration
 from vericache_compile.compressors.dense import check_count
 from vericache_compile.compressors.fitted import Fit, Learned
+from vericache_compile.compressors.levels import nearest
 from vericache_compile.compressors.observed import sample
 from vericache_compile.compressors.outliers import Outliers, outlier_count, put_outliers, take_outliers
 from vericache_compile.compressors.planes import check_bits, pack_planes, unpack_planes
@@ -37,7 +38,6 @@ from vericache_compile.errors import OptionError
 BLOCK: Final = 128
 SAMPLES: Final = 16384
 """Numbers, evenly spread over the tokens, that k-means looks at."""
-BINS: Final = 8192
 TURNS: Final = 20
 """Of k-means."""
 
@@ -164,8 +164,9 @@ def fit_ranges(
     channels, skipped = keys.transpose(1, 2).contiguous(), int(outliers / 2 * keys.shape[1])
     ends = (channels.topk(skipped + 1, dim=2, largest=largest).values[..., -1] for largest in (False, True))
     low, high = (end[:, None].clone() for end in ends)
-    scaled = (scale_down(keys, low, high), split_values(values, outliers)[3])
-    mass = (None, None) if weights is None else (weights[0], weights[1].transpose(0, 1).flatten(1).unsqueeze(0))
+    some = slice(None, None, max(values.numel() // (4 * SAMPLES), 1))  # tokens: k-means looks at few numbers of each
+    scaled = (scale_down(keys, low, high), split_values(values[:, some], outliers)[3])
+    mass = (None, None) if weights is None else (weights[0], weights[1][:, some].transpose(0, 1).flatten(1)[None])
     levels = [k_means(x, own, 2**bits) for x, own in zip(scaled, mass, strict=True)]
     return Ranges(levels[0], levels[1], low, high)
 
@@ -189,22 +190,6 @@ def scale_up(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """The inverse, in the dtype of the range."""
     middle, half = (high.float() + low.float()) / 2, (high.float() - low.float()) / 2
     return torch.addcmul(middle, x, half).to(low.dtype)
-
-
-def nearest(x: Tensor, levels: Tensor) -> Tensor:
-    """uint8 index of the level nearest to each number of x.
-
-    A search per number is slow on a CPU. There a table says how many bounds lie before each of many narrow bins of
-    [-1, 1], and one comparison whether the next is passed too; that is exact where no bin has two.
-    """
-    bounds = (levels[1:] + levels[:-1]) / 2
-    if x.device.type == "cpu" and x.numel() > BINS:
-        before = torch.bucketize(torch.arange(BINS + 1) * (2 / BINS) - 1, bounds)
-        if int(before.diff().max()) < 2:
-            bins = ((x.clamp(-1, 1) + 1) * (BINS / 2)).long().clamp_(max=BINS - 1)
-            following = F.pad(bounds, (0, 1), value=float("inf"))[before]
-            return before.to(torch.uint8).take(bins) + (x > following.take(bins))
-    return torch.bucketize(x, bounds).to(torch.uint8)
 
 
 def k_means(x: Tensor, weights: Tensor | None, count: int) -> Tensor:

@@ -91,7 +91,10 @@ def round_tokens(x: Tensor, share: float) -> tuple[Tensor, Tensor, Tensor]:
 
 def block_order(codes: Tensor) -> Tensor:
     """Tokens [K, S] of value codes [K, S, D]: each block of 64 sorted by the tokens' medians."""
-    medians = torch.unflatten(codes.median(dim=2).values, 1, (codes.shape[1] // BLOCK, BLOCK))
+    counts = torch.zeros((*codes.shape[:2], 2**WIDEST), dtype=torch.int16, device=codes.device)
+    counts.scatter_add_(2, codes.long(), torch.ones_like(codes, dtype=torch.int16))
+    below = counts.cumsum(dim=2) <= (codes.shape[2] - 1) // 2  # a median by counting: there are few codes
+    medians = torch.unflatten(below.sum(dim=2), 1, (codes.shape[1] // BLOCK, BLOCK))
     inside = medians.argsort(dim=2, stable=True)
     starts = torch.arange(0, codes.shape[1], BLOCK, device=codes.device)
     return (inside + starts[:, None]).flatten(1)
@@ -107,11 +110,12 @@ def _pack(codes: Tensor, step: Tensor, low: Tensor, order: Tensor) -> Packed:
     spread = most - least
     width = sum((spread > 2**bit - 1).to(torch.uint8) for bit in range(WIDEST))
     assert isinstance(width, Tensor), "there are bits"
-    relative = (packs - least.unsqueeze(3)).int().unsqueeze(4)
-    planes = torch.arange(WIDEST, device=codes.device)
-    bits = (relative >> planes & 1) << torch.arange(PACK, device=codes.device).unsqueeze(1)  # [S / p, K, D, p, 4]
-    words = bits.sum(dim=3).to(torch.int16)
-    kept = words[planes < width.unsqueeze(3)]
+    relative = (packs - least.unsqueeze(3)).to(torch.int16)
+    tokens = torch.arange(PACK, dtype=torch.int16, device=codes.device)
+    words = torch.stack(
+        [((relative >> bit & 1) << tokens).sum(dim=3, dtype=torch.int16) for bit in range(WIDEST)], dim=3
+    )
+    kept = words[torch.arange(WIDEST, device=codes.device) < width.unsqueeze(3)]
     return Packed(kept.unsqueeze(0), (least | width << WIDEST).transpose(0, 1).contiguous(), step, low)
 
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from vericache_compile.compressors.dense import check_count
+from vericache_compile.compressors.levels import nearest
 from vericache_compile.compressors.planes import GROUP, check_bits, pack_planes, unpack_planes
 from vericache_compile.compressors.quantizer import Codes, Quantizer
 
@@ -73,9 +74,7 @@ class TurboQuant(Quantizer):
         norms = torch.linalg.vector_norm(x, dim=2, dtype=torch.float32)
         turned = x.float() @ rotation(size, self.seed).to(x.device).T
         steps = turned * (math.sqrt(size) / norms.unsqueeze(2))
-        levels = codebook(self.bits).to(x.device)
-        middles = (levels[1:] + levels[:-1]) / 2
-        codes = torch.bucketize(steps.nan_to_num_(nan=0.0), middles).to(torch.uint8)
+        codes = nearest(steps.nan_to_num_(nan=0.0), codebook(self.bits).to(x.device))
         return Rotated(pack_planes(codes, self.bits), norms.to(x.dtype))
 
     def _decode(self, packed: Tensor, norms: Tensor) -> Tensor:
