@@ -199,6 +199,17 @@ class DraftLayer:
         keys, values = self._materialize(max(tails), q) if self.packed else (self.keys, self.values)
         return keys, values, self.visible(tails)
 
+    def attend(self, columns: Sequence[int], q: Tensor, scale: float) -> Tensor | None:
+        """[B, H, 1, E] for queries [B, H, 1, D] of rows `columns` long, where every region does that itself."""
+        outs: list[Tensor] = []
+        for b, (region, column, start) in enumerate(zip(self.regions, columns, self.starts, strict=True)):
+            own = slice(self.offset, self.offset + column - start)
+            made = region.attend(q[b, :, 0], (self.keys[b, :, own], self.values[b, :, own]), scale)
+            if made is None:
+                return None
+            outs.append(made)
+        return torch.stack(outs).unsqueeze(2)
+
     def visible(self, tails: Sequence[int]) -> Visible:
         """Which slots rows read whose tails hold so many tokens."""
         lefts = self.lefts

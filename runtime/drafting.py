@@ -152,6 +152,8 @@ def _drafting(draft: DraftKV, plan: DecodePlan, start: Start, step: int) -> Atte
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
         held = draft.layers[layer]
         held.write(k, v, columns)
+        if sites[layer].is_plain and (own := held.attend(grown, q, sites[layer].scale)) is not None:
+            return own
         keys, values, visible = held.read(grown, q)
         scores = scores_of(sites[layer], sinks, max(visible.rights), q.device)
         return attend_compressed(q, keys, values, visible, sites[layer].scale, masks, scores)

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import pytest
 import torch
 
 from vericache_compile import stats
-from vericache_compile.compressors.table import COMPRESSORS
-from vericache_compile.runtime import drafting
-from vericache_compile.testing import GATHER, KV_HEADS, check_tokens, make_prompt, tiny_model
+from vericache_compile.compressors.table import COMPRESSORS, make_compressor
+from vericache_compile.testing import (
+    KV_HEADS,
+    check_long_output,
+    check_tokens,
+    gather_soon,
+    make_prompt,
+    tiny_model,
+)
 
 
 @pytest.fixture(autouse=True)
 def gathering(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few tokens gather in a tail before they are compressed in."""
-    monkeypatch.setattr(drafting, "CHUNK", GATHER)
+    gather_soon(monkeypatch)
 
 
 @pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.slow), 3])
@@ -32,16 +40,25 @@ def test_tokens_are_plain(name: str, heads: int, batch: int) -> None:
         "snapkv(keep=0.1, refresh=12)",
         "h2o(keep=0.1, refresh=12)",
         "kvzip(keep=0.1, refresh=30)",
+        "kivi",
         "0: quest(whole=0, page=4, keep=0.1), rest: clusterkv(whole=0, keep=0.1)",
         pytest.param("0: none, rest: streaming(keep=0.1, refresh=12) | int8", marks=pytest.mark.slow),
         pytest.param("chunkkv(keep=0.2, reuse=2)", marks=pytest.mark.slow),
     ],
 )
 def test_long_outputs_are_plain(text: str) -> None:
-    """A cache that is compressed anew several times, or chosen from at every step, changes no token."""
-    check_tokens(text, 2, tokens=120, batch=3, count=80)
-    refreshes = stats(tiny_model(2)[0])["refreshes"]
-    assert refreshes >= 2 if "refresh" in text else refreshes == 0
+    """A cache that is compressed anew several times, or that later tokens join, or that every step chooses from."""
+    check_long_output(text, tokens=120, batch=3, count=80)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(COMPRESSORS))
+def test_long_outputs_of_every_method_are_plain(name: str) -> None:
+    """Compressed anew every 24 tokens, where the method can be, and joined by later ones."""
+    refreshed = any(field.name == "refresh" for field in fields(make_compressor(name)))
+    texts = [name, f"{name}(refresh=24)"] if refreshed else [name]
+    for text in texts:
+        check_long_output(text, tokens=120, batch=1, count=150)
 
 
 @pytest.mark.parametrize("name", ["h2o", pytest.param("expected_attention", marks=pytest.mark.slow)])

@@ -90,6 +90,7 @@ def stats(model: torch.nn.Module) -> dict[str, Any]:
             "transferred": counts.traffic.nbytes,
             "draft": held.draft,
             "set_apart": held.apart,
+            "calibration": session.compressor.shared_nbytes,
             "draft_weights": session.casts.nbytes,
             "per_token_full": sum(site.bytes_per_token for site in made.sites),
             "per_token_draft": held.draft / held.tokens if held.tokens else 0.0,

@@ -24,6 +24,7 @@ from vericache_compile.backend import vericache
 from vericache_compile.compressors.base import CompressedKV, Compressor
 from vericache_compile.compressors.spec import parse
 from vericache_compile.errors import OptionError
+from vericache_compile.model_state import state_of
 
 if TYPE_CHECKING:
     import pytest
@@ -33,6 +34,8 @@ KV_HEADS = {"grouped queries": 2, "one query head per KV head": 4}
 """Of the 4 heads of the tiny models."""
 GATHER = 8
 """Tokens that gather in a tail before they are compressed in, so that few new tokens do it several times."""
+EXACT = 4
+"""The newest of them, which stay."""
 ROWS = ((0, 0), (1, 3), (5, 0), (40, 90), (300, 1), (300, 300))
 """Tokens compressed, and tokens that join."""
 
@@ -53,8 +56,9 @@ def compressor_suite(*texts: str) -> type:
                 check_region(parse(text, {}), *random_row(tokens + more, dtype=dtype), tokens)
 
         def test_keeping_all_is_the_full_cache(self, text: str) -> None:
-            if "keep" not in parse(text, {}).parameters or "keep" in text:
-                pytest.skip("it has no fraction to keep, or says its own")
+            taken = parse(text, {}).parameters
+            if "keep" not in taken or "bits" in taken or "keep" in text:
+                pytest.skip("it has no fraction to keep, or says its own, or stores what it keeps in fewer bits")
             for tokens, more in ROWS:
                 check_whole(parse(text, {"keep": 1.0}), *random_row(tokens + more), tokens)
 
@@ -69,13 +73,11 @@ def compressor_suite(*texts: str) -> type:
             check_tokens(text, 2, tokens=9, batch=3, count=5)
 
         def test_a_long_output_gives_plain_tokens(self, text: str, gathering: None) -> None:
-            check_tokens(text, 2, tokens=60, batch=1, count=90)
+            check_long_output(text, tokens=120, batch=1, count=120)
 
         @pytest.fixture
         def gathering(self, monkeypatch: pytest.MonkeyPatch) -> None:
-            from vericache_compile.runtime import drafting
-
-            monkeypatch.setattr(drafting, "CHUNK", GATHER)
+            gather_soon(monkeypatch)
 
     return CompressorSuite
 
@@ -127,6 +129,7 @@ def check_region(method: Compressor, keys: Tensor, values: Tensor, queries: Tens
     assert all(map(torch.equal, now, untouched)), "keys, values or queries are written to: they are the full cache's"
     for each in (region, longer):
         _check_exact(each, keys, values)
+        _check_attend(each, keys, values, queries)
 
 
 def _check_sizes(region: CompressedKV, keys: Tensor, values: Tensor) -> None:
@@ -142,6 +145,22 @@ def _check_exact(region: CompressedKV, keys: Tensor, values: Tensor) -> None:
     for read, x in zip(region.materialize(), (keys, values), strict=True):
         held, newest = read[:, region.slots - count :], x[:, covered - count : covered]
         assert torch.equal(held, newest), f"the last {count} tokens, which are exact, are not as they were cached"
+
+
+def _check_attend(region: CompressedKV, keys: Tensor, values: Tensor, queries: Tensor) -> None:
+    """Where a region attends itself, that is attention to its numbers and to those behind."""
+    if not (tail := (keys[:, region.covered :], values[:, region.covered :]))[0].shape[1]:
+        return
+    query = queries[:, -1]
+    if (given := region.attend(query, tail, 0.25)) is None:
+        return
+    k, v = (torch.cat(pair, dim=1).float() for pair in zip(region.select(query), tail, strict=True))
+    grouped = torch.unflatten(query.float(), 0, (len(k), -1))
+    expected = ((grouped @ k.mT * 0.25).softmax(dim=2) @ v).flatten(0, 1)
+    assert given.shape == expected.shape, f"attend gives {tuple(given.shape)}, not [H, Dv]"
+    assert given.dtype == query.dtype, f"attend gives {given.dtype} for queries of {query.dtype}"
+    near = 2e-2 if query.itemsize == 2 else 1e-4
+    torch.testing.assert_close(given.float(), expected, atol=near, rtol=near)
 
 
 def check_whole(method: Compressor, keys: Tensor, values: Tensor, queries: Tensor, tokens: int) -> None:
@@ -161,13 +180,22 @@ def check_refusals(text: str) -> None:
     wrong += [{"keep": value} for value in (0, -0.5, 1.5, True, "half")]
     wrong += [{"bits": value} for value in (0, -4, True, "four")]
     for option in wrong:
-        if next(iter(option)) in taken and next(iter(option)) in text:
+        ((name, value),) = option.items()
+        if name in taken and name in text:
             continue  # it says its own
-        try:
-            parse(text, option)
-        except OptionError:
-            continue
-        raise AssertionError(f"{text!r} takes {option}")
+        refusal = _refusal(text, option)
+        assert refusal is not None, f"{text!r} takes {option}"
+        assert f"{name}={value!r}" in refusal.found, f"{text!r} refuses {option}, and names {refusal.found}"
+        ranged = any(letter.isdigit() for letter in refusal.fix)
+        assert ranged or name not in taken, f"{text!r} refuses {option}, and does not say what it takes"
+
+
+def _refusal(text: str, option: dict[str, object]) -> OptionError | None:
+    try:
+        parse(text, option)
+    except OptionError as error:
+        return error
+    return None
 
 
 def check_tokens(text: str, kv_heads: int, *, tokens: int, batch: int, count: int) -> None:
@@ -177,6 +205,32 @@ def check_tokens(text: str, kv_heads: int, *, tokens: int, batch: int, count: in
     given, rows = _generate(text, kv_heads, tokens, batch, count)
     assert torch.equal(given, plain), f"{text!r} changes tokens"
     assert torch.equal(rows, none), f"{text!r} changes bits of logits"
+
+
+def check_long_output(text: str, *, tokens: int, batch: int, count: int) -> None:
+    """As `check_tokens`, over so many new tokens that the method compresses anew several times, or takes in later ones.
+
+    Under `gather_soon`, else few tokens would ever join.
+    """
+    check_tokens(text, 2, tokens=tokens, batch=batch, count=count)
+    state = state_of(list(tiny_model(2)[0].parameters()))
+    assert state is not None and state.latest is not None and state.latest.session.newest is not None, "it has run"
+    counts, draft = state.latest.session.counts, state.latest.session.newest.draft
+    assert counts.rounds > 0, f"{text!r} drafts nothing"
+    if state.latest.session.compressor.refresh:
+        assert counts.refreshes >= 2, f"{text!r} was compressed anew {counts.refreshes} times"
+        return
+    assert draft is not None, "rounds have a draft cache"
+    covered = max(layer.regions[0].covered for layer in draft.layers)
+    assert covered > tokens, f"{text!r} covers {covered} tokens after {count} joined {tokens}"
+
+
+def gather_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few tokens gather in a tail before they are compressed in, all but the last few."""
+    from vericache_compile.runtime import compression, drafting
+
+    monkeypatch.setattr(drafting, "CHUNK", GATHER)
+    monkeypatch.setattr(compression, "EXACT", EXACT)
 
 
 def generate_rows(model: Any, prompt: Any, count: int) -> tuple[Tensor, Tensor]:

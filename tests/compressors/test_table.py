@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vericache_compile.compressors.facts import KINDS
+from vericache_compile.compressors.fitted import Learner
 from vericache_compile.compressors.kivi import Kivi
 from vericache_compile.compressors.none import NoCompression
 from vericache_compile.compressors.recall import IndexedKV
@@ -130,7 +131,8 @@ def test_every_method_says_what_it_is(name: str) -> None:
     method = COMPRESSORS[name]
     assert method.name == name
     assert set(method.parameters) <= {"keep", "bits"}
-    assert set(method.needs) <= {"queries", "layers", "count"} | KINDS
+    assert set(method.needs) <= {"queries", "layers", "count", "calibration"} | KINDS
+    assert ("calibration" in method.needs) == issubclass(method, Learner)
     assert ("queries" in method.needs) == (method().queries > 0)
     assert method.__doc__
     assert name in ("none", "int8") or method.paper.startswith("arXiv ")

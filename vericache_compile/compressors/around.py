@@ -33,6 +33,11 @@ class Around(Compressor):
         return self.inner.wants | frozenset(self.needs)
 
     @property
+    def shared_nbytes(self) -> int:
+        """Those of the method inside."""
+        return self.inner.shared_nbytes
+
+    @property
     def refresh(self) -> int:  # type: ignore[override]
         """When the method inside chooses anew."""
         return self.inner.refresh

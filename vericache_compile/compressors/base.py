@@ -85,6 +85,15 @@ class CompressedKV(ABC):
         """
         return self.materialize()
 
+    def attend(self, query: Tensor, tail: tuple[Tensor, Tensor], scale: float) -> Tensor | None:
+        """What a draft step's query [H, D] reads of this region and of the tail behind it, [H, Dv]: where a method can
+        do better than rebuild its numbers. None: attention reads what `select` gives.
+
+        `tail` is keys [K, T, D] and values [K, T, Dv], T >= 1. Asked where steps are launched one by one and scores are
+        only scaled; steps that are recorded for a GPU read `packed` or `materialize`.
+        """
+        return None
+
     def knowing(self, facts: Facts) -> CompressedKV:
         """The same region for `extend`, its `method` (where it keeps one) told what it needs to know."""
         method = getattr(self, "method", None)
@@ -108,7 +117,8 @@ class Compressor(ABC):
     paper: ClassVar[str] = ""
     needs: ClassVar[tuple[str, ...]] = ()
     """What it asks for: `queries`, the last ones; `layers`, which site of how many it stands at (`for_layer`);
-    `count`, a number that the data decides, and the host waits for it once per site and compression; or one of `Facts`:
+    `calibration`, a file of what it learned beforehand, where there is one; `count`, a number that the data decides,
+    and the host waits for it once per site and compression; or one of `Facts`:
     `pre_rope`, `attention`, `repeated`, `read`, `ids`, `shared`."""
     refresh: int = 0
     """Compress anew from the full KV after so many tokens, by the latest queries; 0: never."""
@@ -123,6 +133,11 @@ class Compressor(ABC):
     @property
     def queries(self) -> int:
         """How many of the last queries `compress` reads; 0 when it reads none."""
+        return 0
+
+    @property
+    def shared_nbytes(self) -> int:
+        """Bytes that all its regions share and none counts: what a calibration file held."""
         return 0
 
     @property

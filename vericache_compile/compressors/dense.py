@@ -66,8 +66,8 @@ def check_keep(keep: float, method: str) -> None:
 
 
 def is_number(value: object) -> bool:
-    """Whether a parameter is a number: True and False are none, though Python counts with them."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether a parameter is a finite number: True and False are none, though Python counts with them."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def check_count(option: str, value: int, least: int, method: str) -> None:

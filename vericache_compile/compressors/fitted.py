@@ -69,6 +69,10 @@ class FittedKV(CompressedKV):
         keys = self.method.as_cached(keys, self.sinks.keys.shape[1])
         return torch.cat([self.sinks.keys, keys], dim=1), torch.cat([self.sinks.values, values], dim=1)
 
+    def attend(self, query: Tensor, tail: tuple[Tensor, Tensor], scale: float) -> Tensor | None:
+        """As the method does it, or None."""
+        return None if self.codes is None else self.method.attend(self, query, tail, scale)
+
     def extend(self, keys: Tensor, values: Tensor, queries: Tensor | None) -> Self:
         """Cover the whole groups of keys [K, S, D] and values [K, S, Dv] too, by the fit that is held."""
         if self.codes is None:
@@ -114,6 +118,10 @@ class Fitted(Compressor):
     @abstractmethod
     def decode(self, keys: Codes, values: Codes, fit: Fit) -> tuple[Tensor, Tensor]:
         """Keys [K, S, D] and values [K, S, Dv], in the dtype of the cache, from their codes."""
+
+    def attend(self, region: FittedKV, query: Tensor, tail: tuple[Tensor, Tensor], scale: float) -> Tensor | None:
+        """`CompressedKV.attend` of a region that has codes."""
+        return None
 
     def as_stored(self, keys: Tensor, first: int) -> Tensor:
         """Keys [K, S, D] of a row's tokens from `first` on, as the method learns, encodes and decodes them.
@@ -173,6 +181,11 @@ class Learner(Compressor):
         """Read the file, where one is named; raise OptionError where it cannot be read, or is another method's."""
         if self.calibration is not None:
             vars(self)["held"] = read(self.calibration, self.name)
+
+    @property
+    def shared_nbytes(self) -> int:
+        """Of the file's tensors."""
+        return 0 if self.held is None else sum(tensor.nbytes for tensor in self.held.tensors.values())
 
     def check_model(self, sites: Sequence[Site], parameters: Iterable[Sequence[int]]) -> None:
         """Raise OptionError where the file is of another model, by its sites or the shapes of its `parameters`."""

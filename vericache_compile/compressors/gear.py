@@ -20,7 +20,7 @@ from typing import ClassVar, Final, NamedTuple
 import torch
 from torch import Tensor
 
-from vericache_compile.compressors.dense import check_count
+from vericache_compile.compressors.dense import check_count, is_number
 from vericache_compile.compressors.kivi import (
     Quantized,
     dequantize_keys,
@@ -80,7 +80,7 @@ class Gear(Quantizer):
             check_count(option, getattr(self, option), least, self.name)
         if BLOCK % self.group:
             raise OptionError(f"group={self.group}", where, f"give a divisor of {BLOCK}, from 4 up")
-        if not isinstance(self.outliers, int | float) or not 0 < self.outliers < 1:
+        if not is_number(self.outliers) or not 0 < self.outliers < 1:
             raise OptionError(f"outliers={self.outliers!r}", where, "give a fraction between 0 and 1")
 
     @property

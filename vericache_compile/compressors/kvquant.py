@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vericache_compile.calibration import Calibration
-from vericache_compile.compressors.dense import check_count
+from vericache_compile.compressors.dense import check_count, is_number
 from vericache_compile.compressors.fitted import Fit, Learned
 from vericache_compile.compressors.levels import nearest
 from vericache_compile.compressors.observed import sample
@@ -83,7 +83,7 @@ class KVQuant(Learned):
     name: ClassVar[str] = "kvquant"
     parameters: ClassVar[tuple[str, ...]] = ("bits",)
     paper: ClassVar[str] = "arXiv 2401.18079"
-    needs: ClassVar[tuple[str, ...]] = ("layers", "pre_rope")
+    needs: ClassVar[tuple[str, ...]] = ("layers", "pre_rope", "calibration")
 
     bits: int = 4
     outliers: float = 0.02
@@ -97,7 +97,7 @@ class KVQuant(Learned):
         check_bits(self.bits, self.name)
         check_count("sinks", self.sinks, 0, self.name)
         check_count("residual", self.residual, 0, self.name)
-        if not isinstance(self.outliers, int | float) or not 0 < self.outliers < 1:
+        if not is_number(self.outliers) or not 0 < self.outliers < 1:
             fix = "give a fraction between 0 and 1"
             raise OptionError(f"outliers={self.outliers!r}", f"compressor {self.name!r}", fix)
         self.load()

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from vericache_compile.compressors.base import CompressedKV, Compressor
 from vericache_compile.compressors.borrowed import Borrower
+from vericache_compile.compressors.dense import is_number
 from vericache_compile.compressors.fitted import Learner
 from vericache_compile.compressors.none import NoCompression
 from vericache_compile.compressors.observed import last_hidden, observe
@@ -38,14 +39,14 @@ class KVSharer(Learner):
 
     name: ClassVar[str] = "kvsharer"
     paper: ClassVar[str] = "arXiv 2410.18517"
-    needs: ClassVar[tuple[str, ...]] = ("layers",)
+    needs: ClassVar[tuple[str, ...]] = ("layers", "calibration")
 
     share: float = 0.25
     """Fraction of the layers that borrow, from 0 up and below 1; fewer where no more pairs were accepted."""
     calibration: str | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.share, int | float) or not 0 <= self.share < 1:
+        if not is_number(self.share) or not 0 <= self.share < 1:
             fix = "give a fraction from 0 up, below 1"
             raise OptionError(f"share={self.share!r}", f"compressor {self.name!r}", fix)
         self.load()

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from vericache_compile.calibration import Calibration
-from vericache_compile.compressors.dense import check_count
-from vericache_compile.compressors.fitted import Fit, Learned
+from vericache_compile.compressors.dense import check_count, is_number
+from vericache_compile.compressors.fitted import Fit, FittedKV, Learned
 from vericache_compile.compressors.observed import observe
 from vericache_compile.compressors.quantizer import Codes
 from vericache_compile.compressors.rotation import Rotation
@@ -49,7 +49,7 @@ class LowRank(Learned):
     """Keep a fraction of the coordinates; at least the last `residual` tokens stay exact in the tail."""
 
     name: ClassVar[str] = "low_rank"
-    needs: ClassVar[tuple[str, ...]] = ("layers", "pre_rope")
+    needs: ClassVar[tuple[str, ...]] = ("layers", "pre_rope", "calibration")
 
     rank: float = 0.5
     """Fraction of the channels that coordinates are kept for, in (0, 1]; rounded up to a multiple of 8."""
@@ -59,7 +59,7 @@ class LowRank(Learned):
     """A file that `vericache calibrate` wrote; without one a row's bases are of its own first tokens."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.rank, int | float) or not 0 < self.rank <= 1:
+        if not is_number(self.rank) or not 0 < self.rank <= 1:
             fix = "give the fraction to keep, in (0, 1]"
             raise OptionError(f"rank={self.rank!r}", f"compressor {self.name!r}", fix)
         check_count("sinks", self.sinks, 0, self.name)
@@ -121,10 +121,26 @@ class LowRank(Learned):
     def decode(self, keys: Codes, values: Codes, fit: Fit) -> tuple[Tensor, Tensor]:
         """Keys [K, S, D] and values [K, S, Dv] from their coordinates."""
         bases = Bases(*fit)
-        heads = len(bases.order)
         z_keys, z_values = self.read(keys, values)
-        rebuilt = split_heads(z_keys @ bases.keys.mT, heads).index_select(0, bases.order.argsort())
-        return rebuilt, split_heads(z_values @ bases.values.mT, heads)
+        return self._keys(z_keys, bases), split_heads(z_values @ bases.values.mT, len(bases.order))
+
+    def attend(self, region: FittedKV, query: Tensor, tail: tuple[Tensor, Tensor], scale: float) -> Tensor | None:
+        """[H, Dv] for query [H, D]: values are summed up as coordinates, and only the sums are rebuilt."""
+        assert region.codes is not None, "asked of regions that have codes"
+        bases, heads = Bases(*region.fit), len(region.sinks.keys)
+        z_keys, z_values = self.read(*region.codes)
+        rebuilt = self._keys(z_keys, bases)
+        keys = torch.cat([region.sinks.keys, self.as_cached(rebuilt, region.sinks.keys.shape[1]), tail[0]], dim=1)
+        grouped = torch.unflatten(query, 0, (heads, -1)) * scale
+        weights = (grouped @ keys.mT).softmax(dim=2, dtype=torch.float32).to(keys.dtype)
+        first, inner, last = torch.split(weights, [x.shape[1] for x in (region.sinks.keys, rebuilt, tail[0])], dim=2)
+        basis = torch.unflatten(bases.values[0], 0, (heads, -1)).mT  # [K, r, Dv]
+        out: Tensor = first @ region.sinks.values + inner @ z_values @ basis + last @ tail[1]
+        return out.flatten(0, 1)
+
+    def _keys(self, coordinates: Tensor, bases: Bases) -> Tensor:
+        """Keys [K, S, D] from coordinates [G, S, r]."""
+        return split_heads(coordinates @ bases.keys.mT, len(bases.order)).index_select(0, bases.order.argsort())
 
     def store(self, keys: Tensor, values: Tensor) -> tuple[Codes, Codes]:
         """What is stored of coordinates [G, S, r] of keys and [1, S, r] of values."""

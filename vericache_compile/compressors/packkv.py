@@ -19,7 +19,7 @@ from typing import ClassVar, Final, NamedTuple
 import torch
 from torch import Tensor
 
-from vericache_compile.compressors.dense import check_count
+from vericache_compile.compressors.dense import check_count, is_number
 from vericache_compile.compressors.quantizer import Codes, Quantizer
 from vericache_compile.errors import OptionError
 
@@ -61,7 +61,7 @@ class PackKV(Quantizer):
         check_count("residual", self.residual, 0, self.name)
         for option in ("key_step", "value_step"):
             step, least = getattr(self, option), 1 / (2**WIDEST - 1)
-            if not isinstance(step, int | float) or not least <= step <= 1:
+            if not is_number(step) or not least <= step <= 1:
                 fix = f"give a fraction from {least:.3f} to 1: codes have at most {WIDEST} bits"
                 raise OptionError(f"{option}={step!r}", f"compressor {self.name!r}", fix)
 

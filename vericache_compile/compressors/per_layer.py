@@ -38,6 +38,11 @@ class PerLayer(Compressor):
         return frozenset(self.needs).union(*(method.wants for _, method in self.entries))
 
     @property
+    def shared_nbytes(self) -> int:
+        """Those of all methods together."""
+        return sum({id(method): method.shared_nbytes for _, method in self.entries}.values())
+
+    @property
     def refresh(self) -> int:  # type: ignore[override]
         """All sites are compressed anew when the most restless of the methods asks for it."""
         return min((method.refresh for _, method in self.entries if method.refresh), default=0)

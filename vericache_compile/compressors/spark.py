@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vericache_compile.compressors.dense import check_count
+from vericache_compile.compressors.dense import check_count, is_number
 from vericache_compile.compressors.fitted import Fit, Fitted
 from vericache_compile.compressors.quantizer import Codes
 from vericache_compile.errors import OptionError
@@ -56,7 +56,7 @@ class SparK(Fitted):
         check_count("window", self.window, 1, self.name)
         check_count("sinks", self.sinks, 0, self.name)
         for option in ("channels", "value_channels"):
-            if not isinstance(share := getattr(self, option), int | float) or not 0 < share <= 1:
+            if not is_number(share := getattr(self, option)) or not 0 < share <= 1:
                 fix = "give the fraction to keep, in (0, 1]"
                 raise OptionError(f"{option}={share!r}", f"compressor {self.name!r}", fix)
         object.__setattr__(self, "residual", self.window)
