@@ -15,7 +15,8 @@ import json
 import re
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -26,7 +27,7 @@ import transformers
 from decode import load, machine
 from frontier import markdown, plot, table
 from rich.console import Console
-from settings import choose
+from settings import choose, own
 from torch.fx import GraphModule
 
 from vericache_compile import calibrate, demo_model_path
@@ -35,6 +36,7 @@ from vericache_compile.compressors.fitted import Learner
 from vericache_compile.compressors.table import find_method, method_names
 from vericache_compile.learning import rows_of
 from vericache_compile.model_state import state_of
+from vericache_compile.runtime.drawn import Drawn
 from vericache_compile.runtime.pace import Pace
 
 TOKENS = 3000
@@ -44,6 +46,9 @@ PREFILL = "snapkv(window=64)"
 READERS = ("expected_attention", "h2o", "kvzip")
 """Methods that take more from reading the prompt than that: each setting of theirs reads it anew."""
 WARM_UP = 512
+DEFAULT = "default"
+"""In place of a share of the bytes: a method with its own parameters, those of its paper where that has any."""
+WINDOW = 16
 WIDTH = 170
 
 
@@ -98,6 +103,7 @@ class Bench:
         self.generate(next(iter(self.prompts.values()))[:, :WARM_UP], 24)
         self.read_seconds: dict[str, float] = {}
         self.caches = {name: self.read(ids, name) for name, ids in self.prompts.items()}
+        self.measured: dict[tuple[str, str], dict[str, Any]] = {}
 
     @property
     def made(self) -> Any:
@@ -123,17 +129,35 @@ class Bench:
         return cache, self.made.session.newest
 
     def measure(self, compressor: str, prompt: str) -> dict[str, Any]:
-        """One method on one prompt."""
+        """One method on one prompt; once, however often it is asked for."""
+        if (compressor, prompt) not in self.measured:
+            self.measured[compressor, prompt] = self._measure(compressor, prompt)
+        return self.measured[compressor, prompt]
+
+    def streaming_at(self, fraction: float, prompt: str) -> dict[str, Any]:
+        """`streaming` at the keep that takes this fraction of the full cache's bytes, tail included."""
+        known = self.measure("streaming(keep=0.24)", prompt)
+        tail = known["bytes_per_token"] / known["full_bytes_per_token"] - 0.24
+        keep = min(max(round(50 * (fraction - tail)), 1), 50) / 50
+        made = self.measure(f"streaming(keep={keep})", prompt)
+        return {name: made[name] for name in ("compressor", "bytes_per_token", "tokens_per_round")}
+
+    def _measure(self, compressor: str, prompt: str) -> dict[str, Any]:
         ids, plain = self.prompts[prompt], self.plain[prompt]
         self.switch.options = self.switch.options | {"compressor": compressor}
-        cache, sequence = self.read(ids, prompt) if compressor.partition("(")[0] in READERS else self.caches[prompt]
+        with observing() as observed:
+            cache, sequence = self.read(ids, prompt) if compressor.partition("(")[0] in READERS else self.caches[prompt]
         began = time.perf_counter()
         tokens = self.generate(ids, past_key_values=copy.deepcopy(cache))[0, ids.shape[1] :].tolist()
         took = time.perf_counter() - began
         session = self.made.session
         counts, held = session.counts, session.footprint
         session.counts = type(counts)()
-        alone = session.draft_alone(sequence, [int(ids[0, -1])], len(plain))[0]
+        for count in (WINDOW, len(plain)):  # most methods have given another token by then
+            alone = session.draft_alone(sequence, [int(ids[0, -1])], count)[0]
+            diverges = next((i for i, (a, b) in enumerate(zip(alone, plain, strict=False)) if a != b), None)
+            if diverges is not None:
+                break
         pairs = zip(counts.positions, counts.drafted_positions, strict=True)
         return {
             "compressor": re.sub(r"calibration='[^']*'(, )?", "", compressor),
@@ -142,10 +166,12 @@ class Bench:
             "tokens_per_round": 1 + counts.accepted / counts.row_rounds,
             "acceptance_by_position": [accepted / drafted if drafted else None for accepted, drafted in pairs],
             "compress_seconds": counts.compress_seconds,
+            "observe_seconds": sum(observed),
+            "repeat_seconds": counts.repeat_seconds,
             "draft_step_ms": 1e3 * counts.draft_seconds / counts.drafted,
-            "bytes_per_token": held.draft / held.tokens,
+            "bytes_per_token": (held.draft + session.compressor.shared_nbytes) / held.tokens,
             "full_bytes_per_token": sum(site.bytes_per_token for site in self.made.sites),
-            "alone_diverges_at": next((i for i, (a, b) in enumerate(zip(alone, plain, strict=True)) if a != b), None),
+            "alone_diverges_at": diverges,
             "identical": tokens == plain,
             "seconds": took,
         }
@@ -162,7 +188,7 @@ class Bench:
 def measure_all(arguments: argparse.Namespace, report: dict[str, Any], folder: Path, console: Console) -> None:
     """Every method at every share of the full cache's bytes on every prompt, as far as the report lacks them."""
     done = {(run["method"], run["share"], run["prompt"]) for run in report["runs"]}
-    jobs = [(method, share) for method in arguments.methods for share in arguments.bytes]
+    jobs = [(method, share) for share in arguments.bytes for method in arguments.methods]
     wanted = [job for job in jobs if any((*job, prompt) not in done for prompt in arguments.prompts)]
     if not wanted:
         return
@@ -175,13 +201,36 @@ def measure_all(arguments: argparse.Namespace, report: dict[str, Any], folder: P
         if calibrated and name not in files:
             with console.status(f"calibrating {name}"):
                 files[name] = bench.calibrate(name, folder)
-        compressor = choose(name, share, bench.made.sites, files.get(name) if calibrated else None)
+        file = files.get(name) if calibrated else None
+        compressor = own(name, file) if share == DEFAULT else choose(name, share, bench.made.sites, file)
+        at = share if share == DEFAULT else f"{share:.0%} of the bytes"
         for prompt in arguments.prompts:
             if (method, share, prompt) not in done:
-                with console.status(f"{method} at {share:.0%} of the bytes: {prompt}"):
+                with console.status(f"{method} at {at}: {prompt}"):
                     run = bench.measure(compressor, prompt)
-                report["runs"].append({"method": method, "share": share, **run})
+                    other = bench.streaming_at(run["bytes_per_token"] / run["full_bytes_per_token"], prompt)
+                report["runs"].append({"method": method, "share": share, **run, "streaming": other})
                 save(report, arguments.json)
+
+
+@contextmanager
+def observing() -> Iterator[list[float]]:
+    """Seconds in which attention is computed again for a method that wants to know it, call by call."""
+    spent: list[float] = []
+    add = Drawn.add
+
+    def timed(*args: Any) -> None:
+        began = time.perf_counter()
+        add(*args)
+        spent.append(time.perf_counter() - began)
+
+    with patch.object(Drawn, "add", timed):
+        yield spent
+
+
+def share_of(text: str) -> float | str:
+    """What --bytes takes."""
+    return text if text == DEFAULT else float(text)
 
 
 def save(report: dict[str, Any], path: Path | None) -> None:
@@ -199,7 +248,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="*", default=known, metavar="M", help=f"of {', '.join(known)}")
     parser.add_argument("--prompts", nargs="*", default=["code", "question", "summary"])
-    parser.add_argument("--bytes", nargs="*", type=float, default=[0.125, 0.25, 0.5], help="shares of the full cache's")
+    shares = [0.25, DEFAULT, 0.125, 0.5]
+    told = "shares of the full cache's; `default`: each method's own parameters"
+    parser.add_argument("--bytes", nargs="*", type=share_of, default=shares, help=told)
     parser.add_argument("--new", type=int, default=128, help="tokens to decode (default %(default)s)")
     parser.add_argument("--draft-dtype", default="same", help="type that drafts read weights in (default %(default)s)")
     parser.add_argument("--json", type=Path, help="where results go, and come from when the run is taken up again")

@@ -18,7 +18,14 @@ WHY = {
     "refreekv": "it ranks tokens as `streaming` does and takes as many as one query asks for: no budget, no choice.",
     "spark": "at a quarter of the bytes 82 % of each token's channels go; the paper prunes 50 to 80 % of the keys'.",
 }
-"""Why a method gives fewer tokens per round than `streaming` at some share."""
+"""Why a method gives fewer tokens per round than `streaming` at its bytes."""
+LIMIT = 0.1
+"""Of the seconds that reading the prompt takes: more than that is explained."""
+SLOW = {
+    "h2o": "attention kernels do not give their weights away: each query's are computed again.",
+    "kvzip": "the model repeats its context, an extra pass over all of it.",
+}
+"""Why compressing takes more than LIMIT."""
 MEASURED = ("tokens per round", "compress", "draft step", "alone", "streaming", "same")
 
 
@@ -27,7 +34,8 @@ class Point:
     """A method at a share of the full cache's bytes: its runs by prompt, and their means."""
 
     method: str
-    share: float
+    share: float | str
+    """Or "default": its own parameters."""
     runs: Mapping[str, Mapping[str, Any]]
 
     @property
@@ -42,16 +50,22 @@ class Point:
 
     def compressing(self, prefill: Mapping[str, float]) -> float:
         """Seconds that compressing a prompt took, as a fraction of what reading it took."""
-        return mean(run["compress_seconds"] / prefill[name] for name, run in self.runs.items())
+        parts = ("compress_seconds", "observe_seconds", "repeat_seconds")
+        return mean(sum(run.get(part, 0) for part in parts) / prefill[name] for name, run in self.runs.items())
+
+    @property
+    def label(self) -> str:
+        """The share, as text."""
+        return self.share if isinstance(self.share, str) else f"{self.share:.0%}"
 
 
 def points(report: Mapping[str, Any]) -> list[Point]:
     """All that was measured, best first at each share."""
-    groups: dict[tuple[str, float], dict[str, Any]] = {}
+    groups: dict[tuple[str, float | str], dict[str, Any]] = {}
     for run in report["runs"]:
         groups.setdefault((run["method"], run["share"]), {})[run["prompt"]] = run
     made = [Point(method, share, runs) for (method, share), runs in groups.items()]
-    return sorted(made, key=lambda point: (point.share, -point.rate))
+    return sorted(made, key=lambda point: (point.label == "default", point.share, -point.rate))
 
 
 def prompts_of(report: Mapping[str, Any]) -> list[str]:
@@ -61,13 +75,12 @@ def prompts_of(report: Mapping[str, Any]) -> list[str]:
 
 def rows(report: Mapping[str, Any]) -> Iterator[list[str]]:
     """A row of text per point: COLUMNS, each prompt's tokens per round, MEASURED."""
-    found, prompts = points(report), prompts_of(report)
-    streaming = {point.share: point for point in found if point.method == "streaming"}
-    for point in found:
+    prompts = prompts_of(report)
+    for point in points(report):
         runs = [point.runs[name] for name in prompts if name in point.runs]
         alone = ["never" if run["alone_diverges_at"] is None else str(run["alone_diverges_at"]) for run in runs]
         yield [
-            f"{point.share:.0%}",
+            point.label,
             point.method,
             runs[0]["compressor"],
             f"{point.bytes:.0%}",
@@ -76,18 +89,21 @@ def rows(report: Mapping[str, Any]) -> Iterator[list[str]]:
             f"{point.compressing(report['prefill_seconds']):.1%}",
             f"{mean(run['draft_step_ms'] for run in runs):.0f} ms",
             " ".join(alone),
-            against(point, streaming.get(point.share)),
+            against(point),
             "yes" if all(run["identical"] for run in runs) else "NO",
         ]
 
 
-def against(point: Point, streaming: Point | None) -> str:
-    """On which prompts a method gives fewer tokens per round than `streaming` does at the same share."""
-    if streaming is None or point.method == "streaming":
+def against(point: Point) -> str:
+    """On which prompts a method gives more, or fewer, tokens per round than `streaming` does at its bytes."""
+    if point.method == "streaming":
         return ""
-    pairs = ((name, run, streaming.runs.get(name)) for name, run in point.runs.items())
-    worse = [name for name, run, other in pairs if other and run["tokens_per_round"] < other["tokens_per_round"]]
-    return f"worse: {', '.join(worse)}" if worse else "beaten"
+    more = {name: run["tokens_per_round"] - run["streaming"]["tokens_per_round"] for name, run in point.runs.items()}
+    worse = [name for name, gain in more.items() if gain < 0]
+    if worse:
+        return f"worse: {', '.join(worse)}"
+    same = [name for name, gain in more.items() if gain == 0]
+    return f"as good: {', '.join(same)}" if same else "better"
 
 
 def table(report: Mapping[str, Any]) -> Table:
@@ -114,13 +130,19 @@ def markdown(report: Mapping[str, Any]) -> str:
         f"{machine['device']} with {machine['threads']} thread(s), torch {machine['torch']}, transformers "
         f"{machine['transformers']}. Prompts: {', '.join(texts)}.",
         "bytes: of the draft cache with its tail, as a fraction of the full one's. compress: seconds, as a fraction of "
-        "those for reading the prompt. alone: the token at which the compressed cache alone would have given another. "
-        "streaming: whether `streaming` at the same share gives fewer tokens per round on every prompt. same: whether "
+        "those for reading the prompt, with what a method has the model compute besides. alone: the token at which the "
+        "compressed cache alone would have given another. streaming: tokens per round, against those of `streaming` "
+        "with a `keep` that takes as many bytes as were measured; better, where no prompt is named. same: whether "
         "tokens were plain's.",
     ]
-    for share in sorted({point.share for point in points(report)}):
-        own = [row[1:] for row in rows(report) if row[0] == f"{share:.0%}"]
-        parts += [f"## At {share:.0%} of the bytes", "\n".join(_markdown_rows(head, own))]
+    for label in dict.fromkeys(point.label for point in points(report)):
+        own = [row[1:] for row in rows(report) if row[0] == label]
+        title = "## With their own parameters" if label == "default" else f"## At {label} of the bytes"
+        parts += [title, "\n".join(_markdown_rows(head, own))]
+    slow = {point.method for point in points(report) if point.compressing(prefill) > LIMIT}
+    if slow:
+        lines = [f"- `{name}`: {SLOW.get(name.partition('+')[0], 'not known.')}" for name in sorted(slow)]
+        parts += [f"## Compressing takes more than {LIMIT:.0%} of reading", "\n".join(lines)]
     worse = {row[1] for row in rows(report) if "worse" in row[-2]}
     why = [f"- `{name}`: {WHY.get(name.partition('+')[0], 'not known.')}" for name in sorted(worse)]
     if why:

@@ -46,6 +46,11 @@ def settings(name: str, calibration: str | None) -> Iterator[str]:
         yield spell(name, fixed)
 
 
+def own(name: str, calibration: str | None) -> str:
+    """A method with its own parameters."""
+    return spell(name, {} if calibration is None else {"calibration": calibration})
+
+
 def fraction_of(setting: str) -> float:
     """What a method keeps or reads."""
     made: float = vars(parse(setting, {}))["keep"]
