@@ -23,6 +23,16 @@ from vericache_compile.runtime.sequences import Sequence
 log = logging.getLogger(__name__)
 
 
+Version = tuple[tuple[int, int], ...]
+"""Where each weight lies, and autograd's version counter of it."""
+
+
+def version_of(plan: CapturedPlan, inputs: Rows[Any]) -> Version:
+    """Of the weights among a call's inputs."""
+    weights = (inputs[i] for i in plan.roles.weights)
+    return tuple((w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights)
+
+
 @dataclass(frozen=True)
 class Call:
     """One call that ran as captured: `count` columns from `column` on."""
@@ -35,18 +45,23 @@ class Call:
     column: int
     count: int
     """Those of its columns that still stand: fewer where the cache was cropped into it."""
+    version: Version
+    """Of the weights that it read."""
 
 
 def record(
     sequence: Sequence, plan: CapturedPlan, module: GraphModule, inputs: Rows[Any], column: int, count: int
 ) -> None:
-    """Remember a call, so that it can run again."""
+    """Remember a call, so that it can run again: with its own copy of what the caller may write to later."""
+    past = {index for site in plan.sites for index in site.past or ()}
     kept = list(inputs)
-    for site in plan.sites:
-        for index in site.past or ():
-            kept[index] = inputs[index].new_zeros(()).expand(inputs[index].shape)
+    for index, value in enumerate(inputs):
+        if index in past:
+            kept[index] = value.new_zeros(()).expand(value.shape)
+        elif isinstance(value, Tensor) and index not in plan.roles.weights:
+            kept[index] = value.clone()
     sequence.cut_calls(column)
-    sequence.calls.append(Call(plan, module, kept, column, count))
+    sequence.calls.append(Call(plan, module, kept, column, count, version_of(plan, kept)))
 
 
 def recover(
@@ -64,6 +79,8 @@ def recover(
     begun = bool(sequence.calls) and sequence.calls[0].column == 0
     if not begun or any(row.length > len(row.ids) for row in sequence.rows):
         raise lost
+    if any(call.version != version_of(call.plan, call.inputs) for call in sequence.calls):
+        raise lost  # its KV is the old weights'
     log.warning(
         "vericache: full KV is computed again from its tokens: %s\n  where: %s\n  fix: check the disk; until the "
         "sequence ends its full KV stays in host memory",

@@ -146,7 +146,8 @@ def _firsts(counts: Sequence[int], slots: Sequence[int], device: torch.device) -
 def _on(device: torch.device, values: Sequence[object]) -> Tensor:
     """Whole numbers on the device; the host does not wait for the copy, as it would for one from pageable memory."""
     made = torch.tensor(values)
-    return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made
+    held = host_memory(tuple(made.shape), made.dtype, device.type == "cuda", zeroed=False)
+    return held.copy_(made).to(device, non_blocking=True)
 
 
 def _bits(x: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from vericache_compile.runtime.drawn import Asked, Drawn, Repeated
 from vericache_compile.runtime.pace import Pace
 
 if TYPE_CHECKING:
-    from vericache_compile.runtime.recovery import Call
+    from vericache_compile.runtime.recovery import Call, Version
 
 
 @dataclass(frozen=True)
@@ -122,8 +122,8 @@ class Sequence:
         """(epoch begun, columns kept) per cut of history; cuts that a later, deeper one covers are left out."""
         self.live: dict[int, int] = {}
         """Storage pointers of the ghosts that are still alive, with the columns they show."""
-        self.version = 0
-        """Of the weights that the last call saw: where they lie, and autograd's version counters."""
+        self.version: Version = ()
+        """Of the weights that the last round saw."""
         self.cut: set[int] = set()
         """Places (as ghosts spell them) of cache tensors that showed fewer columns than there were."""
         self.forked = False

@@ -23,7 +23,7 @@ from vericache_compile.runtime.counts import Counts
 from vericache_compile.runtime.drawn import Drawn
 from vericache_compile.runtime.executor import WeightCasts, bind_weights
 from vericache_compile.runtime.mirrors import find_mirror, has_versions, paddings, write_back
-from vericache_compile.runtime.recovery import Call, record, recover
+from vericache_compile.runtime.recovery import Call, record, recover, version_of
 from vericache_compile.runtime.ring import Ring
 from vericache_compile.runtime.rotations import Rotations
 from vericache_compile.runtime.sequence_table import SequenceTable
@@ -186,8 +186,9 @@ class Session:
         self, plan: DecodePlan, inputs: Rows[Any], sequence: Sequence, fed: list[tuple[int, int, int]], columns: int
     ) -> list[Tensor]:
         """The row outputs of a decode call, after a round where a row of the batch has none held."""
-        weights = [inputs[i] for i in plan.captured.roles.weights]
-        version = hash(tuple((w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights))
+        version = version_of(plan.captured, inputs)
+        if sequence.version and version != sequence.version:
+            sequence.calls.clear()  # nothing gives back what other weights made
         for row, (token, offset, pad) in zip(sequence.rows, fed, strict=True):
             if version != sequence.version:
                 row.truncate(columns)  # what was computed ahead is the old weights'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +241,24 @@ def test_a_recompile_storm_never_reaches_dynamos_limit() -> None:
             assert torch.equal(greedy(model, prompt()), plain)
             assert stats(model)["rounds"] > 0
         assert torch._dynamo.config.recompile_limit > limit
+
+
+@pytest.mark.own_captures
+def test_a_thread_has_not_reached_dynamos_limit_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A setting of Dynamo's is its thread's own; what one thread compiled counts in all."""
+    model, limits = make_tiny("llama"), ("recompile_limit", "accumulated_recompile_limit")
+    steps = torch.no_grad()(step_by_step)
+    plain = steps(model, DynamicCache(config=model.config), prompt(), 21)
+    for name in limits:
+        monkeypatch.setattr(vars(torch._dynamo.config)["_config"][name], "default", 8)
+    with torch._dynamo.config.patch(dict.fromkeys(limits, 64)), ThreadPoolExecutor(1) as thread:
+        for window in (2, 4, 16, 32, 8):
+            model.compile(backend="vericache", options={**OPTIONS, "window": window})
+            cache = DynamicCache(config=model.config)
+            given = steps(model, cache, prompt(), 1 if window == 8 else 21)
+            assert torch.equal(torch.cat(given), torch.cat(plain[: len(given)]))
+        given += thread.submit(steps, model, cache, given[-1], 20).result()
+    assert torch.equal(torch.cat(given), torch.cat(plain))
 
 
 @torch.no_grad()

@@ -76,13 +76,17 @@ def compilation_of(inputs: Sequence[Any], parameters: Sequence[int], config: Con
 
 
 def _keep_compiling() -> None:
-    """Raise Dynamo's recompile limits before this frame reaches them.
+    """Raise Dynamo's recompile limits before this frame reaches them, in all threads.
 
-    Past its limit Dynamo would run the model's own code, uncompiled, on caches whose data only this backend holds.
+    Past its limit Dynamo would run the model's own code, uncompiled, on caches whose data only this backend holds. A
+    setting is its thread's own, while graphs are everybody's: other threads have the default.
     """
     current = torch._guards.CompileContext.current_compile_id()
     compiled = (current.frame_compile_id or 0) + 1 if current is not None else 0
     for name in ("recompile_limit", "accumulated_recompile_limit"):
+        others = vars(torch._dynamo.config)["_config"][name]
+        if compiled + 1 >= others.default:
+            others.default *= 2
         if compiled + 1 >= (limit := getattr(torch._dynamo.config, name)):
             setattr(torch._dynamo.config, name, 2 * limit)
             log.debug("raised torch._dynamo.config.%s to %d", name, 2 * limit)

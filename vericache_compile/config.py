@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -100,7 +101,7 @@ class Config:
         if self.placement not in (AUTO, *Tier):
             raise OptionError(f"placement={self.placement!r}", WHERE, f"use one of {AUTO}, {', '.join(Tier)}")
         for name in ("device_memory_mb", "staging_mb", "link_gbps"):
-            if (value := getattr(self, name)) is not None and value <= 0:
+            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
                 raise OptionError(f"{name}={value!r}", WHERE, "give a number above 0, or leave it out")
         for name, kind in (("dump", "folder"), ("trace", "file"), ("kv_folder", "folder")):
             if (path := getattr(self, name)) is not None and not path.strip():

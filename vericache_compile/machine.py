@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from vericache_compile.demo_model import cache_root
+from vericache_compile.runtime.pages import host_memory
 
 log = logging.getLogger(__name__)
 FILE = "machine.json"
@@ -69,7 +70,7 @@ def measure(device: torch.device) -> Bandwidths:
     """Copy BYTES within the device, and to it from (pinned) host memory; the best of REPEATS each."""
     on_device = torch.zeros(BYTES, dtype=torch.uint8, device=device)
     other = torch.zeros_like(on_device)
-    host = torch.zeros(BYTES, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    host = host_memory((BYTES,), torch.uint8, device.type == "cuda")
     memory = 2 * BYTES / _best(lambda: other.copy_(on_device), device)
     if device.type == "cpu":
         link = BYTES / _best(lambda: other.numpy().__setitem__(..., host.numpy()), device)  # as the link copies

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -70,6 +71,63 @@ def test_a_lost_page_comes_back_to_the_bit(batch: int, caplog: pytest.LogCapture
     assert torch.equal(ours, expected)
     assert caplog.text.count("computed again from its tokens") == 1
     assert stats(model)["placement"] == "host"
+
+
+def test_the_caller_may_write_to_what_it_has_handed_over() -> None:
+    """A prompt in two chunks that came in one buffer."""
+    model, ids = make_tiny("llama", layers=3), make_prompt(600)["input_ids"]
+    model.compile(backend="vericache", options=OPTIONS)
+
+    def decode_chunks(fault: bool) -> Tensor:
+        cache, buffer, rows = DynamicCache(), torch.empty(1, 300, dtype=torch.int64), []
+        with torch.no_grad():
+            for chunk in ids.split(300, dim=1):
+                out = model(buffer.copy_(chunk), past_key_values=cache)
+            for step in range(40):
+                if fault and step == 20:
+                    damage(newest(model), layer=1, row=0, index=0)
+                out = model(out.logits[:, -1:].argmax(-1), past_key_values=cache)
+                rows.append(out.logits)
+        return torch.cat(rows)
+
+    assert torch.equal(decode_chunks(fault=True), decode_chunks(fault=False))
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_lost_page_of_other_weights_is_an_error(replaced: bool) -> None:
+    """Full KV is that of the weights which made it; new ones would give another."""
+    model, ids = make_tiny("llama", layers=3), make_prompt(600)["input_ids"]
+    model.compile(backend="vericache", options=OPTIONS)
+    cache, projection = DynamicCache(), model.model.layers[0].self_attn.v_proj
+    with torch.no_grad():
+        out = model(ids, past_key_values=cache)
+        for step in range(20):
+            if step == 10 and replaced:
+                projection.weight = torch.nn.Parameter(projection.weight * 0.5)
+            elif step == 10:
+                projection.weight.mul_(0.5)
+            out = model(out.logits[:, -1:].argmax(-1), past_key_values=cache)
+        damage(newest(model), layer=1, row=0, index=0)
+
+        def decode_on() -> None:
+            ids = out.logits[:, -1:].argmax(-1)
+            for _ in range(20):
+                ids = model(ids, past_key_values=cache).logits[:, -1:].argmax(-1)
+
+        with pytest.raises(PageLost, match="not what was written"):
+            decode_on()
+
+
+def test_a_folder_may_go_once_the_prompt_is_read(tmp_path: Path) -> None:
+    """Before a whole page of it was verified, too."""
+    model, prompt = make_tiny("llama", layers=3), make_prompt(240)
+    plain = decode(model, prompt, 40, lambda step: None).argmax(-1)
+    folder = tmp_path / "pages"
+    folder.mkdir()
+    model.compile(backend="vericache", options={**OPTIONS, "kv_folder": str(folder)})
+    ours = decode(model, prompt, 40, lambda step: folder.rmdir() if step == 5 else None)
+    assert torch.equal(ours.argmax(-1), plain)
+    assert isinstance(newest(model).pages[0][0][0], FilePage)
 
 
 def test_a_second_turn_over_a_lost_page() -> None:

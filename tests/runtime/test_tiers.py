@@ -228,11 +228,10 @@ def test_a_full_disk_leaves_pages_in_host_memory(
     assert same(contents(full, 0, 600), contents(plain, 0, 600))
 
 
-def test_a_folder_that_is_not_there(make_sites: Sites, fill: Fill, tmp_path: Path) -> None:
+def test_a_folder_that_is_not_there(make_sites: Sites, tmp_path: Path) -> None:
     full = make(make_sites(), 1, Tier.DISK, tmp_path / "missing")
-    fill(full, 0, 600)
     with pytest.raises(VericacheError, match=r"(?s)No such file.*missing.*kv_folder"):
-        full.settle(0, [600])
+        full.reserve(600, torch.device("cpu"))
 
 
 def test_host_memory_that_cannot_be_pinned_is_pageable_and_said_once(
