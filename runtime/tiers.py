@@ -168,8 +168,9 @@ class PagedKV(FullKV):
                     if isinstance(page, HostPage):
                         page.shared = True
                 copy.pages[layer][b] = held[row][:whole]
-                if columns % (self.page or 1):
-                    copy.pages[layer][b].append(self._copy(layer, held[row][whole]))
+                if columns % (self.page or 1):  # one in a file is read when it is written to
+                    last = held[row][whole]
+                    copy.pages[layer][b].append(last if isinstance(last, FilePage) else self._copy(layer, last))
         return copy
 
     def _runs(self, pages: Callable[[int], HostPage], begin: int, end: int) -> Iterator[tuple[slice, Tensor, Tensor]]:

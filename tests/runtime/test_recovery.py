@@ -118,6 +118,27 @@ def test_a_lost_page_of_other_weights_is_an_error(replaced: bool) -> None:
             decode_on()
 
 
+def test_a_fork_that_ends_inside_a_lost_page() -> None:
+    model, ids = make_tiny("llama", layers=3), make_prompt(600)["input_ids"]
+    model.compile(backend="vericache", options=OPTIONS)
+
+    def fork(fault: bool) -> Tensor:
+        cache = DynamicCache()
+        with torch.no_grad():
+            model(ids, past_key_values=cache)
+            if fault:
+                damage(newest(model), layer=1, row=0, index=1)  # columns 256 to 511
+            own = copy.deepcopy(cache)
+            own.crop(400 - 600)
+            fed, rows = ids[:, :1], []
+            for _ in range(20):
+                rows.append(model(fed, past_key_values=own).logits)
+                fed = rows[-1].argmax(-1)
+        return torch.cat(rows)
+
+    assert torch.equal(fork(fault=True), fork(fault=False))
+
+
 def test_a_folder_may_go_once_the_prompt_is_read(tmp_path: Path) -> None:
     """Before a whole page of it was verified, too."""
     model, prompt = make_tiny("llama", layers=3), make_prompt(240)
