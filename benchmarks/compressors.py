@@ -256,6 +256,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where results go, and come from when the run is taken up again")
     parser.add_argument("--plot", type=Path, help="where the picture goes")
     parser.add_argument("--markdown", type=Path, help="where the table goes, as a page of the documentation")
+    told = "more results to show on the page and in the picture, of other shares or machines"
+    parser.add_argument("--beside", nargs="*", type=Path, default=[], metavar="JSON", help=told)
     arguments = parser.parse_args()
     console = Console(width=WIDTH)
     settings = {"machine": machine(), "new_tokens": arguments.new, "draft_dtype": arguments.draft_dtype}
@@ -269,10 +271,11 @@ def main() -> None:
     with drafting, tempfile.TemporaryDirectory() as folder:
         measure_all(arguments, report, Path(folder), Console(stderr=True))
     console.print(table(report))
+    reports = [report, *(json.loads(path.read_text()) for path in arguments.beside)]
     if arguments.plot is not None:
-        plot(report, arguments.plot)
+        plot(reports, arguments.plot)
     if arguments.markdown is not None:
-        arguments.markdown.write_text(markdown(report))
+        arguments.markdown.write_text(markdown(reports))
 
 
 if __name__ == "__main__":

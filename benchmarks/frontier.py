@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,7 +96,7 @@ def rows(report: Mapping[str, Any]) -> Iterator[list[str]]:
 
 def against(point: Point) -> str:
     """On which prompts a method gives more, or fewer, tokens per round than `streaming` does at its bytes."""
-    if point.method == "streaming":
+    if not all("streaming" in run for run in point.runs.values()):
         return ""
     more = {name: run["tokens_per_round"] - run["streaming"]["tokens_per_round"] for name, run in point.runs.items()}
     worse = [name for name, gain in more.items() if gain < 0]
@@ -115,39 +115,55 @@ def table(report: Mapping[str, Any]) -> Table:
     return made
 
 
-def markdown(report: Mapping[str, Any]) -> str:
-    """For the documentation."""
-    machine, prefill = report["machine"], report["prefill_seconds"]
-    head = ["method", "setting", "bytes", *prompts_of(report), *MEASURED]
-    lengths = {run["prompt"]: run["prompt_tokens"] for run in report["runs"]}
-    texts = [f"{name} ({lengths[name]:,} tokens, read in {took:.1f} s)" for name, took in prefill.items()]
+def markdown(reports: Sequence[Mapping[str, Any]]) -> str:
+    """For the documentation; reports may be of several machines."""
     parts = [
         "# Measured as drafters",
         "[Dropping](dropping.md) · [quantising](quantising.md) · [low rank and layers](low_rank_and_layers.md) · "
-        "[mixed](mixed.md)",
+        "[sketches](sketch.md) · [mixed](mixed.md)",
         "`benchmarks/compressors.py --markdown` wrote this page. SmolLM2-135M in float32, greedy, W = 16, so at most "
-        f"16 tokens per round; {report['new_tokens']} new tokens, drafts in the model's own weights. "
-        f"{machine['device']} with {machine['threads']} thread(s), torch {machine['torch']}, transformers "
-        f"{machine['transformers']}. Prompts: {', '.join(texts)}.",
+        "16 tokens per round; drafts in the model's own weights.",
         "bytes: of the draft cache with its tail, as a fraction of the full one's. compress: seconds, as a fraction of "
         "those for reading the prompt, with what a method has the model compute besides. alone: the token at which the "
         "compressed cache alone would have given another. streaming: tokens per round, against those of `streaming` "
         "with a `keep` that takes as many bytes as were measured; better, where no prompt is named. same: whether "
         "tokens were plain's.",
     ]
-    for label in dict.fromkeys(point.label for point in points(report)):
-        own = [row[1:] for row in rows(report) if row[0] == label]
-        title = "## With their own parameters" if label == "default" else f"## At {label} of the bytes"
-        parts += [title, "\n".join(_markdown_rows(head, own))]
-    slow = {point.method for point in points(report) if point.compressing(prefill) > LIMIT}
-    if slow:
-        lines = [f"- `{name}`: {SLOW.get(name.partition('+')[0], 'not known.')}" for name in sorted(slow)]
-        parts += [f"## Compressing takes more than {LIMIT:.0%} of reading", "\n".join(lines)]
-    worse = {row[1] for row in rows(report) if "worse" in row[-2]}
-    why = [f"- `{name}`: {WHY.get(name.partition('+')[0], 'not known.')}" for name in sorted(worse)]
-    if why:
-        parts += ["## Worse than `streaming`", "\n".join(why)]
+    for report in reports:
+        head = ["method", "setting", "bytes", *prompts_of(report), *MEASURED]
+        for label in dict.fromkeys(point.label for point in points(report)):
+            own = [row[1:] for row in rows(report) if row[0] == label]
+            title = "## With their own parameters" if label == "default" else f"## At {label} of the bytes"
+            parts += [title, _setting(report), "\n".join(_markdown_rows(head, own))]
+    parts += _explained(
+        f"## Compressing takes more than {LIMIT:.0%} of reading",
+        {p.method for report in reports for p in points(report) if p.compressing(report["prefill_seconds"]) > LIMIT},
+        SLOW,
+    )
+    worse = {row[1] for report in reports for row in rows(report) if "worse" in row[-2]}
+    parts += _explained("## Worse than `streaming`", worse, WHY)
     return "\n\n".join(parts) + "\n"
+
+
+def _setting(report: Mapping[str, Any]) -> str:
+    """What a report was measured on."""
+    machine = report["machine"]
+    lengths = {run["prompt"]: run["prompt_tokens"] for run in report["runs"]}
+    texts = [
+        f"{name} ({lengths[name]:,} tokens, read in {took:.1f} s)"
+        for name, took in report["prefill_seconds"].items()
+        if name in lengths
+    ]
+    return (
+        f"{machine['device']} with {machine['threads']} thread(s), torch {machine['torch']}, transformers "
+        f"{machine['transformers']}; {report['new_tokens']} new tokens. Prompts: {', '.join(texts)}."
+    )
+
+
+def _explained(title: str, methods: Iterable[str], why: Mapping[str, str]) -> list[str]:
+    """A part that says why, for methods of which there may be none."""
+    lines = [f"- `{name}`: {why.get(name.partition('+')[0], 'not known.')}" for name in sorted(methods)]
+    return [title, "\n".join(lines)] if lines else []
 
 
 def _markdown_rows(head: list[str], body: Iterable[list[str]]) -> Iterator[str]:
@@ -162,12 +178,13 @@ def mean(numbers: Iterable[float]) -> float:
     return float(sum(held) / len(held))
 
 
-def plot(report: Mapping[str, Any], path: Path) -> None:
+def plot(reports: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Tokens per round against bytes per token; what no other method beats at fewer bytes is joined by a line."""
     from matplotlib.figure import Figure
 
     axes = (figure := Figure(figsize=(9, 6), layout="constrained")).subplots()
-    found = sorted(points(report), key=lambda point: (point.bytes, -point.rate))
+    every = [point for report in reports for point in points(report)]
+    found = sorted(every, key=lambda point: (point.bytes, -point.rate))
     lines: dict[str, list[Point]] = {}
     for point in found:
         lines.setdefault(point.method, []).append(point)

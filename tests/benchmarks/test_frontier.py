@@ -36,9 +36,9 @@ def report() -> dict[str, Any]:
 
 
 def test_a_page_has_a_table_per_share_best_first(report: dict[str, Any]) -> None:
-    page = frontier.markdown(report)
+    page = frontier.markdown([report])
     assert page.count("## At ") == 2
-    first = page.split("## At 25% of the bytes\n\n")[1].split("\n\n")[0].splitlines()
+    first = page.split("## At 25% of the bytes\n\n")[1].split("\n\n")[1].splitlines()
     assert [line.split(" | ")[0].removeprefix("| ") for line in first[2:]] == ["best", "mine", "streaming"]
     assert first[2] == (
         "| best | best(keep=0.25) | 25% | 16.0 | 15.0 | 15.5 | 1.5% | 20 ms | never never | better | yes |"
@@ -50,14 +50,14 @@ def test_a_page_has_a_table_per_share_best_first(report: dict[str, Any]) -> None
 def test_a_run_that_is_not_finished_can_be_shown(report: dict[str, Any], tmp_path: Path) -> None:
     report["runs"] = [*report["runs"][:3], run("mine", 0.3, "code", 9.0) | {"share": "default"}]
     assert frontier.table(report).row_count == 3
-    frontier.plot(report, tmp_path / "plot.svg")
+    frontier.plot([report], tmp_path / "plot.svg")
     assert (tmp_path / "plot.svg").stat().st_size > 1000
 
 
 def test_the_documents_say_what_was_measured() -> None:
     root = Path(__file__).parents[2]
     report = json.loads((root / "benchmarks/results/compressors-amd-epyc.json").read_text())
-    assert (root / "docs/compressors/measured.md").read_text() == frontier.markdown(report)
+    assert (root / "docs/compressors/measured.md").read_text() == frontier.markdown([report])
     readme = (root / "README.md").read_text()
     for point in frontier.points(report):
         if "+" in point.method:
@@ -65,5 +65,7 @@ def test_the_documents_say_what_was_measured() -> None:
         [row] = re.findall(rf"^\| `(?:int8`, `)?{point.method}`.*\|$", readme, re.MULTILINE)
         rates = ", ".join(f"{point.runs[name]['tokens_per_round']:.1f}" for name in frontier.prompts_of(report))
         kib = frontier.mean(run["bytes_per_token"] for run in point.runs.values()) / 1024
+        inside = next(iter(point.runs.values()))["compressor"].partition("(")[2].removesuffix(")")
+        assert f"| `{inside}` |" in row or (not inside and "| these |" in row)
         assert rates in row
         assert f"{kib:.1f}" in row

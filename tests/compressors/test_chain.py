@@ -99,9 +99,9 @@ def test_what_a_chain_is_told_its_first_method_knows(random_row: Row) -> None:
 
 
 def test_methods_in_the_wrong_place_are_option_errors() -> None:
-    with pytest.raises(OptionError, match="'kivi' is not a method that drops tokens"):
+    with pytest.raises(OptionError, match="'kivi' does not keep the same number"):
         make_chain(Kivi(), SnapKV())
-    with pytest.raises(OptionError, match="'snapkv' is not a method that quantises"):
+    with pytest.raises(OptionError, match="'snapkv' does not quantise"):
         make_chain(SnapKV(), SnapKV())
 
 

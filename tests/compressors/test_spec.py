@@ -71,7 +71,7 @@ def test_options_are_those_of_all_parts() -> None:
         ("snapkv(keep=open)", {}, "'keep=open'", "parameter=number"),
         ("snapkv(keep=0.2", {}, "'snapkv(keep=0.2'", "name(parameter=value, ...)"),
         ("snapkv | ", {}, "''", "one | another"),
-        ("kivi | snapkv", {}, "'kivi' is not a method that drops", "as in snapkv"),
+        ("kivi | snapkv", {}, "'kivi' does not keep the same number", "as in snapkv"),
         ("snapkv | kivi | int8", {}, "'snapkv | kivi | int8'", "any budgets, then one"),
         ("0-1: none", {}, "sites without a method", "rest: method"),
         ("5-3: none, rest: snapkv", {}, "sites 5-3", "write 3-5"),

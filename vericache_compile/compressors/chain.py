@@ -96,7 +96,9 @@ def make_chain(first: Compressor, second: Compressor) -> Chain:
     """The chain of both; raises OptionError unless the first drops tokens and the second quantises."""
     fix = "write one that drops tokens | one that quantises, as in snapkv(keep=0.5) | kivi(bits=4)"
     if not isinstance(first, Chooser):
-        raise OptionError(f"{first.name!r} is not a method that drops tokens", "a compressor before |", fix)
+        found = f"{first.name!r} does not keep the same number of tokens, as they were, in all heads"
+        raise OptionError(found, "a compressor before |", fix)
     if not isinstance(second, Quantizer):
-        raise OptionError(f"{second.name!r} is not a method that quantises", "a compressor after |", fix)
+        found = f"{second.name!r} does not quantise tokens that do not stand side by side"
+        raise OptionError(found, "a compressor after |", fix)
     return Chain(first, second)
