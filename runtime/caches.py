@@ -76,6 +76,8 @@ class FullKV:
 
     tier: Tier = Tier.DEVICE
     """Where it lives."""
+    recalled = 0
+    """Bytes that `gather` brought to the device."""
 
     @property
     def resident(self) -> bool:

@@ -73,6 +73,8 @@ class Counts:
     drafted_positions: list[int] = field(default_factory=list)
     """How often a token was drafted at each place in the window."""
     traffic: Traffic = field(default_factory=Traffic)
+    recalled: int = 0
+    """Bytes of full KV outside the device that draft steps read, for methods that choose at every step."""
     spans: tuple[Span, ...] = ()
     """The latest round's transfers one by one."""
     latest: deque[Round] = field(default_factory=lambda: deque(maxlen=LATEST))

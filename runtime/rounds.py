@@ -58,6 +58,7 @@ def run_round(
     """
     device = inputs[plan.captured.roles.weights[0]].device
     before = (counts.compress_seconds, counts.drafted, counts.accepted)
+    recalled = sequence.full.recalled
     called = time.perf_counter()
     start = make_start(sequence, device)
     sequence.full.reserve(max(start.columns) + plan.window, device)
@@ -96,6 +97,7 @@ def run_round(
     compressing, more, stood = (after - then for after, then in zip(now, before, strict=True))
     traffic, spans = coming.traffic()
     counts.add_transfers(traffic, spans)
+    counts.recalled += sequence.full.recalled - recalled
     sequence.pace.note(Seen(horizon, 1 + stood / len(sequence.rows), *took, traffic.seconds, traffic.nbytes))
     counts.rested += not horizon
     made = Round(called, compressing, launched, *took, len(sequence.rows), int(more), int(stood), traffic)

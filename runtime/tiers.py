@@ -154,6 +154,7 @@ class PagedKV(FullKV):
             heads, places = (wanted // self.page == index).nonzero(as_tuple=True)
             own = wanted[heads, places] - index * self.page
             keys[heads, places], values[heads, places] = page.keys[heads, own], page.values[heads, own]
+        self.recalled += keys.nbytes + values.nbytes
         return keys.to(self.device), values.to(self.device)
 
     def select(self, rows: Sequence[int], columns: int) -> PagedKV:

@@ -5,16 +5,20 @@ from __future__ import annotations
 import copy
 import gc
 import itertools
+import os
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import streams
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from models import VOCABULARY, make_prompt, make_tiny
 from test_canonical import compiled, logits_of, random_guess, shared, use_drafter
 from torch import Tensor
@@ -102,6 +106,56 @@ def test_what_drafts_hold_as_it_was_cached_does_not_come_in_again(
         came.append(made["transferred"] / stats(model)["rounds"] / made["full"])
         assert bool(made["set_apart"]) == (compressor != "streaming"), "it lets go of tokens when others join"
     assert came[0] < came[1] < 0.9
+
+
+@pytest.mark.parametrize("compressor", ["quest(keep=0.2, page=4, whole=1)", "clusterkv(keep=0.2, tokens=8, whole=1)"])
+def test_what_draft_steps_choose_comes_from_where_full_kv_lives(compressor: str) -> None:
+    """The same rows and the same drafts, from the device, host memory and a file."""
+    (model, switch), inputs = shared("llama", "what drafts hold"), make_prompt(500, 3)
+    first = logits_of(model, switch, inputs, 40, **EAGER)
+    accepted = []
+    for placement in ("device", "host", "disk"):
+        how = {"placement": placement, "compressor": compressor, "keep": None}
+        assert torch.equal(first, logits_of(model, switch, inputs, 40, **how, **EAGER)), placement
+        made = stats(model)
+        accepted.append((made["rounds"], made["accepted"]))
+        assert bool(made["bytes"]["recalled"]) == (placement != "device")
+    assert accepted[0] == accepted[1] == accepted[2]
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    placement=st.sampled_from(["host", "disk"]),
+    staging=st.floats(1e-6, 2.0),
+    compressor=st.sampled_from(["snapkv", "adakv", "streaming", "kivi", "none"]),
+    batch=st.sampled_from([1, 3]),
+)
+def test_rows_are_bit_equal_for_any_ring(placement: str, staging: float, compressor: str, batch: int) -> None:
+    (model, switch), inputs = shared("llama", "what drafts hold"), make_prompt(400, batch)
+    how = {"placement": placement, "staging_mb": staging, "compressor": compressor}
+    assert torch.equal(
+        logits_of(model, switch, inputs, 24, **EAGER), logits_of(model, switch, inputs, 24, **how, **EAGER)
+    )
+
+
+@pytest.mark.parametrize("placement", ["host", "disk"])
+def test_threads_decode_side_by_side(placement: str) -> None:
+    """One model, a cache per thread: each gets the rows that it gets alone."""
+    model, inputs = make_tiny("llama"), [make_prompt(300 + 40 * i, seed=i)["input_ids"] for i in range(3)]
+    model.compile(backend="vericache", options={"placement": placement, "staging_mb": 0.001, **EAGER})
+
+    @torch.no_grad()
+    def rows(ids: Tensor) -> Tensor:
+        cache, made = DynamicCache(), []
+        for _ in range(30):
+            made.append(model(ids, past_key_values=cache).logits[:, -1:])
+            ids = made[-1].argmax(-1)
+        return torch.cat(made, dim=1)
+
+    alone = [rows(ids) for ids in inputs]
+    with ThreadPoolExecutor(3) as threads:
+        together = list(threads.map(rows, inputs))
+    assert all(map(torch.equal, alone, together))
 
 
 def test_nothing_is_set_apart_where_it_would_not_pay() -> None:
@@ -267,21 +321,28 @@ def test_drafts_that_never_pay_are_turned_off(monkeypatch: pytest.MonkeyPatch) -
     assert stats(model)["rounds_without_drafts"] > 40
 
 
-def test_many_sequences_leave_nothing_behind(tmp_path: Path) -> None:
-    """Two hundred on disk: threads and files are as many as after the first ones."""
+@pytest.mark.parametrize("placement", ["host", "disk"])
+def test_many_sequences_leave_nothing_behind(placement: str, tmp_path: Path) -> None:
+    """Two hundred: threads, files and memory are as many as after the first ones."""
     model = make_tiny("llama")
-    options = {"placement": "disk", "kv_folder": str(tmp_path), **EAGER}
+    options = {"placement": placement, "kv_folder": str(tmp_path), **EAGER}
     model.compile(backend="vericache", options=options)
 
-    def left() -> tuple[int, int]:
+    def left() -> tuple[int, int, int]:
         gc.collect()
-        return threading.active_count(), sum(1 for _ in Path("/proc/self/fd").iterdir())
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return (
+            threading.active_count(),
+            sum(1 for _ in Path("/proc/self/fd").iterdir()),
+            pages * os.sysconf("SC_PAGE_SIZE"),
+        )
 
-    counts = list[tuple[int, int]]()
+    counts = list[tuple[int, int, int]]()
     for number in range(200):
         model.generate(**make_prompt(260, seed=number), max_new_tokens=2, do_sample=False)
-        if number in (9, 199):
+        if number in (29, 199):
             counts.append(left())
     assert counts[1][0] <= counts[0][0]
     assert counts[1][1] <= counts[0][1]
+    assert counts[1][2] - counts[0][2] < 170 * stats(model)["bytes"]["full"] / 4, "a sequence's KV stays allocated"
     assert not list(tmp_path.iterdir())

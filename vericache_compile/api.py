@@ -88,6 +88,7 @@ def stats(model: torch.nn.Module) -> dict[str, Any]:
             "full_on_device": held.resident,
             "staging": held.staging,
             "transferred": counts.traffic.nbytes,
+            "recalled": counts.recalled,
             "draft": held.draft,
             "set_apart": held.apart,
             "calibration": session.compressor.shared_nbytes,
