@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from vericache_compile import stats
+from vericache_compile.compressors.low_rank import LowRank
 from vericache_compile.runtime import rounds
 from vericache_compile.runtime.caches import DraftKV
 
@@ -43,6 +44,32 @@ def test_a_poisoned_draft_never_changes_a_row(
     monkeypatch.setattr(rounds, "prepare_draft", prepare_draft)
     assert torch.equal(expected, logits_of(model, switch, inputs, 30, compressor=compressor, **OPTIONS))
     assert poisoned, "no draft was poisoned"
+
+
+@pytest.mark.parametrize("poison", [float("nan"), 1e4])
+def test_a_region_that_attends_itself_never_changes_a_row(poison: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law 1 again: nor does what it gives in place of attention; where it is right, drafts are as without it."""
+    (model, switch), inputs = shared("llama", "law 1", 3), make_prompt(300, 3)
+    expected = logits_of(model, switch, inputs, 30, compressor="none", **OPTIONS)
+    attend, asked, accepted = LowRank.attend, list[Tensor | None](), []
+
+    def note(*args: Any) -> Tensor | None:
+        asked.append(attend(*args))
+        return asked[-1]
+
+    def spoil(*args: Any) -> Tensor | None:
+        made = attend(*args)
+        return None if made is None else torch.full_like(made, poison)
+
+    logits_of(model, switch, inputs, 1, compressor="recalkv(rank=0.8)", **OPTIONS)  # stats are of it from here on
+    for own in (note, lambda *_: None, spoil):
+        monkeypatch.setattr(LowRank, "attend", own)
+        before = stats(model)["accepted"]
+        assert torch.equal(expected, logits_of(model, switch, inputs, 30, compressor="recalkv(rank=0.8)", **OPTIONS))
+        accepted.append(stats(model)["accepted"] - before)
+    assert len(asked) > 100
+    assert all(made is not None for made in asked)
+    assert accepted[0] == accepted[1] > accepted[2]
 
 
 @pytest.mark.parametrize("compressor", ["none", "streaming", "snapkv", "kivi", "quest(whole=0)"])
