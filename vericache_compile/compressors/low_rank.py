@@ -131,12 +131,12 @@ class LowRank(Learned):
         z_keys, z_values = self.read(*region.codes)
         rebuilt = self._keys(z_keys, bases)
         keys = torch.cat([region.sinks.keys, self.as_cached(rebuilt, region.sinks.keys.shape[1]), tail[0]], dim=1)
-        grouped = torch.unflatten(query, 0, (heads, -1)) * scale
-        weights = (grouped @ keys.mT).softmax(dim=2, dtype=torch.float32).to(keys.dtype)
+        grouped = torch.unflatten(query.to(keys.dtype), 0, (heads, -1)) * scale
+        weights = (grouped @ keys.mT).softmax(dim=2, dtype=torch.float32).to(z_values.dtype)
         first, inner, last = torch.split(weights, [x.shape[1] for x in (region.sinks.keys, rebuilt, tail[0])], dim=2)
         basis = torch.unflatten(bases.values[0], 0, (heads, -1)).mT  # [K, r, Dv]
         out: Tensor = first @ region.sinks.values + inner @ z_values @ basis + last @ tail[1]
-        return out.flatten(0, 1)
+        return out.flatten(0, 1).to(query.dtype)
 
     def _keys(self, coordinates: Tensor, bases: Bases) -> Tensor:
         """Keys [K, S, D] from coordinates [G, S, r]."""
