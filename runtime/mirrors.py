@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from vericache_compile.plan import CapturedPlan
-from vericache_compile.runtime.sequence_table import SequenceTable
+from vericache_compile.runtime.sequence_table import SequenceTable, copy_in
 from vericache_compile.runtime.sequences import Sequence
 
 Stamps = tuple[tuple[object, ...], ...]
@@ -90,11 +90,5 @@ def _stamps(buffers: Rows[Tensor]) -> Stamps:
 
 def _copy(table: SequenceTable, plan: CapturedPlan, inputs: Rows[Any], columns: int) -> Sequence:
     made = table.unnamed(plan.sites, inputs[plan.roles.tokens].shape[0])
-    made.full.reserve(columns + 1, inputs[plan.roles.tokens].device)
-    for site in plan.sites:
-        assert site.past is not None, "a decode step has a cache"
-        keys, values = site.attended(*(inputs[i][:, :, :columns] for i in site.past))
-        made.full.append(site.layer, keys, values, [0] * made.full.batch)
-    for row in made.rows:
-        row.length = columns
+    copy_in(made, plan, inputs, columns)
     return made

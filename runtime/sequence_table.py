@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Sequence as Rows
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from vericache_compile.errors import GhostError
-from vericache_compile.plan import Site
+from vericache_compile.plan import CapturedPlan, Site
 from vericache_compile.runtime import ghosts
 from vericache_compile.runtime.sequences import Sequence
 from vericache_compile.runtime.tiers import Home
@@ -210,3 +210,16 @@ class SequenceTable:
         self.release_orphans(spared=sequence)
         self._by_number[made.number] = made
         return made
+
+
+def copy_in(sequence: Sequence, plan: CapturedPlan, inputs: Rows[Any], columns: int) -> None:
+    """Fill a new sequence with the first `columns` columns of a call's cache tensors [B, K, C, D], which hold data."""
+    batch = len(sequence.rows)
+    sequence.full.reserve(columns + 1, inputs[plan.roles.tokens].device)
+    for site in plan.sites:
+        assert site.past is not None, "a graph that attends to a cache at some sites only"
+        keys, values = site.attended(*(inputs[i][:, :, :columns] for i in site.past))
+        sequence.full.append(site.layer, keys, values, [columns - keys.shape[2]] * batch)
+        sequence.full.settle(site.layer, [columns] * batch)
+    for row in sequence.rows:
+        row.length = columns

@@ -16,19 +16,20 @@ from torch import Tensor
 from vericache_compile.compressors.base import Compressor
 from vericache_compile.compressors.facts import KINDS
 from vericache_compile.errors import GhostError, PageLost
-from vericache_compile.plan import CapturedPlan, DecodePlan, Output, OutputRole, Roles, Tier
+from vericache_compile.plan import CapturedPlan, DecodePlan, Output, Roles, Tier
 from vericache_compile.runtime import drafting, pieces, rounds
 from vericache_compile.runtime.compression import Early
 from vericache_compile.runtime.counts import Counts
 from vericache_compile.runtime.drawn import Drawn
 from vericache_compile.runtime.executor import WeightCasts, bind_weights
 from vericache_compile.runtime.mirrors import find_mirror, has_versions, paddings, write_back
+from vericache_compile.runtime.outputs import assemble, take
 from vericache_compile.runtime.recovery import Call, record, recover, version_of
 from vericache_compile.runtime.ring import Ring
 from vericache_compile.runtime.rotations import Rotations
-from vericache_compile.runtime.sequence_table import SequenceTable
-from vericache_compile.runtime.sequences import Row, Sequence
-from vericache_compile.runtime.sliding import columns_after, columns_of, columns_shown, is_short
+from vericache_compile.runtime.sequence_table import SequenceTable, copy_in
+from vericache_compile.runtime.sequences import Sequence
+from vericache_compile.runtime.sliding import columns_of, columns_shown, is_short
 from vericache_compile.runtime.store import Store
 from vericache_compile.runtime.tiers import Home, PagedKV
 from vericache_compile.runtime.timeline import Timeline
@@ -37,8 +38,6 @@ from vericache_compile.runtime.told import Telling
 
 log = logging.getLogger(__name__)
 PAD = "pad on the left (tokenizer.padding_side = 'left')"
-FEW = 1
-"""Columns up to which Dynamo specialises a length, so that marking it dynamic would be in vain."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +166,7 @@ class Session:
             _note_tokens(sequence, inputs[roles.tokens], columns)
         self._note(sequence)
         self.prefill_seconds += time.perf_counter() - began
-        return self._assemble(plan, list(made), sequence, inputs, columns + count, marked=True)
+        return assemble(self.table, plan, list(made), sequence, inputs, columns + count, marked=True)
 
     def run_decode(self, plan: DecodePlan, inputs: Rows[Any]) -> list[Any]:
         """One decode call: serve held rows, after a round where a row of the batch has none."""
@@ -180,7 +179,7 @@ class Session:
             if fed is None or not sequence.regular or is_short(plan.captured, inputs, columns):
                 return self._run_captured(plan.captured, inputs, sequence, columns)
             made = self._rows(plan, inputs, sequence, fed, columns)
-            return self._assemble(plan.captured, made, sequence, inputs, columns + 1, marked=False)
+            return assemble(self.table, plan.captured, made, sequence, inputs, columns + 1, marked=False)
 
     def _rows(
         self, plan: DecodePlan, inputs: Rows[Any], sequence: Sequence, fed: list[tuple[int, int, int]], columns: int
@@ -205,7 +204,8 @@ class Session:
                 self._record.round(sequence.number, judged)
             self._tell_whole(sequence)
             self._note(sequence)
-        return self._take(sequence.rows)
+        self.counts.served += len(sequence.rows)
+        return take(sequence.rows)
 
     def _run_in_place(self, plan: DecodePlan, inputs: Rows[Any]) -> list[Any]:
         """A decode call over the caller's own buffers, which get what it appends."""
@@ -338,15 +338,6 @@ class Session:
                 fix,
             )
 
-    def _take(self, rows: list[Row]) -> list[Tensor]:
-        """The rows to hand out, each as the captured graph would have shaped it; never shared with what is held."""
-        taken = [row.held.popleft() for row in rows]
-        for row in rows:
-            row.served += 1
-        self.counts.served += len(rows)
-        parts = zip(*([output[held.index] for output in held.outputs] for held in taken), strict=True)
-        return [torch.cat(part) for part in parts]
-
     def _sequence(self, plan: CapturedPlan, inputs: Rows[Any]) -> tuple[Sequence, int]:
         past = [inputs[i] for site in plan.sites if site.past is not None for i in site.past]
         columns = columns_of(plan, inputs)
@@ -357,17 +348,9 @@ class Session:
         if columns is None:
             found = "a cache of sliding layers, built outside, that does not say how many columns it stands for"
             raise GhostError(found, "the cache of this call", "run the prompt through the compiled model")
-        batch = inputs[plan.roles.tokens].shape[0]
-        device = inputs[plan.roles.tokens].device
-        sequence = self.table.create(plan.sites, batch, columns, device, self.home)
-        sequence.full.reserve(columns + 1, device)
-        for site in plan.sites:
-            assert site.past is not None, "a graph that attends to a cache at some sites only"
-            keys, values = site.attended(*(inputs[i] for i in site.past))
-            sequence.full.append(site.layer, keys, values, [columns - keys.shape[2]] * batch)
-            sequence.full.settle(site.layer, [columns] * batch)
-        for row in sequence.rows:
-            row.length = columns
+        tokens = inputs[plan.roles.tokens]
+        sequence = self.table.create(plan.sites, tokens.shape[0], columns, tokens.device, self.home)
+        copy_in(sequence, plan, inputs, columns)
         return sequence, columns
 
     def _padding(self, sequence: Sequence, roles: Roles, inputs: Rows[Any]) -> list[int]:
@@ -381,38 +364,6 @@ class Session:
         if not sequence.regular:
             self._say_as_captured("a padding mask with holes or padding on the right", "the attention_mask", PAD)
         return pads if sequence.regular else [0] * len(pads)
-
-    def _assemble(
-        self,
-        plan: CapturedPlan,
-        rows: list[Tensor],
-        sequence: Sequence,
-        inputs: Rows[Any],
-        columns: int,
-        *,
-        marked: bool,
-    ) -> list[Any]:
-        """The captured graph's outputs in order: rows where it returns rows, ghosts where it returns the cache."""
-        tokens = inputs[plan.roles.tokens]
-        before = columns_shown(plan, inputs)
-        shown = [columns_after(site, width, tokens.shape[1]) for site, width in zip(plan.sites, before, strict=True)]
-        pairs = self.table.mint(sequence, columns, tokens.device, shown)
-        if marked:
-            for site, width, pair in zip(plan.sites, shown, pairs, strict=True):
-                for ghost in pair if width > FEW and width != site.kept else ():
-                    torch._dynamo.maybe_mark_dynamic(ghost, 2)
-        remaining = iter(rows)
-
-        def output(role: OutputRole) -> Any:
-            if role.kind is Output.LENGTH:
-                return tokens.shape[1] + (int(inputs[role.source]) if role.source >= 0 else 0)
-            if role.kind is Output.BATCH:
-                return tokens.shape[0]
-            if role.kind in (Output.KEYS, Output.VALUES):
-                return pairs[role.layer][role.kind is Output.VALUES]
-            return next(remaining)
-
-        return [output(role) for role in plan.outputs]
 
     def with_data(self, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         """Inputs for a graph that is not taken: ghosts become real KV."""
