@@ -6,6 +6,7 @@ Shapes: B batch, K KV heads, C columns allocated, D head size, E value head size
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -32,6 +33,12 @@ Remainders = list[Remainder | None]
 
 Reaches = Sequence[int | None]
 """Per site the columns that a token attends to, None for all; empty where it is all at every site."""
+
+
+def whole_types(device: torch.device) -> AbstractContextManager[object]:
+    """Without autocast, whose products would have another type than what they are made of: methods store and read
+    numbers in that of the cache."""
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
 
 def zeros_for(shape: Sequence[int], like: Tensor) -> Tensor:
@@ -201,16 +208,19 @@ class DraftLayer:
         keys, values = self._materialize(max(tails), q) if self.packed else (self.keys, self.values)
         return keys, values, self.visible(tails)
 
-    def attend(self, columns: Sequence[int], q: Tensor, scale: float) -> Tensor | None:
-        """[B, H, 1, E] for queries [B, H, 1, D] of rows `columns` long, where every region does that itself."""
+    @cached_property
+    def attends(self) -> bool:
+        """Whether every region attends itself."""
+        return all(region.attends for region in self.regions)
+
+    def attend(self, columns: Sequence[int], q: Tensor, scale: float) -> Tensor:
+        """[B, H, 1, E] for queries [B, H, 1, D] of rows `columns` long, by regions that attend themselves."""
         outs: list[Tensor] = []
-        for b, (region, column, start) in enumerate(zip(self.regions, columns, self.starts, strict=True)):
-            own = slice(self.offset, self.offset + column - start)
-            made = region.attend(q[b, :, 0], (self.keys[b, :, own], self.values[b, :, own]), scale)
-            if made is None:
-                return None
-            outs.append(made)
-        return torch.stack(outs).unsqueeze(2)
+        with whole_types(q.device):
+            for b, (region, column, start) in enumerate(zip(self.regions, columns, self.starts, strict=True)):
+                own = slice(self.offset, self.offset + column - start)
+                outs.append(region.attend(q[b, :, 0], (self.keys[b, :, own], self.values[b, :, own]), scale))
+        return torch.stack(outs).unsqueeze(2).to(q.dtype)
 
     def visible(self, tails: Sequence[int]) -> Visible:
         """Which slots rows read whose tails hold so many tokens."""
@@ -245,9 +255,11 @@ class DraftLayer:
         return tuple(tuple(self.slots - count for count in row) for row in kept)
 
     def _materialize(self, longest: int, q: Tensor | None) -> tuple[Tensor, Tensor]:
-        parts = [
-            region.materialize() if q is None else region.select(q[b, :, 0]) for b, region in enumerate(self.regions)
-        ]
+        with whole_types(self.keys.device):
+            parts = [
+                region.materialize() if q is None else region.select(q[b, :, 0])
+                for b, region in enumerate(self.regions)
+            ]
         out = []
         for held, side in ((self.keys, 0), (self.values, 1)):
             joined = held.new_zeros((held.shape[0], held.shape[1], self.slots + longest, held.shape[3]))

@@ -14,7 +14,7 @@ from vericache_compile.plan import DecodePlan
 from vericache_compile.runtime import draft_step
 from vericache_compile.runtime.acceptance import next_horizon
 from vericache_compile.runtime.attention import Visible, attend_compressed
-from vericache_compile.runtime.caches import DraftKV
+from vericache_compile.runtime.caches import DraftKV, whole_types
 from vericache_compile.runtime.compression import CHUNK, compress, extend
 from vericache_compile.runtime.counts import Counts
 from vericache_compile.runtime.executor import Attend, execute
@@ -87,13 +87,14 @@ def prepare_draft(
         tell = telling.of if compressor.wants & KINDS else None
         full, plan = sequence.full, telling.plan
         placed = {site.layer for site in plan.captured.sites if site.alibi is not None}
-        if draft is not None:
-            draft = extend(draft, full, start.pads, start.columns, queries, room, tell, placed)
-        else:
-            early, reaches = sequence.take_early(compressor, start.columns), reaches_of(plan)
-            how = (room, early, tell, placed, reaches)
-            apart = sequence.sets_apart(compressor, max(start.columns), plan.captured.staging)
-            draft = compress(compressor, full, start.pads, start.columns, queries, *how, apart)
+        with whole_types(start.tokens.device):
+            if draft is not None:
+                draft = extend(draft, full, start.pads, start.columns, queries, room, tell, placed)
+            else:
+                early, reaches = sequence.take_early(compressor, start.columns), reaches_of(plan)
+                how = (room, early, tell, placed, reaches)
+                apart = sequence.sets_apart(compressor, max(start.columns), plan.captured.staging)
+                draft = compress(compressor, full, start.pads, start.columns, queries, *how, apart)
         sequence.draft = draft
         counts.compress_seconds += time.perf_counter() - began
     return draft
@@ -152,8 +153,8 @@ def _drafting(draft: DraftKV, plan: DecodePlan, start: Start, step: int) -> Atte
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
         held = draft.layers[layer]
         held.write(k, v, columns)
-        if sites[layer].is_plain and (own := held.attend(grown, q, sites[layer].scale)) is not None:
-            return own
+        if held.attends and sites[layer].is_plain:
+            return held.attend(grown, q, sites[layer].scale)
         keys, values, visible = held.read(grown, q)
         scores = scores_of(sites[layer], sinks, max(visible.rights), q.device)
         return attend_compressed(q, keys, values, visible, sites[layer].scale, masks, scores)

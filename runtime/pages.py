@@ -117,6 +117,16 @@ def sides(flat: Tensor, site: Site, *shape: int) -> tuple[Tensor, Tensor]:
     return keys, flat[ends[0] : ends[1]].view(site.dtype).view(*shape, site.value_size)
 
 
+def check_folder(folder: str | None) -> None:
+    """Raise VericacheError where files cannot be made in a folder, before anything is computed for them."""
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EROFS):
+            where, fix = folder or tempfile.gettempdir(), "name a folder that can be written to with kv_folder"
+            raise VericacheError(f"no file for KV pages: {error.strerror}", where, fix) from error
+
+
 class PageFile:
     """A file without a name, of places for pages of one size; it is gone when nobody has it open, whatever happens."""
 
@@ -125,13 +135,7 @@ class PageFile:
         self.free: list[int] = []
         self._places = 0
         self.where = folder or tempfile.gettempdir()
-        try:
-            self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - open as long as it is used
-        except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EROFS):
-                raise  # a full disk, say: the caller goes on without
-            fix = "name a folder that can be written to with kv_folder"
-            raise VericacheError(f"no file for KV pages: {error.strerror}", self.where, fix) from error
+        self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - open as long as it is used
 
     def write(self, data: Tensor) -> FilePage:
         """Write one page (uint8); raises OSError where the disk is full."""

@@ -7,7 +7,7 @@ do not depend on where they stand in a window, so the bits come out as they were
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 from typing import Any
@@ -24,13 +24,13 @@ log = logging.getLogger(__name__)
 
 
 Version = tuple[tuple[int, int], ...]
-"""Where each weight lies, and autograd's version counter of it."""
+"""Where each tensor lies, and autograd's version counter of it."""
 
 
-def version_of(plan: CapturedPlan, inputs: Rows[Any]) -> Version:
-    """Of the weights among a call's inputs."""
-    weights = (inputs[i] for i in plan.roles.weights)
-    return tuple((w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights)
+def version_of(inputs: Rows[Any], watched: Iterable[int]) -> Version:
+    """Of some of a call's inputs, its weights say."""
+    held = (inputs[i] for i in watched)
+    return tuple((x.data_ptr(), 0 if x.is_inference() else x._version) for x in held)
 
 
 @dataclass(frozen=True)
@@ -45,23 +45,31 @@ class Call:
     column: int
     count: int
     """Those of its columns that still stand: fewer where the cache was cropped into it."""
+    watched: tuple[int, ...]
+    """Inputs that are the caller's, weights and what is large: they must not have changed."""
     version: Version
-    """Of the weights that it read."""
+    """Of these, when it ran."""
 
 
 def record(
     sequence: Sequence, plan: CapturedPlan, module: GraphModule, inputs: Rows[Any], column: int, count: int
 ) -> None:
-    """Remember a call, so that it can run again: with its own copy of what the caller may write to later."""
+    """Remember a call, so that it can run again: with its own copy of tokens and the like, which the caller may write
+    to later, and of all whose changes nobody counts."""
     past = {index for site in plan.sites for index in site.past or ()}
-    kept = list(inputs)
+    weights, watched, kept = set(plan.roles.weights), [], list(inputs)
     for index, value in enumerate(inputs):
         if index in past:
             kept[index] = value.new_zeros(()).expand(value.shape)
-        elif isinstance(value, Tensor) and index not in plan.roles.weights:
-            kept[index] = value.clone()
+        elif isinstance(value, Tensor):
+            small = value.dim() <= 2 and not value.is_floating_point()
+            if index in weights or not (small or value.is_inference()):
+                watched.append(index)
+            else:
+                kept[index] = value.clone()
     sequence.cut_calls(column)
-    sequence.calls.append(Call(plan, module, kept, column, count, version_of(plan, kept)))
+    call = Call(plan, module, kept, column, count, tuple(watched), version_of(kept, watched))
+    sequence.calls.append(call)
 
 
 def recover(
@@ -79,8 +87,8 @@ def recover(
     begun = bool(sequence.calls) and sequence.calls[0].column == 0
     if not begun or any(row.length > len(row.ids) for row in sequence.rows):
         raise lost
-    if any(call.version != version_of(call.plan, call.inputs) for call in sequence.calls):
-        raise lost  # its KV is the old weights'
+    if any(call.version != version_of(call.inputs, call.watched) for call in sequence.calls):
+        raise lost  # KV is the old weights'
     log.warning(
         "vericache: full KV is computed again from its tokens: %s\n  where: %s\n  fix: check the disk; until the "
         "sequence ends its full KV stays in host memory",

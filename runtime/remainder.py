@@ -144,7 +144,7 @@ def _firsts(counts: Sequence[int], slots: Sequence[int], device: torch.device) -
 
 
 def _on(device: torch.device, values: Sequence[object]) -> Tensor:
-    """Whole numbers on the device; the host does not wait for the copy, as it would for one from pageable memory."""
+    """Whole numbers on the device; the host waits for the copy only where its memory could not be pinned."""
     made = torch.tensor(values)
     held = host_memory(tuple(made.shape), made.dtype, device.type == "cuda", zeroed=False)
     return held.copy_(made).to(device, non_blocking=True)

@@ -185,11 +185,12 @@ class Session:
         self, plan: DecodePlan, inputs: Rows[Any], sequence: Sequence, fed: list[tuple[int, int, int]], columns: int
     ) -> list[Tensor]:
         """The row outputs of a decode call, after a round where a row of the batch has none held."""
-        version = version_of(plan.captured, inputs)
-        if sequence.version and version != sequence.version:
+        version = version_of(inputs, plan.captured.roles.weights)
+        changed = version != sequence.version
+        if changed and sequence.version:
             sequence.calls.clear()  # nothing gives back what other weights made
         for row, (token, offset, pad) in zip(sequence.rows, fed, strict=True):
-            if version != sequence.version:
+            if changed:
                 row.truncate(columns)  # what was computed ahead is the old weights'
             row.feed(columns, token, offset, pad)
         sequence.version = version

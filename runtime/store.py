@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vericache_compile.latent import absorb
+from vericache_compile.runtime.caches import whole_types
 from vericache_compile.runtime.compression import Columns, Early, compress_site, leave_out
 from vericache_compile.runtime.sequences import Queries, Sequence
 from vericache_compile.runtime.sliding import OutOfWindow
@@ -57,7 +58,8 @@ class Store:
             for b, pad in enumerate(self.pads):
                 self.sequence.drawn.add(layer, b, asked(q[b : b + 1])[0], keys[b], pad)
         if self.sequence.early is not None:
-            self._compress(self.sequence.early, layer, k, v)
+            with whole_types(k.device):
+                self._compress(self.sequence.early, layer, k, v)
 
     def _compress(self, early: Early, layer: int, k: Tensor, v: Tensor) -> None:
         """Compress a site while its keys and values are on the device anyway; a sliding layer is not compressed."""

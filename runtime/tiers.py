@@ -20,7 +20,16 @@ from torch import Tensor
 from vericache_compile.kernels.block_attention import BLOCK
 from vericache_compile.plan import Site, Tier
 from vericache_compile.runtime.caches import GROWTH, FullKV
-from vericache_compile.runtime.pages import FilePage, HostPage, PageFile, host_memory, host_pages, join, sides
+from vericache_compile.runtime.pages import (
+    FilePage,
+    HostPage,
+    PageFile,
+    check_folder,
+    host_memory,
+    host_pages,
+    join,
+    sides,
+)
 from vericache_compile.runtime.transfers import Link
 
 log = logging.getLogger(__name__)
@@ -97,7 +106,7 @@ class PagedKV(FullKV):
         if not self.page:
             self.page = _page_columns(columns, self.sites, device)
             if self.tier is Tier.DISK:
-                self._open_files()
+                check_folder(self.folder)
         if columns > self.columns:
             self.columns = -(-(columns + (GROWTH if self.columns else BLOCK)) // BLOCK) * BLOCK
 
@@ -235,34 +244,24 @@ class PagedKV(FullKV):
         page.read(buffer)
         return HostPage(*sides(buffer, site, site.kv_heads, self.page))
 
-    def _open_files(self) -> None:
-        """While nothing is lost by an error: a folder may be gone later, an open file is not."""
-        try:
-            self._files = {
-                size: PageFile(self.folder, size) for size in {*map(self._page_bytes, range(len(self.sites)))}
-            }
-        except OSError as error:
-            self._stay(error)
-
-    def _stay(self, error: OSError) -> None:
-        """From now on pages stay in host memory."""
-        self._full_disk = True
-        log.warning(
-            "vericache: KV pages stay in host memory: %s\n  where: %s\n  fix: make room there, or name another folder "
-            "with kv_folder",
-            error.strerror,
-            self.folder or "the folder for temporary files",
-        )
-
     def _move_out(self, layer: int, row: int, index: int, page: HostPage) -> bool:
-        """Move a page to the file; False, with one warning, where the disk is full: then pages stay in host memory."""
+        """Move a page to the file; False, with one warning, where that cannot be: then pages stay in host memory."""
+        size = self._page_bytes(layer)
         try:
+            if size not in self._files:
+                self._files[size] = PageFile(self.folder, size)
             self.link.synchronize()
             held = (page.keys, page.values)[: self.sites[layer].sides]
             flat = [x.reshape(-1).view(torch.uint8) for x in held]
-            self.pages[layer][row][index] = self._files[self._page_bytes(layer)].write(torch.cat(flat))
+            self.pages[layer][row][index] = self._files[size].write(torch.cat(flat))
         except OSError as error:
-            self._stay(error)
+            self._full_disk = True
+            log.warning(
+                "vericache: KV pages stay in host memory: %s\n  where: %s\n  fix: make room there, or name another "
+                "folder with kv_folder",
+                error.strerror,
+                self.folder or "the folder for temporary files",
+            )
         return not self._full_disk
 
 

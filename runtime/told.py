@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
+from functools import cache
 
 from torch import Tensor
 
@@ -12,6 +14,8 @@ from vericache_compile.plan import DecodePlan
 from vericache_compile.runtime.caches import FullKV
 from vericache_compile.runtime.rotations import Rotations
 from vericache_compile.runtime.sequences import Sequence
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,9 @@ class Telling:
     def of(self, layer: int, b: int, begin: int, end: int) -> Facts:
         """The facts of row b's columns [begin, end) at a site."""
         row, full = self.sequence.rows[b], self.sequence.full
+        known = len(row.ids) >= end
+        if "ids" in self.wants and not known:
+            _tell_unknown()
         drawn = self.sequence.drawn if "attention" in self.wants else None
         repeated = self.sequence.repeated if "repeated" in self.wants else None
         scores = [] if repeated is None else [repeated.of(i, b, begin, end) for i in range(len(full.sites))]
@@ -43,9 +50,18 @@ class Telling:
             repeated=scores[layer] if scores else None,
             everywhere=tuple(scores[i] for i in compressed) if scores else (),
             read=reader(full, layer, b, row.pad) if "read" in self.wants else None,
-            ids=row.ids[begin:end] if "ids" in self.wants and len(row.ids) >= end else None,
+            ids=row.ids[begin:end] if "ids" in self.wants and known else None,
             shared=self.shared.setdefault(b, {}) if "shared" in self.wants else None,
         )
+
+
+@cache
+def _tell_unknown() -> None:
+    log.warning(
+        "vericache: a compressor that looks at tokens does without: which they were is not known\n"
+        "  where: a cache of a fixed size, or one that an uncompiled model built\n"
+        "  fix: read the prompt through the compiled model, into a cache that grows"
+    )
 
 
 def reader(full: FullKV, layer: int, b: int, pad: int) -> Read:

@@ -27,6 +27,7 @@ from transformers import DynamicCache, PreTrainedModel
 from vericache_compile import stats
 from vericache_compile.runtime import drafting
 from vericache_compile.runtime.caches import BLOCK
+from vericache_compile.runtime.pace import Pace
 from vericache_compile.runtime.ring import Ring, aligned
 from vericache_compile.runtime.tiers import PagedKV
 
@@ -109,8 +110,11 @@ def test_what_drafts_hold_as_it_was_cached_does_not_come_in_again(
 
 
 @pytest.mark.parametrize("compressor", ["quest(keep=0.2, page=4, whole=1)", "clusterkv(keep=0.2, tokens=8, whole=1)"])
-def test_what_draft_steps_choose_comes_from_where_full_kv_lives(compressor: str) -> None:
+def test_what_draft_steps_choose_comes_from_where_full_kv_lives(
+    compressor: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same rows and the same drafts, from the device, host memory and a file."""
+    monkeypatch.setattr(Pace, "note", lambda *_: None)  # whether drafting rests is the clock's to say
     (model, switch), inputs = shared("llama", "what drafts hold"), make_prompt(500, 3)
     first = logits_of(model, switch, inputs, 40, **EAGER)
     accepted = []

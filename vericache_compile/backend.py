@@ -84,8 +84,8 @@ def _keep_compiling() -> None:
     current = torch._guards.CompileContext.current_compile_id()
     compiled = (current.frame_compile_id or 0) + 1 if current is not None else 0
     for name in ("recompile_limit", "accumulated_recompile_limit"):
-        others = vars(torch._dynamo.config)["_config"][name]
-        if compiled + 1 >= others.default:
+        others = vars(torch._dynamo.config).get("_config", {}).get(name)
+        if others is not None and compiled + 1 >= others.default:
             others.default *= 2
         if compiled + 1 >= (limit := getattr(torch._dynamo.config, name)):
             setattr(torch._dynamo.config, name, 2 * limit)

@@ -152,8 +152,9 @@ def _check_attend(region: CompressedKV, keys: Tensor, values: Tensor, queries: T
     if not (tail := (keys[:, region.covered :], values[:, region.covered :]))[0].shape[1]:
         return
     query = queries[:, -1]
-    if (given := region.attend(query, tail, 0.25)) is None:
+    if not region.attends:
         return
+    given = region.attend(query, tail, 0.25)
     k, v = (torch.cat(pair, dim=1).float() for pair in zip(region.select(query), tail, strict=True))
     grouped = torch.unflatten(query.float(), 0, (len(k), -1))
     expected = ((grouped @ k.mT * 0.25).softmax(dim=2) @ v).flatten(0, 1)

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from vericache_compile.compressors.cskv import CSKV
+from vericache_compile.compressors.facts import Facts
 from vericache_compile.compressors.low_rank import Bases, LowRank, rank_of
 from vericache_compile.compressors.recalkv import ReCalKV, allot, cka, group_similar
+from vericache_compile.compressors.rotation import Rotation
 from vericache_compile.errors import OptionError
 
 Row = Callable[..., tuple[Tensor, Tensor, Tensor]]
@@ -50,6 +52,24 @@ def test_bytes_are_the_coordinates_and_the_bases(random_row: Row, method: type[L
     region = method(rank=0.25).compress(keys, values, None)
     assert region.covered == 104
     assert region.nbytes == 2 * (2 * 100 * 32 + 2 * 128 * 32 + 2 * 4 * 128) + 2 * 8
+
+
+@BOTH
+def test_a_region_of_turned_keys_attends_as_what_is_rebuilt_does(random_row: Row, method: type[LowRank]) -> None:
+    keys, values, queries = random_row(104)
+
+    def table(count: int) -> tuple[Tensor, Tensor]:
+        angles = torch.outer(torch.arange(count), 1e4 ** -(torch.arange(8) / 8)).repeat(1, 2)
+        return angles.cos(), angles.sin() * torch.tensor([-1.0] * 8 + [1.0] * 8)
+
+    rotation = Rotation(torch.arange(16).roll(8), table)
+    region = method(rank=0.5).knowing(Facts(rotation=rotation, position=5)).compress(keys, values, None)
+    tail = keys[:, region.covered :], values[:, region.covered :]
+    k, v = (torch.cat(pair, dim=1) for pair in zip(region.materialize(), tail, strict=True))
+    grouped = torch.unflatten(queries[:, -1], 0, (len(k), -1))
+    expected = ((grouped @ k.mT * 0.3).softmax(dim=2) @ v).flatten(0, 1)
+    assert region.attends
+    torch.testing.assert_close(region.attend(queries[:, -1], tail, 0.3), expected, atol=1e-5, rtol=1e-5)
 
 
 @BOTH

@@ -85,14 +85,18 @@ class CompressedKV(ABC):
         """
         return self.materialize()
 
-    def attend(self, query: Tensor, tail: tuple[Tensor, Tensor], scale: float) -> Tensor | None:
-        """What a draft step's query [H, D] reads of this region and of the tail behind it, [H, Dv]: where a method can
-        do better than rebuild its numbers. None: attention reads what `select` gives.
+    @property
+    def attends(self) -> bool:
+        """Whether `attend` does better than attention to what `select` gives."""
+        return False
 
-        `tail` is keys [K, T, D] and values [K, T, Dv], T >= 1. Asked where steps are launched one by one and scores are
-        only scaled; steps that are recorded for a GPU read `packed` or `materialize`.
+    def attend(self, query: Tensor, tail: tuple[Tensor, Tensor], scale: float) -> Tensor:
+        """What a draft step's query [H, D] reads of this region and of the tail behind it: [H, Dv], scores in float32.
+
+        `tail` is keys [K, T, D] and values [K, T, Dv], T >= 1. Asked where the region `attends`, steps are launched one
+        by one, and scores are only scaled; steps that are recorded for a GPU read `packed` or `materialize`.
         """
-        return None
+        raise AssertionError("a region that does not say that it attends")
 
     def knowing(self, facts: Facts) -> CompressedKV:
         """The same region for `extend`, its `method` (where it keeps one) told what it needs to know."""

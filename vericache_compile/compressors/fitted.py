@@ -69,9 +69,14 @@ class FittedKV(CompressedKV):
         keys = self.method.as_cached(keys, self.sinks.keys.shape[1])
         return torch.cat([self.sinks.keys, keys], dim=1), torch.cat([self.sinks.values, values], dim=1)
 
-    def attend(self, query: Tensor, tail: tuple[Tensor, Tensor], scale: float) -> Tensor | None:
-        """As the method does it, or None."""
-        return None if self.codes is None else self.method.attend(self, query, tail, scale)
+    @property
+    def attends(self) -> bool:
+        """Where there is something, whether the method does."""
+        return self.codes is not None and self.method.attends(self.sinks.keys.dtype)
+
+    def attend(self, query: Tensor, tail: tuple[Tensor, Tensor], scale: float) -> Tensor:
+        """As the method does it: [H, Dv]."""
+        return self.method.attend(self, query, tail, scale)
 
     def extend(self, keys: Tensor, values: Tensor, queries: Tensor | None) -> Self:
         """Cover the whole groups of keys [K, S, D] and values [K, S, Dv] too, by the fit that is held."""
@@ -119,9 +124,13 @@ class Fitted(Compressor):
     def decode(self, keys: Codes, values: Codes, fit: Fit) -> tuple[Tensor, Tensor]:
         """Keys [K, S, D] and values [K, S, Dv], in the dtype of the cache, from their codes."""
 
-    def attend(self, region: FittedKV, query: Tensor, tail: tuple[Tensor, Tensor], scale: float) -> Tensor | None:
+    def attends(self, dtype: torch.dtype) -> bool:
+        """Whether regions of this dtype attend themselves."""
+        return False
+
+    def attend(self, region: FittedKV, query: Tensor, tail: tuple[Tensor, Tensor], scale: float) -> Tensor:
         """`CompressedKV.attend` of a region that has codes."""
-        return None
+        raise AssertionError("a method that does not say that it attends")
 
     def as_stored(self, keys: Tensor, first: int) -> Tensor:
         """Keys [K, S, D] of a row's tokens from `first` on, as the method learns, encodes and decodes them.

@@ -12,12 +12,12 @@ BINS: Final = 8192
 
 
 def nearest(x: Tensor, levels: Tensor) -> Tensor:
-    """uint8 index of the level nearest to each number of x; levels [L] are float32, ascending, at most 256.
+    """uint8 index of the level nearest to each number of x, none of them NaN; levels [L] are float32, ascending.
 
     A search per number is slow on a CPU. There a table says how many bounds lie before each of many narrow bins, and
     one comparison whether the next is passed too; that is exact where no bin has two.
     """
-    bounds = (levels[1:] + levels[:-1]) / 2
+    x, bounds = x.float(), (levels[1:] + levels[:-1]) / 2
     if x.device.type == "cpu" and x.numel() > BINS:
         low, span = bounds[0], bounds[-1] - bounds[0]
         before = torch.bucketize(low + torch.arange(BINS + 1) * (span / BINS), bounds)

@@ -124,7 +124,11 @@ class LowRank(Learned):
         z_keys, z_values = self.read(keys, values)
         return self._keys(z_keys, bases), split_heads(z_values @ bases.values.mT, len(bases.order))
 
-    def attend(self, region: FittedKV, query: Tensor, tail: tuple[Tensor, Tensor], scale: float) -> Tensor | None:
+    def attends(self, dtype: torch.dtype) -> bool:
+        """In float32: products in 16 bits round scores, and are fast enough at rebuilding."""
+        return dtype is torch.float32
+
+    def attend(self, region: FittedKV, query: Tensor, tail: tuple[Tensor, Tensor], scale: float) -> Tensor:
         """[H, Dv] for query [H, D]: values are summed up as coordinates, and only the sums are rebuilt."""
         assert region.codes is not None, "asked of regions that have codes"
         bases, heads = Bases(*region.fit), len(region.sinks.keys)
@@ -132,11 +136,11 @@ class LowRank(Learned):
         rebuilt = self._keys(z_keys, bases)
         keys = torch.cat([region.sinks.keys, self.as_cached(rebuilt, region.sinks.keys.shape[1]), tail[0]], dim=1)
         grouped = torch.unflatten(query.to(keys.dtype), 0, (heads, -1)) * scale
-        weights = (grouped @ keys.mT).softmax(dim=2, dtype=torch.float32).to(z_values.dtype)
+        weights = (grouped @ keys.mT).softmax(dim=2).to(z_values.dtype)
         first, inner, last = torch.split(weights, [x.shape[1] for x in (region.sinks.keys, rebuilt, tail[0])], dim=2)
         basis = torch.unflatten(bases.values[0], 0, (heads, -1)).mT  # [K, r, Dv]
         out: Tensor = first @ region.sinks.values + inner @ z_values @ basis + last @ tail[1]
-        return out.flatten(0, 1).to(query.dtype)
+        return out.flatten(0, 1)
 
     def _keys(self, coordinates: Tensor, bases: Bases) -> Tensor:
         """Keys [K, S, D] from coordinates [G, S, r]."""

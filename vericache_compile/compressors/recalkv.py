@@ -3,8 +3,8 @@
 Yan et al., arXiv 2505.24357, section 3. Heads whose keys are alike, by linear CKA, form groups of up to four; each
 group has a basis, the values of a layer have one. With a calibration file a side's rank grows with its Fisher
 information (the sum of squared gradients of the loss), between half of `rank` and all, `rank` on average; without one,
-bases are of the row itself and all ranks the same. The paper folds the values' basis into the output weights; a draft
-step here reads values, so they are rebuilt. See `low_rank` for the bases.
+bases are of the row itself and all ranks the same. The paper folds the values' basis into the output weights; see
+`low_rank` for the bases, and how values are read here.
 
 Shapes: K KV heads, D head size, G groups.
 """

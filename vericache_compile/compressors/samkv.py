@@ -3,14 +3,15 @@
 After arXiv 2508.11661: where a prompt is several documents and a question (retrieval-augmented generation), a block of
 one document is chosen by the question's query together with what the other documents have to say to it. The paper's
 caches were made document by document, so it computes the kept tokens anew, to see the documents before them; here the
-whole prompt was prefilled together, the keys are those that this would give, and lossless is meant against them.
+whole prompt was prefilled together: keys are those of full prefill, which that approximates, and lossless is meant
+against it.
 
-A document ends with a `separator`; without one, or where the tokens are not known (a cache that an uncompiled model
-built), the prompt is one document, which nothing complements. No code of the paper is public; the choices made are: the
-query is the mean of the last `window`, and of the group's heads; a block is its mean key, less the mean of all; a
-block that begins in a document is that document's; what the other documents say is attention from the query to their
-first and last blocks, scaled to half the length of the query; all blocks share one budget, in which those ends of
-documents come first.
+A document ends with a `separator`; without one, or where the tokens are not known (a cache of a fixed size, or one that
+an uncompiled model built), the prompt is one document, which nothing complements. No code of the paper is public; the
+choices made are: the query is the mean of the last `window`, and of the group's heads; a block is its mean key, less
+the mean of all; a block that begins in a document is that document's; what the other documents say is attention from
+the query to their first and last blocks, scaled to half the length of the query; all blocks share one budget, in which
+those ends of documents come first.
 
 Shapes: H query heads, K KV heads, S tokens, C tokens scored, P blocks, N slots kept, D head size, w queries.
 """
@@ -91,10 +92,10 @@ class SamKV(WindowScorer):
         means = keys[:, :covered].float().reshape(keys.shape[0], -1, self.block, keys.shape[2]).mean(dim=2)
         query = queries[:, -self.window :].float().mean(dim=1).reshape(keys.shape[0], -1, keys.shape[2]).mean(dim=1)
         documents = self._documents(covered)
-        rated = self._rate(query, means - means.mean(dim=1, keepdim=True), documents)
+        ends = [(p, d) for d, document in enumerate(documents) for p in self._ends(document)]
+        rated = self._rate(query, means - means.mean(dim=1, keepdim=True), documents, ends)
         above = rated.amax(dim=1, keepdim=True) - rated.amin(dim=1, keepdim=True) + 1
-        first = [p for document in documents for p in self._ends(document)]
-        rated[:, first] += above
+        rated[:, [p for p, _ in ends]] += above
         return rated.repeat_interleave(self.block, dim=1)
 
     def select(self, scores: Tensor) -> Tensor:
@@ -103,15 +104,21 @@ class SamKV(WindowScorer):
         inside = torch.arange(self.block, device=scores.device)
         return (best[..., None] * self.block + inside).flatten(1)
 
-    def _rate(self, query: Tensor, about: Tensor, documents: Sequence[range]) -> Tensor:
-        """Products [K, P] of each block's mean key, of about [K, P, D], with its document's own query, from [K, D]."""
-        rated = about.new_empty(about.shape[:2])
-        for own in documents:
-            said = about[:, [p for other in documents if other is not own for p in self._ends(other)]]
-            weights = (said @ query.unsqueeze(-1) / math.sqrt(query.shape[1])).softmax(dim=1)
-            told = F.normalize((weights * said).sum(dim=1), dim=1)
-            personal = query + self.complement * query.norm(dim=1, keepdim=True) * told
-            rated[:, own.start : own.stop] = (about[:, own.start : own.stop] @ personal.unsqueeze(-1)).squeeze(-1)
+    def _rate(
+        self, query: Tensor, about: Tensor, documents: Sequence[range], ends: Sequence[tuple[int, int]]
+    ) -> Tensor:
+        """Products [K, P] of each block's mean key, of about [K, P, D], with its document's own query, from [K, D].
+
+        `ends` are (block, document) of all first and last blocks, E of them.
+        """
+        said = about[:, [p for p, _ in ends]]
+        own = torch.tensor([[d == document for _, d in ends] for document in range(len(documents))], dtype=torch.bool)
+        logits = (said @ query.unsqueeze(-1) / math.sqrt(query.shape[1])).mT.expand(-1, len(documents), -1)
+        weights = logits.masked_fill(own.to(about.device), float("-inf")).softmax(dim=2).nan_to_num(nan=0.0)
+        told = F.normalize(weights @ said, dim=2)  # [K, documents, D]; of a document alone nobody says anything
+        personal = query.unsqueeze(1) + self.complement * query.norm(dim=1)[:, None, None] * told
+        of_block = torch.tensor([d for d, document in enumerate(documents) for _ in document], device=about.device)
+        rated: Tensor = (about * personal[:, of_block]).sum(dim=2)
         return rated
 
     def _documents(self, covered: int) -> list[range]:
