@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 from callers import OPTIONS, greedy, prompt, step_by_step
-from models import make_tiny
+from models import make_prompt, make_tiny
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from vericache_compile import stats
+from vericache_compile.runtime import drafting
+from vericache_compile.runtime.pace import Pace
 
 
 def compiled(dtype: torch.dtype = torch.float32, seed: int = 0, **given: Any) -> PreTrainedModel:
@@ -51,6 +53,25 @@ def test_autocast() -> None:
         plain, model = greedy(make_tiny("llama"), prompt(), count=16), compiled()
         assert torch.equal(greedy(model, prompt(), count=16), plain)
     assert stats(model)["rounds"] > 0
+
+
+@pytest.mark.parametrize("inductor", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_methods_that_multiply_keep_the_caches_type_under_autocast(
+    inductor: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A whole basis loses nothing, so drafts are those over the whole cache; in autocast and, later, out of it."""
+    monkeypatch.setattr(drafting, "CHUNK", 8)
+    monkeypatch.setattr(Pace, "note", lambda *_: None)
+    accepted = []
+    for compressor in ("none", "recalkv(rank=1.0, residual=0)"):
+        model, fed = make_tiny("llama"), make_prompt(200)["input_ids"]
+        model.compile(backend="vericache", options={"window": 4, "compressor": compressor, "inductor": inductor})
+        cache = DynamicCache(config=model.config)
+        for step in range(48):
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=step < 24):
+                fed = model(fed, past_key_values=cache).logits[:, -1:].argmax(-1)
+        accepted.append(stats(model)["accepted"])
+    assert accepted[1] >= 0.8 * accepted[0] > 20
 
 
 def test_inference_mode_and_out_of_it() -> None:
