@@ -113,12 +113,13 @@ class ClusterKV(Compressor):
 def nearest(points: Tensor, centroids: Tensor) -> Tensor:
     """For each of points [K, S, D] the centroid [K, N, D] whose direction is most like its own: [K, S]."""
     likeness: Tensor = points.float() @ F.normalize(centroids.float(), dim=2).transpose(1, 2)
-    return likeness.argmax(dim=2)
+    return likeness.max(dim=2).indices  # argmax takes half as long again on a CPU
 
 
 def _means(points: Tensor, cluster: Tensor, before: Tensor) -> Tensor:
     """Means [K, N, D], float32, of each cluster's points [K, S, D]; one without any stays where it was."""
-    index = cluster.unsqueeze(-1).expand(-1, -1, points.shape[2])
-    sums = torch.zeros_like(before).scatter_add_(1, index, points.float())
+    firsts = torch.arange(len(cluster), device=cluster.device).unsqueeze(1) * before.shape[1]
+    own = (cluster + firsts).flatten()
+    sums = torch.zeros_like(before).flatten(0, 1).index_add_(0, own, points.flatten(0, 1).float()).view_as(before)
     counts = torch.zeros_like(before[..., 0]).scatter_add_(1, cluster, torch.ones_like(cluster, dtype=before.dtype))
     return torch.where(counts.unsqueeze(-1) > 0, sums / counts.clamp(min=1).unsqueeze(-1), before)
