@@ -12,10 +12,11 @@ from rich.table import Table
 
 COLUMNS = ("at", "method", "setting", "bytes")
 WHY = {
+    "cskv": "every token is a little off, where `streaming` has the newest exactly.",
     "kvsharer": "a layer that reads another one's cache is wrong from the first token here, and it takes more bytes.",
     "kvzip": "its scores favour no token for being new; `streaming` keeps just those.",
     "lagkv": "each chunk keeps the same share, whatever is in it.",
-    "recalkv": "the subspace was learnt of other text; without a file it is fitted to the prompt's own first tokens.",
+    "recalkv": "every token is a little off, where `streaming` has the newest exactly; a file is of other text.",
     "refreekv": "it ranks tokens as `streaming` does and takes as many as one query asks for: no budget, no choice.",
     "spark": "at a quarter of the bytes 82 % of each token's channels go; the paper prunes 50 to 80 % of the keys'.",
 }
@@ -23,6 +24,8 @@ WHY = {
 LIMIT = 0.1
 """Of the seconds that reading the prompt takes: more than that is explained."""
 SLOW = {
+    "clusterkv": "k-means over all keys, 20 turns; they took half as long again as they do now.",
+    "kvquant": "a codebook by k-means, and outliers picked out of every vector.",
     "packkv": "measured before medians were counted and planes made one by one, which halved it.",
     "h2o": "attention kernels do not give their weights away: each query's are computed again.",
     "kvzip": "the model repeats its context, an extra pass over all of it.",
