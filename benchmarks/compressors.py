@@ -160,7 +160,7 @@ class Bench:
                 break
         pairs = zip(counts.positions, counts.drafted_positions, strict=True)
         return {
-            "compressor": re.sub(r"calibration='[^']*'(, )?", "", compressor),
+            "compressor": re.sub(r"calibration='[^']*'(, )?", "", compressor).removesuffix("()"),
             "prompt": prompt,
             "prompt_tokens": ids.shape[1],
             "tokens_per_round": 1 + counts.accepted / counts.row_rounds,
