@@ -12,7 +12,7 @@ from rich.table import Table
 
 COLUMNS = ("at", "method", "setting", "bytes")
 WHY = {
-    "adakv": "4.1 tokens per round against 4.2: choosing by the last queries gains little on the summary (snapkv has 4.5).",
+    "adakv": "4.1 tokens per round against 4.2: on the summary the last queries choose little better (snapkv: 4.5).",
     "cskv": "every token is a little off, where `streaming` has the newest exactly.",
     "kvsharer": "a layer that reads another one's cache is wrong from the first token here, and it takes more bytes.",
     "kvzip": "its scores favour no token for being new; `streaming` keeps just those.",
