@@ -170,6 +170,7 @@ def _setting(report: Mapping[str, Any]) -> str:
     return (
         f"{machine['device']} with {machine['threads']} thread(s), torch {machine['torch']}, transformers "
         f"{machine['transformers']}; {report['new_tokens']} new tokens. Prompts: {', '.join(texts)}."
+        + (f" {report['note']}" if "note" in report else "")
         + ("" if compares(report) else " What h2o and kvzip have the model compute is not in their `compress`.")
     )
 
