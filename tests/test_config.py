@@ -115,6 +115,14 @@ def test_other_windows_are_refused(window: int) -> None:
     assert f"window={window}" in refusal(None, window=str(window)).found
 
 
+@pytest.mark.parametrize("name", ["device_memory_mb", "staging_mb", "link_gbps"])
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+def test_sizes_and_rates_are_finite_and_above_zero(name: str, value: float) -> None:
+    error = refusal({name: value})
+    assert f"{name}={value}" in error.found
+    assert "above 0" in error.fix
+
+
 @pytest.mark.parametrize("name", [AUTO, *DRAFT_DTYPES])
 def test_draft_types(name: str) -> None:
     assert config({"draft_dtype": name}).draft_dtype == config(draft_dtype=name).draft_dtype == name
