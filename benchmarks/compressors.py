@@ -25,7 +25,7 @@ from unittest.mock import patch
 import torch
 import transformers
 from decode import load, machine
-from frontier import markdown, plot, table
+from frontier import DEFAULT, markdown, plot, table
 from rich.console import Console
 from settings import choose, own
 from torch.fx import GraphModule
@@ -46,8 +46,6 @@ PREFILL = "snapkv(window=64)"
 READERS = ("expected_attention", "h2o", "kvzip")
 """Methods that take more from reading the prompt than that: each setting of theirs reads it anew."""
 WARM_UP = 512
-DEFAULT = "default"
-"""In place of a share of the bytes: a method with its own parameters, those of its paper where that has any."""
 WINDOW = 16
 WIDTH = 170
 

@@ -10,9 +10,11 @@ from typing import Any
 
 from rich.table import Table
 
+DEFAULT = "default"
+"""In place of a share of the bytes: a method with its own parameters, those of its paper where that has any."""
 COLUMNS = ("at", "method", "setting", "bytes")
 WHY = {
-    "adakv": "4.1 tokens per round against 4.2: on the summary the last queries choose little better (snapkv: 4.5).",
+    "adakv": "hardly: on the summary the last queries choose little better than what is newest.",
     "cskv": "every token is a little off, where `streaming` has the newest exactly.",
     "kvsharer": "a layer that reads another one's cache is wrong from the first token here, and it takes more bytes.",
     "kvzip": "its scores favour no token for being new; `streaming` keeps just those.",
@@ -25,9 +27,9 @@ WHY = {
 LIMIT = 0.1
 """Of the seconds that reading the prompt takes: more than that is explained."""
 SLOW = {
-    "clusterkv": "k-means over all keys, 20 turns; they took half as long again as they do now.",
+    "clusterkv": "k-means over all keys, 20 turns; measured before they were made faster.",
     "kvquant": "a codebook by k-means, and outliers picked out of every vector.",
-    "packkv": "measured before medians were counted and planes made one by one, which halved it.",
+    "packkv": "at 25% of the bytes; it was measured before it was made faster, with its own parameters after that.",
     "h2o": "attention kernels do not give their weights away: each query's are computed again.",
     "kvzip": "the model repeats its context, an extra pass over all of it.",
 }
@@ -41,7 +43,7 @@ class Point:
 
     method: str
     share: float | str
-    """Or "default": its own parameters."""
+    """Or DEFAULT."""
     runs: Mapping[str, Mapping[str, Any]]
 
     @property
@@ -71,7 +73,7 @@ def points(report: Mapping[str, Any]) -> list[Point]:
     for run in report["runs"]:
         groups.setdefault((run["method"], run["share"]), {})[run["prompt"]] = run
     made = [Point(method, share, runs) for (method, share), runs in groups.items()]
-    return sorted(made, key=lambda point: (point.label == "default", point.share, -point.rate))
+    return sorted(made, key=lambda point: (point.share == DEFAULT, point.share, -point.rate))
 
 
 def prompts_of(report: Mapping[str, Any]) -> list[str]:
@@ -141,7 +143,7 @@ def markdown(reports: Sequence[Mapping[str, Any]]) -> str:
         for label in dict.fromkeys(point.label for point in points(report)):
             body = (row[1:] for row in rows(report) if row[0] == label)
             own = [list(compress(row, shown)) for row in (head, *body)]
-            title = "## With their own parameters" if label == "default" else f"## At {label} of the bytes"
+            title = "## With their own parameters" if label == DEFAULT else f"## At {label} of the bytes"
             parts += [title, _setting(report), "\n".join(_markdown_rows(*own))]
     parts += _explained(
         f"## Compressing takes more than {LIMIT:.0%} of reading",

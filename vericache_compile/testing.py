@@ -223,7 +223,7 @@ def check_long_output(text: str, *, tokens: int, batch: int, count: int) -> None
         return
     assert draft is not None, "rounds have a draft cache"
     covered = max(layer.regions[0].covered for layer in draft.layers)
-    assert covered > tokens, f"{text!r} covers {covered} tokens after {count} joined {tokens}"
+    assert covered > tokens, f"{text!r} covers {covered} tokens after {count} joined {tokens}: use smaller blocks"
 
 
 def gather_soon(monkeypatch: pytest.MonkeyPatch) -> None:

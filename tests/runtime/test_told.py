@@ -20,7 +20,9 @@ from vericache_compile.compressors.none import NoCompression
 from vericache_compile.model_state import state_of
 from vericache_compile.runtime import drafting, repeat
 from vericache_compile.runtime.drawn import attention_drawn
+from vericache_compile.runtime.rotations import Rotations
 from vericache_compile.runtime.sequences import Sequence
+from vericache_compile.runtime.told import Telling, _tell_unknown
 
 TOKENS, NEW, BATCH = 45, 100, 3
 SEEN: list[tuple[Facts, Tensor, Tensor | None]] = []
@@ -214,6 +216,20 @@ def test_ids_are_the_tokens_handed_over_each_time(told: Told) -> None:
             facts, keys, _ = told.of(0, b, time)
             begin = pad + facts.token
             assert facts.ids == told.ids[b, begin : begin + keys.shape[1]].tolist()
+
+
+def test_ids_that_nobody_knows_are_said_to_be_missing(told: Told, caplog: pytest.LogCaptureFixture) -> None:
+    state = state_of(list(told.model.parameters()))
+    assert state is not None
+    assert state.latest is not None
+    assert state.latest.session.last is not None
+    row = told.sequence.rows[0]
+    _tell_unknown.cache_clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(row, "ids", row.ids[:5])
+        telling = Telling(told.sequence, *state.latest.session.last, Rotations(), frozenset({"ids"}))
+        assert [telling.of(layer, 0, row.pad, 20).ids for layer in range(3)] == [None] * 3
+    assert caplog.text.count("which they were is not known") == 1
 
 
 def test_sites_of_a_row_share_and_rows_do_not(told: Told) -> None:
