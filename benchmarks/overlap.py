@@ -9,6 +9,9 @@ table and writes benchmarks/results/overlap-<machine>.json, or the file of --jso
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
+import json
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +23,8 @@ from decode import load, machine, write
 from rich.console import Console
 from rich.table import Table
 
-from vericache_compile import stats
+from vericache_compile import cli, stats
+from vericache_compile.runtime.planner import SWAPPED
 
 TOKENS, NEW, WINDOW = 4096, 160, 16
 OPTIONS = {"compressor": "snapkv", "keep": 0.25, "window": WINDOW}
@@ -118,7 +122,7 @@ def measure(model: Any, case: Case, inputs: dict[str, torch.Tensor], repeats: in
         identical &= torch.equal(*outs)
     device, host = (medians(made[side]) for side in ("device", "host"))
     expected = floor(device, host["transfer_ms"], sites / stats(model)["sites"])
-    planned = held["device"]["draft"] + sites * site
+    planned = plan({**OPTIONS, "draft_dtype": case.draft_dtype, "staging_mb": staging}, gbps)
     peak = held["host"]["draft"] + held["host"]["staging"] + held["host"]["full_on_device"]
     return {
         "case": case.name,
@@ -131,6 +135,20 @@ def measure(model: Any, case: Case, inputs: dict[str, torch.Tensor], repeats: in
         "over_expected": host["round_ms"] / expected,
         "device_bytes": {"planned": planned, "held": peak, "with_full_kv": held["device"]["draft"] + sizes["full"]},
     }
+
+
+def plan(options: dict[str, Any], gbps: float) -> float:
+    """Bytes on the device beside weights, as `vericache plan` says for a call of this benchmark on such a link."""
+    words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    words += ["--model", "demo", "--dtype", "float32", "--context", str(TOKENS + NEW), "--device", "cpu"]
+    words += ["--device-memory", "100", "--memory-bandwidth", "10", "--link-bandwidth", str(gbps), "--json"]
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        cli.main(["plan", *words])
+    found = json.loads(out.getvalue())
+    [swapped] = [each for each in found["choices"] if each["name"] == SWAPPED]
+    load = found["load"]
+    copies = load["draft_weights"] if load["draft_weights"] != load["weights"] else 0.0
+    return float(swapped["device_bytes"] - load["weights"] - copies)
 
 
 def floor(device: dict[str, float], transfer_ms: float, share: float) -> float:

@@ -167,6 +167,8 @@ class DraftLayer:
     """Whether regions are kept packed and materialised at each use; else they live in `keys` and `values`."""
     remainders: Remainders
     """What each row's region leaves out of full KV, where that lives in host memory."""
+    capacity: int
+    """Tokens that a tail gathers, at most; buffers may have room for more, for regions that grow in place."""
     reach: int | None = None
     """Columns that a token attends to (a sliding layer: all of them in the tail, and no region); None for all."""
 
@@ -200,7 +202,7 @@ class DraftLayer:
     def room(self, columns: Sequence[int]) -> int:
         """Columns that still fit in the fullest row's tail when rows are `columns` long."""
         tail = max(column - start for column, start in zip(columns, self.starts, strict=True))
-        return self.keys.shape[2] - self.offset - tail
+        return self.capacity - tail
 
     def read(self, columns: Sequence[int], q: Tensor | None = None) -> tuple[Tensor, Tensor, Visible]:
         """Keys and values [B, K, S, *], and which slots rows `columns` long read of them, for queries [B, H, 1, D]."""

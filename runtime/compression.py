@@ -26,6 +26,9 @@ EXACT = 32
 """Newest tokens that stay in the exact tail when older ones are compressed in."""
 CHUNK = 128
 """Tokens that gather in the tail before they are compressed in."""
+SPARE = 16
+"""On a GPU a buffer has room besides, for one slot in so many: regions that grow in place are read by the same
+recordings."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +170,7 @@ def _check(layers: Sequence[DraftLayer]) -> None:
 
 
 def extend(
-    before: DraftKV,
+    draft: DraftKV,
     full: FullKV,
     pads: Sequence[int],
     columns: Sequence[int],
@@ -175,16 +178,18 @@ def extend(
     room: int,
     tell: Tell | None = None,
     placed: Collection[int] = (),
-) -> DraftKV:
-    """Compress in what tails have gathered, all but the newest tokens; arguments as those of `compress`."""
-    layers: list[DraftLayer] = []
-    whole = before.whole
-    for layer, (held, site) in enumerate(zip(before.layers, full.sites, strict=True)):
+) -> None:
+    """Compress in what tails have gathered, all but the newest tokens; arguments as those of `compress`.
+
+    Site by site, in the same buffer where that has room. After an error the draft cache is of no use.
+    """
+    layers, compressor, reaches = draft.layers, draft.compressor, draft.reaches
+    for layer, (held, site) in enumerate(zip(layers, full.sites, strict=True)):
         exact = Columns(held.keys, held.values, [start - held.offset for start in held.starts])
         if held.reach is not None:
-            layers.append(_place_window(site, exact, pads, columns, room, held.reach))
+            layers[layer] = _place_window(site, exact, pads, columns, room, held.reach, held)
             continue
-        donor = _method(before.compressor, layer, full.sites, before.reaches).donor
+        donor = _method(compressor, layer, full.sites, reaches).donor
         regions: list[CompressedKV] = []
         for b, (region, start, column) in enumerate(zip(held.regions, held.starts, columns, strict=True)):
             end = max(start, column - EXACT)
@@ -192,7 +197,7 @@ def extend(
             if donor is not None:
                 region = BorrowedKV(layers[donor].regions[b])
             elif end > start:
-                asked = _asked(before.compressor, k, site, queries[layer][b])
+                asked = _asked(compressor, k, site, queries[layer][b])
                 if tell is None:
                     region = region.extend(k, v, asked)
                 else:
@@ -200,12 +205,11 @@ def extend(
                     region = region.knowing(facts).extend(k, v, asked).knowing(facts.lasting)
             regions.append(region)
         if layer in placed and not _keeps_all(regions):
-            exact, whole = Columns(*full.read(layer, 0, max(columns)), [0] * full.batch), True
+            exact, draft.whole = Columns(*full.read(layer, 0, max(columns)), [0] * full.batch), True
             regions = _keep_all(exact, list(zip(pads, columns, strict=True)))
         left = list(map(carry_over, held.remainders, held.regions, regions))
-        layers.append(_place(site, regions, pads, exact, columns, room, left))
+        layers[layer] = _place(site, regions, pads, exact, columns, room, left, held)
     _check(layers)
-    return DraftKV(before.compressor, layers, before.made, pads, whole)
 
 
 def _keeps_all(regions: Sequence[CompressedKV]) -> bool:
@@ -243,13 +247,19 @@ def _window_starts(pads: Sequence[int], columns: Sequence[int], reach: int) -> l
 
 
 def _place_window(
-    site: Site, exact: Columns, pads: Sequence[int], columns: Sequence[int], room: int, reach: int
+    site: Site,
+    exact: Columns,
+    pads: Sequence[int],
+    columns: Sequence[int],
+    room: int,
+    reach: int,
+    before: DraftLayer | None = None,
 ) -> DraftLayer:
     """The draft cache of a sliding layer: nothing before the window, and the window itself exact in the tail."""
     starts = _window_starts(pads, columns, reach)
     k, v = exact.keys[0], exact.values[0]
     regions: list[CompressedKV] = [OutOfWindow.like(k, v, start - pad) for start, pad in zip(starts, pads, strict=True)]
-    made = _place(site, regions, pads, exact, columns, room, [None] * len(regions))
+    made = _place(site, regions, pads, exact, columns, room, [None] * len(regions), before)
     made.reach = reach
     return made
 
@@ -267,19 +277,30 @@ def _place(
     columns: Sequence[int],
     room: int,
     remainders: Remainders,
+    before: DraftLayer | None = None,
 ) -> DraftLayer:
-    """Allocate a site's draft cache, move unpacked regions into it, and fill the tails with what is exact."""
+    """A site's draft cache: unpacked regions moved into its buffer, and tails filled with what is exact.
+
+    The buffer is that of the cache `before`, if two thirds of the room are left there, else a new one.
+    """
     starts = [pad + region.covered for pad, region in zip(pads, regions, strict=True)]
     slots = max(region.slots for region in regions)
     packed = any(not isinstance(region, DenseKV) for region in regions)
     longest = max(column - start for column, start in zip(columns, starts, strict=True))
-    width = (0 if packed else slots) + longest + room
-    keys, values = keys_and_values(site, (*exact.keys.shape[:2], width), exact.keys)
-    made = DraftLayer(regions, slots, starts, keys, values, packed, remainders)
-    for b, region in enumerate(regions):
+    needed = (0 if packed else slots) + longest + room
+    tails = [exact.row(b, start, column) for b, (start, column) in enumerate(zip(starts, columns, strict=True))]
+    if before is not None and before.packed == packed and needed - room // 3 <= before.keys.shape[2]:
+        keys, values = before.keys, before.values
+        tails = [(k.clone(), v.clone()) for k, v in tails]  # they lie where the region goes
+    else:
+        spare = EXACT + slots // SPARE if exact.keys.is_cuda and not packed else 0
+        keys, values = keys_and_values(site, (*exact.keys.shape[:2], needed + spare), exact.keys)
+    capacity = longest + room - max(needed - keys.shape[2], 0)
+    made = DraftLayer(regions, slots, starts, keys, values, packed, remainders, capacity)
+    for b, (region, (k, v)) in enumerate(zip(regions, tails, strict=True)):
         if not packed and isinstance(region, DenseKV):
             own = slice(slots - region.slots, slots)
             region.move_to(keys[b, :, own], values[b, :, own])
         tail = slice(made.offset, made.offset + columns[b] - starts[b])
-        keys[b, :, tail], values[b, :, tail] = exact.row(b, starts[b], columns[b])
+        keys[b, :, tail], values[b, :, tail] = k, v
     return made

@@ -42,7 +42,7 @@ def serves(device: torch.device, plan: DecodePlan, draft: DraftKV) -> bool:
 def step_of(draft: DraftKV, plan: DecodePlan, bound: Bound, batch: int, horizon: int) -> DraftStep:
     """The step over a draft cache's buffers, made anew when what it reads has moved."""
     held = draft.step
-    if held is None or not held.fits(plan, bound, horizon):
+    if held is None or not held.fits(plan, bound, horizon) or not held.follows(draft.layers):
         held = draft.step = DraftStep(draft.layers, plan, bound, batch, max(plan.window, horizon + 1))
     return held
 
@@ -59,15 +59,28 @@ class DraftStep:
             self.forced = torch.zeros((batch, 1), dtype=torch.bool, device=device)
             self.drafted = torch.zeros((capacity, batch), dtype=torch.int64, device=device)
             self.place = torch.zeros(1, dtype=torch.int64, device=device)
-            self.starts = torch.tensor([layer.starts for layer in layers], device=device)
-            before = torch.tensor([[[layer.offset], [layer.slots]] for layer in layers], device=device)
-            self.offsets, self.slots = before.unbind(1)
+            self.starts = _starts(layers).to(device)
+            self.before = _before(layers).to(device)
         self.sites = [_Site(layer) for layer in layers]
         self._step: Captured[None] = Captured(device, "a draft step")
 
     def fits(self, plan: DecodePlan, bound: Bound, horizon: int) -> bool:
         """Whether this is a step of that plan, with those weights, and has room for so many tokens."""
         return self.plan is plan and horizon < self.drafted.shape[0] and _places(bound) == self._places
+
+    def follows(self, layers: Sequence[DraftLayer]) -> bool:
+        """Whether it is a step over their buffers, too; it then goes on from where regions and tails lie there now."""
+        pairs = list(zip(self.sites, layers, strict=True))
+        if all(site.layer is layer for site, layer in pairs):
+            return True
+        if not all(site.layer.keys is layer.keys and not layer.packed for site, layer in pairs):
+            return False
+        self.starts.copy_(_starts(layers))
+        self.before.copy_(_before(layers))
+        for site, layer in pairs:
+            site.layer = layer
+            site.lefts.copy_(torch.tensor(layer.lefts))
+        return True
 
     def draft(
         self,
@@ -103,7 +116,8 @@ class DraftStep:
         limit = self.plan.position_limit
         positions = self.positions if limit is None else self.positions.clamp(max=limit - 1)
         tails = self.columns - self.starts  # [sites, B], as what follows: of all sites at once
-        lengths = list(zip(tails, tails + self.offsets, tails + self.slots, strict=True))
+        offsets, slots = self.before.unbind(1)
+        lengths = list(zip(tails, tails + offsets, tails + slots, strict=True))
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
             site, held = self.plan.captured.sites[layer], self.sites[layer]
@@ -142,6 +156,16 @@ class _Site:
                 return draft_attention(q, layer.keys, layer.values, tails, self.lefts, scale, self.regions, **how)
             return draft_attention(q, *layer.read_whole(), newest, self.lefts, scale, reach=layer.reach, **how)
         return attend_compressed(q, *layer.read_whole(), layer.visible((tails + 1).tolist()), scale, {}, scores)
+
+
+def _starts(layers: Sequence[DraftLayer]) -> Tensor:
+    """Columns at which tails start, [sites, B]."""
+    return torch.tensor([layer.starts for layer in layers])
+
+
+def _before(layers: Sequence[DraftLayer]) -> Tensor:
+    """Columns of a buffer, and slots, that come before its tail, [sites, 2, 1]."""
+    return torch.tensor([[[layer.offset], [layer.slots]] for layer in layers])
 
 
 def _places(bound: Bound) -> list[int | None]:

@@ -89,7 +89,8 @@ def prepare_draft(
         placed = {site.layer for site in plan.captured.sites if site.alibi is not None}
         with whole_types(start.tokens.device):
             if draft is not None:
-                draft = extend(draft, full, start.pads, start.columns, queries, room, tell, placed)
+                sequence.draft = None  # until it is whole again
+                extend(draft, full, start.pads, start.columns, queries, room, tell, placed)
             else:
                 early, reaches = sequence.take_early(compressor, start.columns), reaches_of(plan)
                 how = (room, early, tell, placed, reaches)

@@ -10,6 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from vericache_compile.kernels.block_attention import BLOCK
+from vericache_compile.runtime.compression import CHUNK
+
 GB = 1e9
 
 
@@ -46,9 +49,19 @@ class Load:
         return self.batch * self.context * self.kv
 
     @property
+    def full_held(self) -> float:
+        """Bytes of memory for it: in whole blocks, with half of one to spare."""
+        return self.batch * -(-(self.context + BLOCK // 2) // BLOCK) * BLOCK * self.kv
+
+    @property
     def compressed(self) -> float:
         """Bytes of compressed KV of all rows."""
         return self.batch * self.context * self.draft_kv
+
+    @property
+    def compressed_held(self) -> float:
+        """Bytes of memory for it and for the exact tail."""
+        return self.compressed + self.batch * (CHUNK + 2 * self.window) * self.kv
 
     @property
     def copies(self) -> float:
@@ -128,7 +141,7 @@ def _rounds(load: Load, machine: Machine) -> tuple[float, float, tuple[str, ...]
 
 def _resident(load: Load, machine: Machine) -> Choice:
     draft, verify, lines = _rounds(load, machine)
-    needed = load.weights + load.copies + load.full + load.compressed
+    needed = load.weights + load.copies + load.full_held + load.compressed_held
     rate = load.batch * load.tokens_per_round / (draft + verify)
     lines += (f"round = draft + verify = {_ms(draft + verify)} for {load.tokens_per_round:g} tokens of each row",)
     return _choice(RESIDENT, load, machine, needed, rate, 0.0, lines)
@@ -136,17 +149,17 @@ def _resident(load: Load, machine: Machine) -> Choice:
 
 def _swapped(load: Load, machine: Machine, staging_bytes: float | None) -> Choice:
     draft, verify, lines = _rounds(load, machine)
-    slot = load.full / load.sites
+    slot = load.full_held / load.sites
     known, wanted = (
         ring_bytes(nbytes, load.window, machine) if staging_bytes is None else staging_bytes
         for nbytes in (load.draft_weights, load.draft_weights + load.compressed)
     )
     share, whole = (load.reload, slot) if known < load.full and load.reload < 1 else (1.0, 0.0)
-    held = min(max(wanted - whole, share * slot), share * load.full)
-    ring = held + whole
-    early, late = (size / machine.link_gbps / GB for size in (held, share * load.full - held))
+    held = min(max(wanted - whole, share * slot), share * load.full_held)
+    ring, first = held + whole, min(held, share * load.full)
+    early, late = (size / machine.link_gbps / GB for size in (first, share * load.full - first))
     total = max(draft, early) + max(verify, late)
-    needed = load.weights + load.copies + load.compressed + ring
+    needed = load.weights + load.copies + load.compressed_held + ring
     lines += (
         f"transfer = {'' if share == 1 else f'{share:.0%} of '}full KV {_gb(load.full)} / {machine.link_gbps:g} GB/s = "
         f"{_ms(early + late)}, of which the ring of {_gb(ring)} lets {_ms(early)} go on under draft",

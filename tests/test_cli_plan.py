@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from models import VOCABULARY, make_tiny
 from transformers import DeepseekV3Config, LlamaConfig, Qwen2Config, T5Config
 
+from vericache_compile import stats
 from vericache_compile.cli import main
 
 GPU = ["--device", "cuda", "--device-memory", "141", "--memory-bandwidth", "4800", "--link-bandwidth", "55"]
@@ -118,3 +121,25 @@ def test_wrong_input_is_said_in_three_parts(
     assert found in said
     assert "where: " in said
     assert "fix: " in said
+
+
+@pytest.mark.parametrize("staging", [64.0, 0.4])
+@pytest.mark.parametrize("method", [{"compressor": "snapkv", "keep": 0.25}, {"compressor": "int8"}])
+def test_what_is_planned_is_what_is_held(
+    method: dict[str, Any], staging: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Bytes of KV on the device, within 5 %, of rounds whose drafts read the model's own weights."""
+    model, new = make_tiny("llama", layers=8), 40
+    model.config.save_pretrained(tmp_path)
+    options = {**method, "staging_mb": staging, "window": 8, "draft_dtype": "same"}
+    model.compile(backend="vericache", options={**options, "placement": "host", "inductor": False})
+    prompt = torch.randint(5, VOCABULARY, (3, 2000), generator=torch.Generator().manual_seed(0))
+    model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new, do_sample=False)
+    held = stats(model)["bytes"]
+    words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    words += ["--model", str(tmp_path), "--context", str(2000 + new), "--batch", "3", "--json", "--dtype", "float32"]
+    found = json.loads(plan(capsys, *words, *GPU[2:], "--device", "cpu"))
+    [swapped] = [each for each in found["choices"] if each["name"] == "swapped verify"]
+    planned = swapped["device_bytes"] - found["load"]["weights"]
+    assert (swapped["staging_bytes"] < held["full"]) is (staging < 1)
+    assert held["draft"] + held["staging"] == pytest.approx(planned, rel=0.05)

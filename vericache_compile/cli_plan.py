@@ -86,7 +86,7 @@ def find_load(args: argparse.Namespace, options: Config) -> Load:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from vericache_compile.estimate import bytes_read, bytes_reloaded
+    from vericache_compile.estimate import bytes_per_weight, bytes_read, bytes_reloaded
     from vericache_compile.runtime.planner import Load
 
     device, path = _device(args), model_path(args)
@@ -106,7 +106,7 @@ def find_load(args: argparse.Namespace, options: Config) -> Load:
     low = options.draft_dtype_on(device)
     return Load(
         weights=float(weights),
-        draft_weights=weights * (1.0 if low is None else low.itemsize / dtype.itemsize),
+        draft_weights=weights * (1.0 if low is None else bytes_per_weight(low) / dtype.itemsize),
         kv=full / args.context,
         draft_kv=draft / args.context,
         sites=len(sites),

@@ -11,7 +11,7 @@ from vericache_compile.compressors.base import CompressedKV, Compressor
 from vericache_compile.compressors.dense import DenseKV
 from vericache_compile.compressors.facts import Facts, reader_of
 from vericache_compile.passes.program import example, placeholders
-from vericache_compile.plan import Site
+from vericache_compile.plan import GROUP, Site
 
 PROBES = (1024, 16384)
 """Tokens compressed to measure a method's bytes per token: more of them where it covers none of a few."""
@@ -81,6 +81,11 @@ def _probe(method: Compressor, site: Site) -> CompressedKV | None:
         if region.covered:
             return region
     return None
+
+
+def bytes_per_weight(dtype: torch.dtype) -> float:
+    """Bytes of a weight in draft's own copy, its share of a scale included."""
+    return dtype.itemsize + (0.0 if dtype.is_floating_point else torch.float32.itemsize / GROUP)
 
 
 GATHERS = (torch.ops.aten.embedding.default, torch.ops.aten.index.Tensor, torch.ops.aten.index_select.default)

@@ -152,8 +152,8 @@ class Made:
     def extended(self, room: int) -> Made:
         """What the tails have gathered, compressed in."""
         queries = queries_of(self.full, self.draft.compressor)
-        draft = extend(self.draft, self.full, self.pads, self.columns, queries, room)
-        return Made(draft, self.full, self.pads, self.columns)
+        extend(self.draft, self.full, self.pads, self.columns, queries, room)
+        return self
 
     def write(self, count: int) -> None:
         """The next `count` tokens of every row, as verify writes them: to the full cache and to the tail."""
@@ -316,8 +316,35 @@ def test_extending_again_and_again_keeps_the_tails_exact(make_draft: Callable[..
     made = make_draft([0, 3], [40, 9], room=40)
     for _ in range(6):
         made.write(40)
-        made = made.extended(room=40)
+        made = made.extended(room=60)
         assert_reads_region_and_tail(made)
+
+
+def test_regions_grow_in_the_buffers_that_they_have(make_draft: Callable[..., Made]) -> None:
+    """And draft reads there what it would read from new ones, row by row, again and again."""
+    made, other = (make_draft([0, 3, 40], [90, 60, 41], room=120) for _ in range(2))
+    stayed: list[bool] = []
+    for _ in range(4):
+        before = [layer.keys for layer in made.draft.layers]
+        for each, room in ((made, 60), (other, 400)):
+            each.write(40)
+            each.extended(room)
+        stayed += [layer.keys is held for layer, held in zip(made.draft.layers, before, strict=True)]
+        assert same(read_rows(made), read_rows(other))
+        assert_reads_region_and_tail(made)
+        assert 40 <= made.draft.room(made.columns) <= 60
+    assert stayed[0]
+    assert stayed.count(True) >= len(stayed) / 2
+
+
+def test_a_buffer_without_room_is_left_for_a_larger_one(make_draft: Callable[..., Made]) -> None:
+    made = make_draft([0], [300], room=90)
+    before = [layer.keys for layer in made.draft.layers]
+    made.write(90)
+    made.extended(room=400)
+    assert all(layer.keys is not held for layer, held in zip(made.draft.layers, before, strict=True))
+    assert made.draft.room(made.columns) == 400
+    assert_reads_region_and_tail(made)
 
 
 def test_a_short_tail_is_left_alone(make_draft: Callable[..., Made]) -> None:
@@ -342,8 +369,8 @@ def test_queries_that_were_never_seen_are_made_up_from_keys(make_draft: Callable
     made.draft = compress(made.draft.compressor, made.full, PADS, COLUMNS, unseen, 200)
     assert_reads_region_and_tail(made)
     made.write(180)
-    draft = extend(made.draft, made.full, PADS, made.columns, unseen, 50)
-    assert_reads_region_and_tail(Made(draft, made.full, PADS, made.columns))
+    extend(made.draft, made.full, PADS, made.columns, unseen, 50)
+    assert_reads_region_and_tail(made)
 
 
 def test_a_sliding_site_keeps_its_window_exactly_and_no_region(make_sites: Sites, fill: Fill) -> None:
@@ -382,7 +409,7 @@ def test_a_site_borrows_from_one_of_its_own_shape_alone(make_sites: Sites, fill:
         assert torch.equal(
             draft.layers[2].regions[0].materialize()[1], full.values[2][0, :, : draft.layers[2].starts[0]]
         )
-        draft = extend(draft, full, [0], [80], unseen, 20)
+        extend(draft, full, [0], [80], unseen, 20)
 
 
 def test_tokens_out_of_a_window_take_no_slot() -> None:

@@ -6,6 +6,7 @@ On the CPU the same code runs: with the reference's attention, and with the Trit
 from __future__ import annotations
 
 import gc
+import itertools
 import logging
 import weakref
 from dataclasses import replace
@@ -115,39 +116,46 @@ def test_full_kv_from_elsewhere_is_asked_for_before_the_first_step(monkeypatch: 
     assert all(layers in ([0, 1], []) for layers in ahead), "none where drafting rests"
 
 
-def test_a_step_lives_as_long_as_its_draft_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is kept until what it reads has moved, and no cycle holds its buffers until a garbage collection."""
-    monkeypatch.setattr(draft_step, "serves", lambda device, plan, draft: True)
+def test_a_step_lives_as_long_as_its_buffers(monkeypatch: pytest.MonkeyPatch, compared: list[str]) -> None:
+    """It goes on over regions that have grown in place, and no cycle holds its buffers until a garbage collection."""
     monkeypatch.setattr(drafting, "CHUNK", 16)
     steps: list[weakref.ref[DraftStep]] = []
-    drafts: list[weakref.ref[DraftKV]] = []
-    original = draft_step.step_of
+    buffers: list[int] = []
+    grown: list[None] = []
+    step_of, extend = draft_step.step_of, drafting.extend
 
-    def step_of(draft: DraftKV, *rest: Any) -> DraftStep:
-        step = original(draft, *rest)
+    def note_step(draft: DraftKV, *rest: Any) -> DraftStep:
+        step = step_of(draft, *rest)
         assert draft.step is step
         steps.append(weakref.ref(step))
-        drafts.append(weakref.ref(draft))
+        buffers.append(draft.layers[0].keys.data_ptr())
         return step
 
-    monkeypatch.setattr(draft_step, "step_of", step_of)
+    def note_growth(*args: Any) -> None:
+        grown.append(None)
+        extend(*args)
+
+    monkeypatch.setattr(draft_step, "step_of", note_step)
+    monkeypatch.setattr(drafting, "extend", note_growth)
     model = make_tiny("llama")
-    options = {"compressor": "streaming", "keep": 0.2, "window": 4}
+    options = {"compressor": "streaming", "keep": 0.1, "window": 4}
     gc.disable()
     try:
-        logits_of(model, compiled(model), make_prompt(100), 80, **options, **OPTIONS)
+        logits_of(model, compiled(model), make_prompt(100), 120, **options, **OPTIONS)
         alive = [step() for step in steps]
     finally:
         gc.enable()
-    kept, caches = (len(set(map(id, seen))) for seen in (steps, drafts))  # an object has one weak reference
-    assert 1 < kept == caches < len(steps) / 2
+    made = len(set(map(id, steps)))  # an object has one weak reference
+    moved = sum(one != other for one, other in itertools.pairwise(buffers))
+    assert 1 < made == 1 + moved < len(grown)
+    assert len(compared) == len(steps)
     assert alive[0] is None
     step = alive[-1]
     assert step is not None
     assert step.fits(step.plan, step.bound, 3)
     assert not step.fits(step.plan, step.bound, 4), "no room for the tokens"
-    moved = [None if tensor is None else tensor.clone() for tensor in step.bound]
-    assert not step.fits(step.plan, moved, 3), "other weights"
+    others = [None if tensor is None else tensor.clone() for tensor in step.bound]
+    assert not step.fits(step.plan, others, 3), "other weights"
 
 
 def test_a_caller_that_repeats_a_token_is_drafted_it(monkeypatch: pytest.MonkeyPatch) -> None:

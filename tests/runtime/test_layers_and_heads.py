@@ -24,15 +24,16 @@ Fill = Callable[..., None]
 PADS, COLUMNS = [0, 10, 60], [300, 290, 75]
 
 
-def make(method: Compressor, full: FullKV, columns: list[int], before: DraftKV | None = None) -> DraftKV:
+def queries_of(full: FullKV) -> list[list[Tensor | None]]:
     generator = torch.Generator().manual_seed(3)
-    queries: list[list[Tensor | None]] = [
+    return [
         [torch.randn(s.heads, 32, s.head_size, generator=generator).to(s.dtype) for _ in range(full.batch)]
         for s in full.sites
     ]
-    if before is not None:
-        return extend(before, full, PADS, columns, queries, 50)
-    return compress(method, full, PADS, columns, queries, 50)
+
+
+def make(method: Compressor, full: FullKV) -> DraftKV:
+    return compress(method, full, PADS, COLUMNS, queries_of(full), 50)
 
 
 @pytest.fixture
@@ -58,7 +59,7 @@ def own_keys(draft: DraftKV, full: FullKV, layer: int, row: int, head: int, side
 
 
 def test_each_head_attends_to_its_own_tokens(full: FullKV) -> None:
-    draft = make(AdaKV(keep=0.2), full, COLUMNS)
+    draft = make(AdaKV(keep=0.2), full)
     for layer, site in enumerate(full.sites):
         assert len(set(draft.layers[layer].regions[0].head_slots or ())) > 1
         keys, values, visible = draft.layers[layer].read(COLUMNS)
@@ -74,7 +75,7 @@ def test_each_head_attends_to_its_own_tokens(full: FullKV) -> None:
 
 
 def test_ragged_memory_is_what_heads_keep(full: FullKV) -> None:
-    draft = make(AdaKV(keep=0.2), full, COLUMNS)
+    draft = make(AdaKV(keep=0.2), full)
     for held, site in zip(draft.layers, full.sites, strict=True):
         kept = sum(sum(region.head_slots or ()) for region in held.regions)
         assert kept == site.kv_heads * (54 + 50)
@@ -83,17 +84,17 @@ def test_ragged_memory_is_what_heads_keep(full: FullKV) -> None:
 
 
 def test_ragged_regions_grow(full: FullKV) -> None:
-    draft = make(AdaKV(keep=0.2), full, COLUMNS)
+    draft = make(AdaKV(keep=0.2), full)
     for held in draft.layers:
         shape = (len(PADS), held.keys.shape[1], 50)
         held.write(torch.ones(*shape, held.keys.shape[3]), torch.ones(*shape, held.values.shape[3]), COLUMNS)
-    longer = make(AdaKV(keep=0.2), full, [column + 50 for column in COLUMNS], before=draft)
-    assert [region.covered for region in longer.layers[0].regions] == [268 + 50, 248 + 50, 33]
+    extend(draft, full, PADS, [column + 50 for column in COLUMNS], queries_of(full), 50)
+    assert [region.covered for region in draft.layers[0].regions] == [268 + 50, 248 + 50, 33]
 
 
 def test_a_site_has_its_layers_budget(full: FullKV) -> None:
     layers = len(full.sites)
-    draft = make(PyramidKV(keep=0.2), full, COLUMNS)
+    draft = make(PyramidKV(keep=0.2), full)
     shares = [pyramid_share(0.2, 20, layer, layers) for layer in range(layers)]
     slots = [held.regions[0].slots for held in draft.layers]
     assert slots == [-int(-share * 268 // 1) for share in shares]
@@ -101,7 +102,7 @@ def test_a_site_has_its_layers_budget(full: FullKV) -> None:
 
 
 def test_a_site_has_the_method_that_was_written_for_it(full: FullKV) -> None:
-    draft = make(parse("0: none, rest: streaming(keep=0.1) | kivi", {}), full, COLUMNS)
+    draft = make(parse("0: none, rest: streaming(keep=0.1) | kivi", {}), full)
     assert [region.slots for region in draft.layers[0].regions] == [300, 280, 15]
     assert not draft.layers[0].packed
     for held in draft.layers[1:]:

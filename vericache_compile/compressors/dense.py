@@ -50,7 +50,7 @@ class DenseKV(CompressedKV):
         """
         assert keys_out.shape == self.keys.shape, f"keys are {self.keys.shape}, not {keys_out.shape}"
         assert values_out.shape == self.values.shape, f"values are {self.values.shape}, not {values_out.shape}"
-        self.keys, self.values = keys_out.copy_(self.keys), values_out.copy_(self.values)
+        self.keys, self.values = (_copy(*pair) for pair in ((keys_out, self.keys), (values_out, self.values)))
 
 
 def budget(keep: float, tokens: int) -> int:
@@ -74,6 +74,11 @@ def check_count(option: str, value: int, least: int, method: str) -> None:
     """Raise OptionError unless `value` is a whole number of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise OptionError(f"{option}={value!r}", f"compressor {method!r}", f"give a whole number from {least} up")
+
+
+def _copy(target: Tensor, source: Tensor) -> Tensor:
+    overlap = target.untyped_storage().data_ptr() == source.untyped_storage().data_ptr()
+    return target.copy_(source.clone() if overlap else source)
 
 
 def _fills_its_storage(tensor: Tensor) -> bool:
