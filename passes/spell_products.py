@@ -86,7 +86,7 @@ class _Spelling:
 
     def rewrite(self, spell: Callable[[Node, Node, Node | None], Node]) -> None:
         """Replace the product of x [..., in] and weight [out, in] by `spell(x [M, in], weight, bias)`, viewed."""
-        x, weight, bias = self.node.args
+        x, weight, bias = self.node.args[:3]
         assert isinstance(x, Node) and isinstance(weight, Node), "a product of tensors"
         assert bias is None or isinstance(bias, Node), "a bias that is a tensor"
         with self.graph.inserting_before(self.node):

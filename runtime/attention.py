@@ -21,6 +21,7 @@ from torch import Tensor
 from vericache_compile.kernels import block_attention, launch
 from vericache_compile.kernels.block_attention import BLOCK, Scores
 from vericache_compile.kernels.verify_attention import verify_attention
+from vericache_compile.ops import filled
 from vericache_compile.runtime.scores import attend_scores
 from vericache_compile.runtime.scores import merge as _merge
 
@@ -42,21 +43,26 @@ def attend_full(
     reach: int | None = None,
     bounds: Tensor | None = None,
     scores: Scores | None = None,
+    wanted: int | None = None,
 ) -> Tensor:
     """q [B, H, W, D] of tokens at columns starts[b] + (0..W-1), keys [B, K, C, D], values [B, K, C, E] (C a multiple of
     BLOCK, written up to starts[b] + W). Row b sees columns from pads[b] up to its own, and of these the last `reach`
     (a sliding window; None: all). `bounds` [2, B] is starts and pads on the device, where they are there already;
-    `scores` says what is done to scores beside scaling them. Returns [B, H, W, E]."""
+    `scores` says what is done to scores beside scaling them; of the W rows the first `wanted` are (None: all), see
+    `ops.WANTED`. Returns [B, H, W, E]."""
     if launch.serves(q):
         begin, left = torch.tensor([starts, pads], device=q.device) if bounds is None else bounds
         how = {} if scores is None else scores._asdict()
         heads_left = left[:, None].expand(-1, keys.shape[1])
         return verify_attention(q, keys, values, begin, heads_left, scale, reach=reach, **how)
     lefts = [[pad] * keys.shape[1] for pad in pads]
+    ours, window = block_attention.serves(q), q.shape[2]
+    if ours and wanted is not None:
+        q = q[:, :, : max(wanted, 2)]  # one row alone is attended to in another way
     if scores is not None:
-        return attend_scores(q, keys, values, starts, lefts, scale, scores, reach)
-    if block_attention.serves(q):
-        return block_attention.attend(q, keys, values, starts, lefts, scale, reach=reach)
+        return filled(attend_scores(q, keys, values, starts, lefts, scale, scores, reach), window, 2)
+    if ours:
+        return filled(block_attention.attend(q, keys, values, starts, lefts, scale, reach=reach), window, 2)
     out = q.new_empty((q.shape[0], q.shape[1], q.shape[2], values.shape[3]))
     for b, (start, pad) in enumerate(zip(starts, pads, strict=True)):
         out[b] = _attend_row(q[b], keys[b], values[b], start, pad, scale, reach)

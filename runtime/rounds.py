@@ -114,7 +114,7 @@ def verify_window(
     drafted: Tensor,
     show: Callable[[int, Tensor], None] | None = None,
 ) -> tuple[tuple[Tensor, ...], list[Queries | None]]:
-    """Verify always W rows per sequence, short drafts padded, so that shapes and bits stay the same.
+    """Verify always W rows per sequence, short drafts padded, so that shapes stay the same.
 
     Writes the window's keys and values to the full cache and, exact, to the draft's tail, and shows each site's full
     keys. Returns the row outputs, each [W, B, ...], and the window's queries per site.
@@ -132,7 +132,7 @@ def verify_window(
         if keep:
             queries[layer] = Queries(q.clone(), [0] * batch)  # a recording writes to the same place again
 
-    return verify_tokens(coming, start.pads, plan, bound, tokens, start.positions, note, start.bounds), queries
+    return verify_tokens(coming, start.pads, plan, bound, tokens, start.positions, note, start.bounds, have), queries
 
 
 def _commit(

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from vericache_compile.ops import WANTED
 from vericache_compile.plan import DecodePlan
 from vericache_compile.runtime.attention import attend_full
 from vericache_compile.runtime.executor import execute
@@ -30,10 +31,12 @@ def verify_tokens(
     first: Tensor,
     note: Note,
     bounds: Tensor | None = None,
+    wanted: int | None = None,
 ) -> tuple[Tensor, ...]:
     """The row outputs, each [W, B, ...], of tokens [W, B, 1] behind what is `coming`; first positions are [B, 1].
 
-    `bounds` is that of `attend_full`.
+    `bounds` is that of `attend_full`. Only the first `wanted` tokens (None: all) are real: the others' rows are not
+    to be read.
     """
     positions = first + torch.arange(plan.window, device=tokens.device)[:, None, None]
     if plan.position_limit is not None:
@@ -46,8 +49,12 @@ def verify_tokens(
         site = plan.captured.sites[layer]
         scores = scores_of(site, sinks, max(coming.columns) + plan.window, q.device)
         rows = (list(coming.columns), list(pads))
-        out = attend_full(q, keys, values, *rows, site.scale, site.window, bounds, scores)
+        out = attend_full(q, keys, values, *rows, site.scale, site.window, bounds, scores, wanted)
         coming.release(layer)
         return out
 
-    return execute(plan.verify, bound, tokens, positions, attend, coming)
+    before = WANTED.set(wanted)
+    try:
+        return execute(plan.verify, bound, tokens, positions, attend, coming)
+    finally:
+        WANTED.reset(before)

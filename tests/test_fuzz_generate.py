@@ -61,6 +61,8 @@ def asks(draw: st.DrawFn) -> Asked:
         optional |= {"temperature": st.floats(0.3, 1.5), "top_k": st.integers(2, 90), "top_p": st.floats(0.5, 1.0)}
         optional |= {"typical_p": st.floats(0.5, 0.95), "min_p": st.floats(0.01, 0.2)}
     chosen = draw(st.sets(st.sampled_from(sorted(optional)), max_size=3))
+    if "exponential_decay_length_penalty" in chosen:
+        chosen.add("eos_token_id")  # whose score is what it raises
     return tokens, batch, asked | {name: draw(optional[name]) for name in sorted(chosen)}
 
 

@@ -16,7 +16,7 @@ from vericache_compile import optimized_module
 from vericache_compile.config import Config, make_config
 from vericache_compile.errors import UnsupportedGraph
 from vericache_compile.estimate import compressed_bytes
-from vericache_compile.kernels.block_attention import start_build, takes
+from vericache_compile.kernels import native
 from vericache_compile.machine import bandwidths
 from vericache_compile.model_state import ATTRIBUTE, MIB, Compilation, ModelState, state_of
 from vericache_compile.observers import make_observers
@@ -137,8 +137,8 @@ def _take(
     check_sites(captured.sites)
     compressor = compilation_of(example_inputs, parameters, config).session.compressor
     compressor.check_model(captured.sites, [example_inputs[i].shape for i in parameters])
-    if takes(example_inputs[parameters[0]].device, captured.sites[0].dtype):
-        start_build()
+    if native.takes(example_inputs[parameters[0]].device, captured.sites[0].dtype):
+        native.start_build()
     _tell(compilation_of(example_inputs, parameters, config), plan)
     tokens = captured.roles.tokens
     first.clear()

@@ -5,6 +5,7 @@ Shapes: B batch, T tokens, H query heads, K KV heads, C columns of past, D head 
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from functools import cache
 
 import torch
@@ -12,7 +13,26 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from vericache_compile.kernels.row_invariant_linear import is_row_invariant, row_invariant_by_head, row_invariant_linear
+from vericache_compile.kernels.row_invariant_linear import (
+    costs_by_row,
+    is_row_invariant,
+    row_invariant_by_head,
+    row_invariant_linear,
+)
+
+WANTED: ContextVar[int | None] = ContextVar("vericache_wanted", default=None)
+"""How many of a window's tokens there are, while verify runs; None: all. What an operator gives for those beyond is the
+first token's, where that is less work: nobody reads it, and it is as harmless as what the first token is given."""
+
+
+def filled(made: Tensor, count: int, axis: int = 0) -> Tensor:
+    """What was made of a window's first tokens, then that of its first token: `count` along the window's axis."""
+    missing = count - made.shape[axis]
+    if not missing:
+        return made
+    first = made.narrow(axis, 0, 1)
+    sizes = [missing if i == axis else size for i, size in enumerate(first.shape)]
+    return torch.cat([made, first.expand(sizes)], dim=axis)
 
 
 @torch.library.custom_op("vericache::attend", mutates_args=())
@@ -103,12 +123,15 @@ torch.library.register_vmap("vericache::attend", _attend_window)
 
 
 @torch.library.custom_op("vericache::linear", mutates_args=())
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, window: bool = False) -> Tensor:
     """One GEMM over all leading axes: x [..., in], weight [out, in], bias [out] or None. Returns [..., out].
 
-    By oneDNN on the CPU and a kernel of ours on a GPU, where they take the weight: a row's bits then do not depend on
-    where it stands among the others, nor on what they hold (`tests/test_ops.py` tries it for many row counts).
+    By a kernel of ours, or oneDNN, where they take the weight: a row's bits then do not depend on where it stands among
+    the others, nor on what they hold (`tests/test_ops.py` tries it for many row counts). Whether x is that of a
+    `window`, its first axis, is for `WANTED`.
     """
+    if window and costs_by_row(weight):
+        return filled(row_invariant_linear(x[: WANTED.get()], weight, bias), x.shape[0])
     if is_row_invariant(weight):
         return row_invariant_linear(x, weight, bias)
     return _onednn(x, weight, bias) if has_onednn(weight) else F.linear(x, weight, bias).contiguous()
@@ -166,16 +189,16 @@ def _are_rows_alike() -> bool:
 
 
 @linear.register_fake
-def _linear_fake(x, weight, bias):  # type: ignore[no-untyped-def]
+def _linear_fake(x, weight, bias, window=False):  # type: ignore[no-untyped-def]
     assert x.dtype is weight.dtype, f"{x.dtype} by a weight of {weight.dtype}"
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-def _linear_window(info, in_dims, x, weight, bias):  # type: ignore[no-untyped-def]
+def _linear_window(info, in_dims, x, weight, bias, window=False):  # type: ignore[no-untyped-def]
     """The window is one more leading axis of the same GEMM; the weight is never expanded."""
     if in_dims[1] is not None or in_dims[2] is not None:
         raise NotImplementedError("a weight differs over the window")
-    return linear(x.movedim(in_dims[0], 0), weight, bias), 0
+    return linear(x.movedim(in_dims[0], 0), weight, bias, True), 0
 
 
 torch.library.register_vmap("vericache::linear", _linear_window)

@@ -1,40 +1,12 @@
-"""The kernel's build, what is said where there is none, its bits; results are in tests/runtime/test_attention.py."""
+"""What the kernel takes, and its bits; results are in tests/runtime/test_attention.py."""
 
 from __future__ import annotations
-
-import logging
-from typing import NoReturn
 
 import pytest
 import torch
 from torch import Tensor
 
 from vericache_compile.kernels import block_attention
-
-
-def test_a_build_that_fails_is_said_with_the_way_out(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    from torch._inductor.codecache import CppCodeCache
-
-    def fail(*_: object, **__: object) -> NoReturn:
-        raise RuntimeError("no compiler today")
-
-    monkeypatch.setattr(CppCodeCache, "load", fail)
-    with caplog.at_level(logging.WARNING, "vericache_compile"):
-        assert block_attention._build() is None
-    [record] = caplog.records
-    assert all(part in record.getMessage() for part in ("no compiler today", "where:", "fix:", "vericache doctor"))
-
-
-def test_an_environment_variable_leaves_attention_to_the_reference(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setenv("VERICACHE_KERNELS", "0")
-    assert block_attention._build() is None
-    assert not caplog.records
-    monkeypatch.setattr(block_attention, "load", lambda: None)
-    assert not block_attention.serves(torch.zeros(1, 1, 1, 16))
 
 
 def test_float32_on_the_cpu_is_served() -> None:

@@ -1,15 +1,17 @@
-"""`row_invariant_linear` in Triton: right against a float32 product, and a row's bits a function of that row alone."""
+"""`row_invariant_linear`, in Triton and in C++: right, and a row's bits a function of that row alone."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from vericache_compile import ops
 from vericache_compile.kernels.row_invariant_linear import (
+    costs_by_row,
     is_row_invariant,
     row_invariant_by_head,
     row_invariant_linear,
@@ -90,5 +92,57 @@ def test_the_canonical_operator_takes_it_where_it_serves(device: torch.device) -
     assert torch.equal(ops.linear(x, weight, None), row_invariant_linear(x, weight, None))
 
 
-def test_it_does_not_serve_the_cpu() -> None:
-    assert not is_row_invariant(torch.zeros(4, 4))
+CPU = torch.device("cpu")
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    rows=st.integers(1, 40),
+    size=st.sampled_from([1, 7, 16, 24, 70, 576]),
+    outs=st.sampled_from([1, 3, 32, 45]),
+    biased=st.booleans(),
+    threads=st.sampled_from([1, 2]),
+    data=st.data(),
+)
+def test_on_the_cpu_a_row_is_a_function_of_itself(
+    rows: int, size: int, outs: int, biased: bool, threads: int, data: st.DataObject
+) -> None:
+    """Right against float64, and the same bits among any others, by any number of threads."""
+    x, weight = draw(CPU, torch.float32, rows, size), draw(CPU, torch.float32, outs, size, seed=1)
+    bias = draw(CPU, torch.float32, outs, seed=2) if biased else None
+    before = torch.get_num_threads()
+    made = row_invariant_linear(x, weight, bias)
+    expected = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    torch.testing.assert_close(made.double(), expected, rtol=1e-5, atol=1e-5)
+    places = data.draw(st.lists(st.integers(0, rows - 1), min_size=1, max_size=20))
+    torch.set_num_threads(threads)
+    try:
+        assert torch.equal(row_invariant_linear(x[places], weight, bias), made[places])
+    finally:
+        torch.set_num_threads(before)
+    others = torch.full((rows + 1, size), float("nan"))
+    others[rows // 2] = x[0]
+    assert torch.equal(row_invariant_linear(others, weight, bias)[rows // 2], made[0])
+
+
+def test_the_cpu_takes_float32_as_it_lies_in_a_linear_layer() -> None:
+    weight = torch.zeros(4, 6)
+    assert is_row_invariant(weight)
+    assert costs_by_row(weight)
+    for other in (weight.t(), weight.bfloat16(), weight.double(), weight[:, :3], weight[None]):
+        assert not is_row_invariant(other)
+
+
+@pytest.mark.parametrize("wanted", [1, 2, 5])
+def test_of_a_window_only_what_is_wanted_is_computed(wanted: int) -> None:
+    """The rows that are wanted have the bits that they have among all; the others are the first one's."""
+    x, weight = draw(CPU, torch.float32, 5, 3, 1, 40), draw(CPU, torch.float32, 20, 40, seed=1)
+    whole = ops.linear(x, weight, None, True)
+    token = ops.WANTED.set(wanted)
+    try:
+        made, other = ops.linear(x, weight, None, True), ops.linear(x, weight, None)
+    finally:
+        ops.WANTED.reset(token)
+    assert torch.equal(made[:wanted], whole[:wanted])
+    assert torch.equal(made[wanted:], whole[:1].expand_as(whole[wanted:]))
+    assert torch.equal(other, whole), "rows that are no window's"

@@ -28,8 +28,9 @@ def products_of(program: Program, mode: str) -> list[str]:
 
 
 @pytest.fixture
-def no_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a device that oneDNN does not serve."""
+def no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a device that neither oneDNN nor a kernel of ours serves."""
+    monkeypatch.setattr(ops, "is_row_invariant", lambda weight: False)
     monkeypatch.setattr(ops, "has_onednn", lambda weight: False)
     monkeypatch.setattr("vericache_compile.passes.spell_products.has_onednn", lambda weight: False)
 
@@ -43,9 +44,9 @@ def test_few_rows_are_reductions_and_many_rows_are_a_gemm(batch: int, inductor: 
     assert products_of(program, "verify") == ["linear"] * 3
 
 
-@pytest.mark.usefixtures("no_onednn")
+@pytest.mark.usefixtures("no_kernel")
 @pytest.mark.parametrize(("batch", "window", "padded"), [(1, 2, 0), (1, 4, 0), (3, 2, 3), (3, 4, 0), (5, 2, 3)])
-def test_without_onednn_rows_are_padded_to_multiples_of_four(batch: int, window: int, padded: int) -> None:
+def test_without_a_kernel_rows_are_padded_to_multiples_of_four(batch: int, window: int, padded: int) -> None:
     program = spelled(batch, inductor=False, window=window)
     assert products_of(program, "draft") == ["addmm", "mm", "addmm"]
     assert products_of(program, "verify") == ["addmm", "mm", "addmm"]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vericache_compile.kernels import block_attention
+from vericache_compile.kernels import native
 from vericache_compile.kernels.block_attention import BLOCK
 from vericache_compile.runtime.attention import Visible, _merge, attend_compressed, attend_full
 
@@ -36,14 +36,16 @@ class Cache:
     reach: int | None = None
     """Columns that a token of a sliding layer sees."""
 
-    def attend(self, starts: list[int], pads: list[int], window: int, garbage: float = 0.0) -> Tensor:
+    def attend(
+        self, starts: list[int], pads: list[int], window: int, garbage: float = 0.0, wanted: int | None = None
+    ) -> Tensor:
         """`attend_full` for the tokens at starts[b] + (0..window-1); `garbage` is what lies beyond them."""
         q = torch.stack([self.q[b, :, start : start + window] for b, start in enumerate(starts)])
         columns = -(-(max(starts) + window) // BLOCK) * BLOCK
         keys, values = self.keys[:, :, :columns].clone(), self.values[:, :, :columns].clone()
         for b, start in enumerate(starts):
             keys[b, :, start + window :], values[b, :, start + window :] = garbage, -garbage
-        return attend_full(q, keys, values, starts, pads, self.scale, self.reach)
+        return attend_full(q, keys, values, starts, pads, self.scale, self.reach, wanted=wanted)
 
 
 def make_cache(
@@ -86,7 +88,7 @@ def plain_attention(cache: Cache, starts: list[int], pads: list[int], window: in
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Our kernel, and what runs where it does not serve."""
     if request.param == "reference":
-        monkeypatch.setattr(block_attention, "load", lambda: None)
+        monkeypatch.setattr(native, "load", lambda: None)
     chosen: str = request.param
     return chosen
 
@@ -279,6 +281,24 @@ def test_the_kernel_reads_nothing_that_is_not_visible(path: str) -> None:
         for held in (cache.keys, cache.values):
             held[b, :, :pad] = held[b, :, start + window :] = float("nan")
     assert torch.equal(cache.attend(starts, pads, window, garbage=float("nan")), clean)
+
+
+@pytest.mark.parametrize("reach", [None, 40])
+@pytest.mark.parametrize("wanted", [1, 2, 5])
+def test_rows_that_are_wanted_have_the_bits_that_they_have_among_all(wanted: int, reach: int | None, path: str) -> None:
+    """What the kernel gives for the others is the first row's, and their keys are not looked at."""
+    cache = replace(make_cache(3 * BLOCK, 4, 2, 16, 24, torch.float32, batch=2), reach=reach)
+    starts, pads, window = [509, 20], [3, 0], 8
+    whole = cache.attend(starts, pads, window)
+    if path == "kernel":
+        for b, start in enumerate(starts):
+            for held in (cache.keys, cache.values):
+                held[b, :, start + max(wanted, 2) :] = float("nan")
+    made = cache.attend(starts, pads, window, wanted=wanted)
+    assert torch.equal(made[:, :, :wanted], whole[:, :, :wanted])
+    if path == "kernel":
+        later = made[:, :, max(wanted, 2) :]
+        assert torch.equal(later, whole[:, :, :1].expand_as(later))
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vericache_compile import ops
-from vericache_compile.kernels import block_attention
+from vericache_compile.kernels import native
 from vericache_compile.kernels.block_attention import BLOCK
 from vericache_compile.plan import Alibi, Site
 from vericache_compile.runtime.attention import Visible, attend_compressed, attend_full
@@ -38,7 +38,7 @@ TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Our kernel, and what runs where it does not serve."""
     if request.param == "reference":
-        monkeypatch.setattr(block_attention, "load", lambda: None)
+        monkeypatch.setattr(native, "load", lambda: None)
     chosen: str = request.param
     return chosen
 

@@ -7,47 +7,10 @@
 //
 // B batch, H query heads, K KV heads, G = H / K, W window, R = G * W rows of a KV head, D head size, E value head size.
 
-#include <cstdint>
-#include <cstring>
-
-#if defined(__FMA__) || defined(__AVX512F__)
-#include <immintrin.h>
-#elif defined(__aarch64__)
-#include <arm_neon.h>
-#endif
-
-#if defined(__AVX512F__)
-constexpr int LANES = 16, TILE = 8;
-#elif defined(__AVX__)
-constexpr int LANES = 8, TILE = 4;
-#else
-constexpr int LANES = 4, TILE = 4;
-#endif
 constexpr int BLOCK = 256;
+constexpr int TILE = LANES < 8 ? 4 : LANES / 2;
 constexpr int WIDE = 3;  // vectors of rows that are worked on together
 constexpr float HIDDEN = -1e30f;
-
-typedef float Floats __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
-typedef int32_t Ints __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
-
-static inline Floats load(const float* p) { return *reinterpret_cast<const Floats*>(p); }
-static inline void store(float* p, Floats x) { *reinterpret_cast<Floats*>(p) = x; }
-static inline Floats fill(float x) { return x - Floats{}; }
-
-// a * b + c, with one rounding where the machine has it. It is spelled out, and the compiler is told to fuse nothing by
-// itself: for some machines it fuses one instantiation of a loop and not another, and a row's bits follow.
-static inline Floats fused(Floats a, Floats b, Floats c) {
-#if defined(__AVX512F__)
-  return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__AVX__) && defined(__FMA__)
-  return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#elif defined(__aarch64__)
-  return (Floats)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
-#else
-  return a * b + c;
-#endif
-}
-static inline Floats fused(Floats a, Floats b, float c) { return fused(a, b, fill(c)); }
 
 // exp(x) for x <= 0, to about one unit in the last place; exactly 0 below -87; NaN stays NaN.
 static inline Floats exponential(Floats x) {
@@ -216,17 +179,6 @@ static void merge(float* parts, int64_t blocks, int64_t value_size, const float*
 // One token per row of the batch: numbers of one key are lanes, so few rows fill the vectors too.
 
 constexpr int FEW = TILE / 2;  // rows that share one read of a key
-
-template <int N>
-static inline float sum(const float* x) {
-  typedef float Part __attribute__((vector_size(N * 4), aligned(4), may_alias));
-  const Part half = *reinterpret_cast<const Part*>(x) + *reinterpret_cast<const Part*>(x + N);
-  alignas(64) float left[N];
-  *reinterpret_cast<Part*>(left) = half;
-  return sum<N / 2>(left);
-}
-template <>
-inline float sum<1>(const float* x) { return x[0] + x[1]; }
 
 // out[r] (+ N vectors) = sum over c of shares[r][c] * values[c]
 template <int ROWS, int N>

@@ -1,28 +1,20 @@
-"""Attention over blocks of 256 columns on the CPU, in float32: our own C++, built at first use by Inductor's builder.
+"""Attention over blocks of 256 columns on the CPU, in float32.
 
-`vericache_compile.runtime.attention` is its reference, and runs wherever this kernel does not; VERICACHE_KERNELS=0
-leaves it all to the reference.
+`vericache_compile.runtime.attention` is its reference, and runs wherever this kernel does not.
 """
 
 from __future__ import annotations
 
 import ctypes
-import logging
-import os
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-log = logging.getLogger(__name__)
+from vericache_compile.kernels import native
 
 BLOCK = 256
-FLAGS = ("-fno-unsafe-math-optimizations", "-fno-finite-math-only", "-ffp-contract=off")
-"""Sums keep their order and NaN its meaning, whatever Inductor is set to; what fuses is written so."""
 SIZES = ("batch", "heads", "kv_heads", "window", "size", "value_size")
 STRIDES = tuple(f"{tensor}_{axis}" for tensor in "qkv" for axis in ("batch", "head", "row"))
 
@@ -62,14 +54,9 @@ class Scores(NamedTuple):
 PLAIN = Scores()
 
 
-def takes(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernel is for such tensors."""
-    return device.type == "cpu" and dtype is torch.float32
-
-
 def serves(q: Tensor) -> bool:
     """Whether the kernel is for queries like these, and there."""
-    return takes(q.device, q.dtype) and load() is not None
+    return native.takes(q.device, q.dtype) and native.load() is not None
 
 
 def attend(
@@ -88,7 +75,7 @@ def attend(
     q [B, H, W, D], keys [B, K, C, D], values [B, K, C, E], the latter two with any strides but the innermost, which is
     1. Returns [B, H, W, E]. For W > 1 a row's bits do not depend on its place in the window, nor on the batch.
     """
-    library = load()
+    library = native.load()
     assert library is not None, "ask `serves` first"
     assert q.dtype is keys.dtype is values.dtype is torch.float32, "the kernel reads float32 numbers"
     assert keys.stride(-1) == values.stride(-1) == 1, "numbers of a key, and of a value, lie side by side"
@@ -125,37 +112,3 @@ def _score(scale: float, scores: Scores) -> Score:
         assert held is None or (held.dtype is torch.float32 and held.is_contiguous()), "float32, side by side"
     pointers = (None if held is None else held.data_ptr() for held in (sinks, bias))
     return Score(scale, cap or 0.0, *pointers, 0 if bias is None else bias.shape[1], relative)
-
-
-def load() -> ctypes.CDLL | None:
-    """The library, kept on disk in Inductor's cache; None where it cannot be built (no C++ compiler)."""
-    return start_build().result()
-
-
-@cache
-def start_build() -> Future[ctypes.CDLL | None]:
-    """Build the library beside whatever else is being compiled; `load` waits for it."""
-    pool = ThreadPoolExecutor(1, thread_name_prefix="vericache-build")
-    building = pool.submit(_build)
-    pool.shutdown(wait=False)  # its thread ends with this task
-    return building
-
-
-def _build() -> ctypes.CDLL | None:
-    if os.environ.get("VERICACHE_KERNELS") == "0":
-        return None
-    source = Path(__file__).with_suffix(".cpp").read_text()
-    try:
-        from torch._inductor.codecache import CppCodeCache
-
-        library: ctypes.CDLL = CppCodeCache.load(source, extra_flags=FLAGS)
-    except Exception as error:  # noqa: BLE001 - whatever a compiler does, the reference serves
-        log.warning(
-            "vericache: its attention kernel could not be built: %s\n  where: %s\n  fix: %s",
-            f"{type(error).__name__}: {error}",
-            Path(__file__).with_suffix(".cpp"),
-            "see `vericache doctor`; until then torch's kernels run, with the same tokens, slower",
-        )
-        return None
-    library.workspace.restype = ctypes.c_int64
-    return library

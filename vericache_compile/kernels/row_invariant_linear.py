@@ -1,17 +1,19 @@
-"""The product of a few rows with a weight, in Triton: a row's bits depend on that row and the weight alone.
+"""The product of a few rows with a weight: a row's bits depend on that row and the weight alone.
 
-Libraries choose tiles and the split of the inner dimension by the number of rows. Here both are fixed: each number is
-one sum in float32, over tiles of the inner dimension in ascending order, whatever the other rows are.
+Libraries choose tiles and the split of the inner dimension by the number of rows. Here each number is a sum in float32
+in one order, whatever the other rows are: in Triton on a GPU, over tiles of the inner dimension; in C++ on the CPU.
 """
 
 from __future__ import annotations
 
+import ctypes
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vericache_compile.kernels import native
 from vericache_compile.kernels.launch import on, serves
 
 
@@ -38,7 +40,10 @@ def tiles_of(outs: int, itemsize: int) -> Tiles:
 
 
 def row_invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [..., in], weight [out, in] with any strides, bias [out] or None. Returns [..., out]."""
+    """x [..., in], weight [out, in], bias [out] or None; for the kernel on the CPU weights lie as [out, in]. Returns
+    [..., out]."""
+    if costs_by_row(weight):
+        return _multiply_rows(x, weight, bias)
     flat = x.reshape(-1, 1, x.shape[-1])
     return _multiply(flat, weight[None], bias).view(*x.shape[:-1], weight.shape[0])
 
@@ -66,9 +71,30 @@ def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out
 
 
+def _multiply_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    library = native.load()
+    assert library is not None, "ask `is_row_invariant` first"
+    assert x.dtype is weight.dtype is torch.float32, "the kernel reads float32 numbers"
+    x, bias = x.contiguous(), None if bias is None else bias.contiguous()
+    out = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    library.multiply_rows(
+        *(None if held is None else ctypes.c_void_p(held.data_ptr()) for held in (x, weight, bias)),
+        *map(ctypes.c_int64, (x.shape[:-1].numel(), weight.shape[1], weight.shape[0])),
+        ctypes.c_void_p(out.data_ptr()),
+        ctypes.c_int(torch.get_num_threads()),
+    )
+    return out
+
+
 def is_row_invariant(weight: Tensor) -> bool:
-    """Whether the kernel is for such a weight, and there."""
-    return weight.dim() in (2, 3) and serves(weight)
+    """Whether a kernel is for such a weight, and there."""
+    return (weight.dim() in (2, 3) and serves(weight)) or costs_by_row(weight)
+
+
+def costs_by_row(weight: Tensor) -> bool:
+    """Whether the kernel is that of the CPU, to which a row less is work less; tiles on a GPU are filled anyway."""
+    fits = weight.dim() == 2 and weight.is_contiguous() and not serves(weight)
+    return fits and native.takes(weight.device, weight.dtype) and native.load() is not None
 
 
 def row_invariant_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
