@@ -1,11 +1,11 @@
 """Spell every product with a weight in aten, in the form that suits its variant.
 
-    verify, eager, many rows     vericache.linear(x, w, b)  ->  stays (oneDNN, Triton), or view, mm or addmm, view
+    verify, eager, many rows     vericache.linear(x, w, b)  ->  stays, or view, mm or addmm, view
     draft with few rows          vericache.linear(x, w, b)  ->  cat((w * x[m]).sum(-1) for m) + b
     draft                        vericache.heads_mm(x, w)   ->  bmm (in verify it stays)
 
-Verify's bits must not depend on where in a window a token stands. The operator keeps to that where oneDNN (on the CPU)
-or our kernel (on a GPU) takes the weight. Other libraries were seen to for 2 rows and for multiples of 4, and not for
+Verify's bits must not depend on where in a window a token stands. The operator keeps to that where a kernel of ours, or
+oneDNN on the CPU, takes the weight. Other libraries were seen to for 2 rows and for multiples of 4, and not for
 5, 6, 9 or 10: there, row counts are padded.
 
 A few rows make a product that is bound by the weight's bytes: fastest as one reduction per row, which Inductor fuses

@@ -106,6 +106,41 @@ def test_rows_are_bit_equal_on_tiny_models(name: str, batch: int, window: int, m
     assert (stats(model)["accepted"], stats(model)["served_rows"]) == (0, 39 * batch)
 
 
+@pytest.mark.parametrize(
+    ("name", "inductor", "dtype"),
+    [
+        ("llama", False, torch.float32),
+        ("llama", True, torch.float32),
+        ("gemma3_text", False, torch.float32),
+        ("llama", False, torch.bfloat16),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in (("gpt2", False, torch.float32),)),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in (("qwen3", True, torch.float32),)),
+    ],
+)
+def test_rows_do_not_depend_on_how_many_tokens_are_drafted(
+    name: str, inductor: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None at all in some rounds, as where drafting rests; what verify then leaves out is in nobody's bits."""
+    model, inputs = make_tiny(name).to(dtype), make_prompt(300, 3)
+    switch, settings = compiled(model), {"window": 8, "inductor": inductor}
+    first = logits_of(model, switch, inputs, 40, compressor="none", **settings)
+    generator = torch.Generator().manual_seed(0)
+
+    def any_number(sequence: Any, window: int) -> int:
+        return int(torch.randint(0, window, (), generator=generator))
+
+    for drafter in (None, random_guess(VOCABULARY), wrong_guess(VOCABULARY, first)):
+        with monkeypatch.context() as patched:
+            patched.setattr(rounds, "next_steps", any_number)
+            if drafter is not None:
+                use_drafter(patched, drafter)
+            made = logits_of(model, switch, inputs, 40, compressor="streaming", keep=0.5, **settings)
+        assert torch.equal(made, first)
+    with monkeypatch.context() as patched:
+        patched.setattr(rounds, "next_steps", lambda sequence, window: 0)
+        assert torch.equal(logits_of(model, switch, inputs, 12, compressor="streaming", **settings), first[:12])
+
+
 def test_rows_do_not_depend_on_what_dynamo_saw_before() -> None:
     """A padded batch is decoded in rounds, whether its size is a number there or, after a batch of one, a symbol."""
     model, inputs, settings = make_tiny("llama"), make_prompt(30, 3), {"window": 8, "inductor": False}
