@@ -50,13 +50,23 @@ class Home:
     """Of the disk tier: where its file is made; None for the system's folder for temporary files."""
     link: Link | None = None
     """What brings pages to the device; None on the device tier."""
+    draft_bytes: float = 0.0
+    """Per token, of the draft caches that need room beside full KV."""
+
+    def weighs(self, device: torch.device) -> bool:
+        """Whether what is free on a device decides."""
+        return self.tier is None and self.device_bytes is None and self._free(device) is not None
 
     def make(self, sites: Sequence[Site], batch: int, columns: int, device: torch.device, taken: int = 0) -> FullKV:
         """An empty cache for so many columns; `taken` is what other sequences' full KV takes of the room."""
         tier = self.tier
         if tier is None:
-            wanted = batch * (columns + GROWTH) * sum(site.bytes_per_token for site in sites)
-            room = self._free(device) if self.device_bytes is None else self.device_bytes - taken
+            full: float = sum(site.bytes_per_token for site in sites)
+            if self.device_bytes is None:
+                full, room = full + self.draft_bytes, self._free(device)
+            else:
+                room = self.device_bytes - taken
+            wanted = batch * (columns + GROWTH) * full
             tier = Tier.DEVICE if room is None or wanted <= room else Tier.HOST
         if tier is Tier.DEVICE:
             return FullKV(sites, batch)

@@ -29,7 +29,7 @@ from vericache_compile.runtime import drafting
 from vericache_compile.runtime.caches import BLOCK
 from vericache_compile.runtime.pace import Pace
 from vericache_compile.runtime.ring import Ring, aligned
-from vericache_compile.runtime.tiers import PagedKV
+from vericache_compile.runtime.tiers import Home, PagedKV
 
 ELSEWHERE: list[dict[str, Any]] = [
     {"placement": "host", "staging_mb": 0.001},
@@ -308,6 +308,17 @@ def test_auto_leaves_the_device_when_its_room_is_taken() -> None:
     assert stats(model)["placement"] == "device"
     assert torch.equal(model.generate(**prompt, past_key_values=other, **settings), plain)
     assert stats(model)["placement"] == "host"
+
+
+@pytest.mark.parametrize(("compressor", "placement"), [("streaming(keep=0.05)", "device"), ("int8", "host")])
+def test_auto_leaves_room_for_drafts(compressor: str, placement: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a device on which full KV has room, and a tenth of it besides."""
+    tokens = (300 + 1024) * 2 * 2 * (16 + 16) * 4
+    monkeypatch.setattr(Home, "_free", staticmethod(lambda device: int(1.1 * tokens)))
+    model = make_tiny("llama")
+    model.compile(backend="vericache", options={"compressor": compressor, **EAGER})
+    model.generate(**make_prompt(300), max_new_tokens=4, do_sample=False)
+    assert stats(model)["placement"] == placement
 
 
 def test_drafts_that_never_pay_are_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -135,8 +136,10 @@ def _take(
     captured = plan.captured if isinstance(plan, DecodePlan) else plan
     buffered = tuple(i for i in buffered if i not in captured.roles.counters)  # they say something else in each call
     check_sites(captured.sites)
-    compressor = compilation_of(example_inputs, parameters, config).session.compressor
-    compressor.check_model(captured.sites, [example_inputs[i].shape for i in parameters])
+    session = compilation_of(example_inputs, parameters, config).session
+    session.compressor.check_model(captured.sites, [example_inputs[i].shape for i in parameters])
+    if session.home.weighs(example_inputs[parameters[0]].device):
+        session.home = replace(session.home, draft_bytes=compressed_bytes(session.compressor, captured.sites))
     if native.takes(example_inputs[parameters[0]].device, captured.sites[0].dtype):
         native.start_build()
     _tell(compilation_of(example_inputs, parameters, config), plan)
