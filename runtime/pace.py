@@ -1,7 +1,8 @@
 """What a sequence's own rounds tell: whether drafting pays, which is turned off while it does not and tried again
 later, and how much of full KV comes while a round drafts.
 
-Verify's shape does not depend on what was drafted, so neither do rows: a round without drafts is one verified token.
+Rows do not depend on how many tokens were drafted: a round without drafts is one verified token. It may take less than
+one that verifies a window, so where it is close a few are tried.
 """
 
 from __future__ import annotations
@@ -18,6 +19,10 @@ ENOUGH = 5
 """Rounds that say how long drafting takes: the first two also compile and record kernels."""
 MARGIN = 1.05
 """How much faster verifying alone must be."""
+CLOSE = 0.5
+"""What drafting takes, as a share of what verifying alone seems to, from which on that is tried."""
+TRIES = 3
+"""Rounds without drafts that say what one takes."""
 
 
 class Seen(NamedTuple):
@@ -34,7 +39,7 @@ class Seen(NamedTuple):
 
     @property
     def alone_seconds(self) -> float:
-        """What verify would at least have taken without drafts."""
+        """What verify would have taken without drafts, if a token takes it as long as a window."""
         return max(self.verify_seconds, self.transfer_seconds)
 
 
@@ -43,6 +48,8 @@ class Pace:
 
     def __init__(self) -> None:
         self.seen: deque[Seen] = deque(maxlen=ROUNDS)
+        self.alone: deque[float] = deque(maxlen=ROUNDS)
+        """Seconds of rounds without drafts."""
         self.resting = 0
         """Rounds still to come without drafts."""
 
@@ -50,11 +57,14 @@ class Pace:
         """Count one round."""
         if self.resting:
             self.resting -= 1
+            self.alone.append(seen.verify_seconds)
         elif seen.drafted:
             self.seen.append(seen)
             if len(self.seen) == ROUNDS and not self.pays():
                 self.resting = REST
                 self.seen.clear()
+            elif len(self.seen) == ROUNDS and not self.alone and not self.pays(CLOSE):
+                self.resting = TRIES
 
     def bytes_while_drafting(self) -> int:
         """What comes over the link while a round drafts; 0 while too little is known."""
@@ -63,11 +73,11 @@ class Pace:
             return 0
         return int(median(each.draft_seconds * each.transfer_bytes / each.transfer_seconds for each in moved))
 
-    def pays(self) -> bool:
-        """Whether rounds with drafts gave rows as fast as verifying them one by one would have, within MARGIN.
+    def pays(self, margin: float = MARGIN) -> bool:
+        """Whether rounds with drafts gave rows as fast as verifying them one by one would have, within a margin.
 
         By the median round: some also compile kernels, or record what later ones replay.
         """
         drafting = len(self.seen) * median(each.draft_seconds + each.verify_seconds for each in self.seen)
-        alone = min(each.alone_seconds for each in self.seen) * sum(each.kept for each in self.seen)
-        return drafting <= MARGIN * alone
+        alone = median(self.alone) if self.alone else min(each.alone_seconds for each in self.seen)
+        return drafting <= margin * alone * sum(each.kept for each in self.seen)
