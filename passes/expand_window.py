@@ -146,8 +146,9 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    made: Tensor = ops.linear(x, weight, bias)
-    return made
+    own = bias is None or bias.shape == weight.shape[:1]
+    made: Tensor = ops.linear(x, weight, bias if own else None)
+    return made if own or bias is None else made + bias
 
 
 def _is_shared(weight: Tensor) -> bool:

@@ -61,7 +61,7 @@ class DraftStep:
             self.place = torch.zeros(1, dtype=torch.int64, device=device)
             self.starts = _starts(layers).to(device)
             self.before = _before(layers).to(device)
-        self.sites = [_Site(layer) for layer in layers]
+            self.sites = [_Site(layer) for layer in layers]
         self._step: Captured[None] = Captured(device, "a draft step")
 
     def fits(self, plan: DecodePlan, bound: Bound, horizon: int) -> bool:

@@ -50,8 +50,8 @@ class Home:
     """Of the disk tier: where its file is made; None for the system's folder for temporary files."""
     link: Link | None = None
     """What brings pages to the device; None on the device tier."""
-    draft_bytes: float = 0.0
-    """Per token, of the draft caches that need room beside full KV."""
+    draft_bytes: float | None = None
+    """Per token, of the draft caches that need room beside full KV; None while that is not known."""
 
     def weighs(self, device: torch.device) -> bool:
         """Whether what is free on a device decides."""
@@ -63,7 +63,7 @@ class Home:
         if tier is None:
             full: float = sum(site.bytes_per_token for site in sites)
             if self.device_bytes is None:
-                full, room = full + self.draft_bytes, self._free(device)
+                full, room = full + (self.draft_bytes or 0.0), self._free(device)
             else:
                 room = self.device_bytes - taken
             wanted = batch * (columns + GROWTH) * full

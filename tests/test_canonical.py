@@ -15,7 +15,10 @@ from transformers import PreTrainedModel
 
 from vericache_compile import stats
 from vericache_compile.runtime import rounds
+from vericache_compile.sweep_models import make_model
 
+TINY = ("llama", "gpt2", "qwen3", "gemma3_text")
+"""Models of `make_tiny`."""
 Drafter = Callable[[Any, int, Tensor, int], Tensor]
 CHOICES: list[dict[str, Any]] = [
     {"compressor": "none"},
@@ -115,13 +118,21 @@ def test_rows_are_bit_equal_on_tiny_models(name: str, batch: int, window: int, m
         ("llama", False, torch.bfloat16),
         *(pytest.param(*each, marks=pytest.mark.slow) for each in (("gpt2", False, torch.float32),)),
         *(pytest.param(*each, marks=pytest.mark.slow) for each in (("qwen3", True, torch.float32),)),
+        *(
+            pytest.param(name, False, torch.float32, marks=pytest.mark.slow)
+            for name in ("gemma2", "bloom", "gpt_oss", "deepseek_v3", "mixtral")
+        ),
     ],
 )
 def test_rows_do_not_depend_on_how_many_tokens_are_drafted(
     name: str, inductor: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """None at all in some rounds, as where drafting rests; what verify then leaves out is in nobody's bits."""
-    model, inputs = make_tiny(name).to(dtype), make_prompt(300, 3)
+    """None at all in some rounds, as where drafting rests; what verify then leaves out is in nobody's bits.
+
+    With sliding windows, soft caps, sinks, biases by place, latent caches and experts, too.
+    """
+    model = make_tiny(name) if name in TINY else make_model(name, "eager")
+    model, inputs = model.to(dtype), make_prompt(300 if name in TINY else 60, 3)
     switch, settings = compiled(model), {"window": 8, "inductor": inductor}
     first = logits_of(model, switch, inputs, 40, compressor="none", **settings)
     generator = torch.Generator().manual_seed(0)

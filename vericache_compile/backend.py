@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 from vericache_compile import optimized_module
 from vericache_compile.config import Config, make_config
 from vericache_compile.errors import UnsupportedGraph
-from vericache_compile.estimate import compressed_bytes
+from vericache_compile.estimate import bytes_per_weight, compressed_bytes
 from vericache_compile.kernels import native
 from vericache_compile.machine import bandwidths
 from vericache_compile.model_state import ATTRIBUTE, MIB, Compilation, ModelState, state_of
@@ -136,10 +136,8 @@ def _take(
     captured = plan.captured if isinstance(plan, DecodePlan) else plan
     buffered = tuple(i for i in buffered if i not in captured.roles.counters)  # they say something else in each call
     check_sites(captured.sites)
-    session = compilation_of(example_inputs, parameters, config).session
-    session.compressor.check_model(captured.sites, [example_inputs[i].shape for i in parameters])
-    if session.home.weighs(example_inputs[parameters[0]].device):
-        session.home = replace(session.home, draft_bytes=compressed_bytes(session.compressor, captured.sites))
+    compressor = compilation_of(example_inputs, parameters, config).session.compressor
+    compressor.check_model(captured.sites, [example_inputs[i].shape for i in parameters])
     if native.takes(example_inputs[parameters[0]].device, captured.sites[0].dtype):
         native.start_build()
     _tell(compilation_of(example_inputs, parameters, config), plan)
@@ -148,6 +146,8 @@ def _take(
 
     def run(*inputs: Any) -> Any:
         session = compilation_of(inputs, parameters, config).session
+        if session.home.draft_bytes is None and session.home.weighs(inputs[parameters[0]].device):
+            session.home = replace(session.home, draft_bytes=compressed_bytes(session.compressor, captured.sites))
         try:
             chosen = plan_for(inputs, inputs[tokens].shape[0])
         except UnsupportedGraph as reason:  # taken for one model or batch, and not for another that runs it
@@ -173,7 +173,7 @@ def staging_of(config: Config, inputs: Sequence[Any], parameters: Sequence[int])
     if config.staging_mb is not None:
         return Staging(int(config.staging_mb * MIB), columns)
     found, low = bandwidths(device), config.draft_dtype_on(device)
-    reads = sum(weight.numel() * (weight.dtype if low is None else low).itemsize for weight in weights)
+    reads = sum(weight.numel() * bytes_per_weight(weight.dtype if low is None else low) for weight in weights)
     machine = Machine(0, found.memory_gbps, config.link_gbps or found.link_gbps)
     per_byte = ring_bytes(1, config.window, machine)
     return Staging(int(per_byte * reads), columns, per_byte)

@@ -84,7 +84,7 @@ def _probe(method: Compressor, site: Site) -> CompressedKV | None:
 
 
 def bytes_per_weight(dtype: torch.dtype) -> float:
-    """Bytes of a weight in draft's own copy, its share of a scale included."""
+    """Bytes of a weight as drafts read it, its share of an int8 copy's scale included."""
     return dtype.itemsize + (0.0 if dtype.is_floating_point else torch.float32.itemsize / GROUP)
 
 

@@ -191,6 +191,7 @@ def _are_rows_alike() -> bool:
 @linear.register_fake
 def _linear_fake(x, weight, bias, window=False):  # type: ignore[no-untyped-def]
     assert x.dtype is weight.dtype, f"{x.dtype} by a weight of {weight.dtype}"
+    assert bias is None or bias.shape == weight.shape[:1], f"a bias of {bias.shape} for {weight.shape[0]} outputs"
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 

@@ -337,6 +337,33 @@ def test_regions_grow_in_the_buffers_that_they_have(make_draft: Callable[..., Ma
     assert stayed.count(True) >= len(stayed) / 2
 
 
+@pytest.mark.parametrize("latent", [False, True])
+@pytest.mark.parametrize("method", [NoCompression(), Streaming(keep=0.3)], ids=str)
+def test_a_region_that_does_not_grow_moves_aside_for_one_that_does(
+    method: Compressor, latent: bool, make_sites: Sites, fill: Fill
+) -> None:
+    """Within a buffer that it half fills: as its values do where they are a part of the keys."""
+    sites = [replace(site, kv_heads=1, head_size=24, latent=latent) for site in make_sites(2)]
+    full = FullKV(sites, 2)
+    generator = torch.Generator().manual_seed(0)
+    full.reserve(600, CPU)
+    for site in sites:
+        keys = torch.randn(2, 1, 560, 24, generator=generator)
+        full.append(site.layer, keys, keys[..., :16] if latent else torch.randn(2, 1, 560, 16), [0, 0])
+    unseen: list[list[Tensor | None]] = [[None, None]] * 2
+    draft = compress(method, full, [0, 0], [300, 300], unseen, 600)
+    for layer in draft.layers:
+        layer.write(full.keys[0][:, :, 300:500], full.values[0][:, :, 300:500], [300, 300])
+    regions = [tuple(part.clone() for part in layer.regions[1].materialize()) for layer in draft.layers]
+    buffers = [layer.keys for layer in draft.layers]
+    extend(draft, full, [0, 0], [500, 310], unseen, 100)
+    for layer, region, buffer in zip(draft.layers, regions, buffers, strict=True):
+        assert layer.keys is buffer
+        assert layer.regions[1].slots < layer.slots
+        for part, before in zip(layer.regions[1].materialize(), region, strict=True):
+            assert torch.equal(part, before)
+
+
 def test_a_buffer_without_room_is_left_for_a_larger_one(make_draft: Callable[..., Made]) -> None:
     made = make_draft([0], [300], room=90)
     before = [layer.keys for layer in made.draft.layers]

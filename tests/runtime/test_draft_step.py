@@ -141,7 +141,8 @@ def test_a_step_lives_as_long_as_its_buffers(monkeypatch: pytest.MonkeyPatch, co
     options = {"compressor": "streaming", "keep": 0.1, "window": 4}
     gc.disable()
     try:
-        logits_of(model, compiled(model), make_prompt(100), 120, **options, **OPTIONS)
+        with torch.inference_mode():
+            logits_of(model, compiled(model), make_prompt(100), 120, **options, **OPTIONS)
         alive = [step() for step in steps]
     finally:
         gc.enable()
@@ -152,6 +153,7 @@ def test_a_step_lives_as_long_as_its_buffers(monkeypatch: pytest.MonkeyPatch, co
     assert alive[0] is None
     step = alive[-1]
     assert step is not None
+    assert not any(held.is_inference() for held in (step.starts, step.before, *(site.lefts for site in step.sites)))
     assert step.fits(step.plan, step.bound, 3)
     assert not step.fits(step.plan, step.bound, 4), "no room for the tokens"
     others = [None if tensor is None else tensor.clone() for tensor in step.bound]

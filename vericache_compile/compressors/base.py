@@ -75,7 +75,8 @@ class CompressedKV(ABC):
         """A new region that also covers the next S tokens: keys [K, S, D], values [K, S, Dv].
 
         May cover fewer than S of them (see `Compressor.compress`). Queries [H, w, D] are the latest. All may be views
-        of the full cache, which verify reads: they must not be written to.
+        of a cache that is read, or of memory that is soon written to: they must be neither written to nor kept. The
+        region that was extended is of no use afterwards.
         """
 
     def select(self, query: Tensor) -> tuple[Tensor, Tensor]:

@@ -46,11 +46,15 @@ class DenseKV(CompressedKV):
         """Copy into the views keys_out [K, N, D] and values_out [K, N, Dv], and live there from now on.
 
         So the runtime places a region in its draft buffer without holding it twice. The numbers stay the
-        same, and whoever owns the buffer leaves these bytes alone as long as the region is in use.
+        same, and whoever owns the buffer leaves these bytes alone until the region was extended or let go.
         """
         assert keys_out.shape == self.keys.shape, f"keys are {self.keys.shape}, not {keys_out.shape}"
         assert values_out.shape == self.values.shape, f"values are {self.values.shape}, not {values_out.shape}"
-        self.keys, self.values = (_copy(*pair) for pair in ((keys_out, self.keys), (values_out, self.values)))
+        own = [
+            given.clone() if _share_storage(given, out) else given
+            for given, out in ((self.keys, keys_out), (self.values, values_out))
+        ]  # before either is written: values may be a part of the keys
+        self.keys, self.values = keys_out.copy_(own[0]), values_out.copy_(own[1])
 
 
 def budget(keep: float, tokens: int) -> int:
@@ -76,9 +80,8 @@ def check_count(option: str, value: int, least: int, method: str) -> None:
         raise OptionError(f"{option}={value!r}", f"compressor {method!r}", f"give a whole number from {least} up")
 
 
-def _copy(target: Tensor, source: Tensor) -> Tensor:
-    overlap = target.untyped_storage().data_ptr() == source.untyped_storage().data_ptr()
-    return target.copy_(source.clone() if overlap else source)
+def _share_storage(one: Tensor, other: Tensor) -> bool:
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 def _fills_its_storage(tensor: Tensor) -> bool:

@@ -178,7 +178,7 @@ static void merge(float* parts, int64_t blocks, int64_t value_size, const float*
 
 // One token per row of the batch: numbers of one key are lanes, so few rows fill the vectors too.
 
-constexpr int FEW = TILE / 2;  // rows that share one read of a key
+constexpr int SHARING = TILE / 2;  // rows that share one read of a key
 
 // out[r] (+ N vectors) = sum over c of shares[r][c] * values[c]
 template <int ROWS, int N>
@@ -266,16 +266,16 @@ static void attend_one(const float* q, const float* keys, const float* values, c
         const int64_t begin = (pads[site] / BLOCK + block) * BLOCK, end = starts[b] + 1;
         const int64_t from = begin > pads[site] ? begin : pads[site], to = begin + BLOCK < end ? begin + BLOCK : end;
         if (from >= to) continue;
-        for (int64_t g = 0; g < group; g += FEW) {
+        for (int64_t g = 0; g < group; g += SHARING) {
           const float* query = q + b * shape.q_batch + (k * group + g) * shape.q_head;
           const float* own_keys = keys + b * shape.k_batch + k * shape.k_head;
           const float* own_values = values + b * shape.v_batch + k * shape.v_head;
           float* at = work + ((site * blocks + block) * group + g) * stride;
-          switch (group - g < FEW ? group - g : FEW) {
+          switch (group - g < SHARING ? group - g : SHARING) {
             case 1: attend_few<1>(query, own_keys, own_values, shape, how, from, to, pads[site], starts[b], k * group + g, at); break;
             case 2: attend_few<2>(query, own_keys, own_values, shape, how, from, to, pads[site], starts[b], k * group + g, at); break;
             case 3: attend_few<3>(query, own_keys, own_values, shape, how, from, to, pads[site], starts[b], k * group + g, at); break;
-            default: attend_few<FEW>(query, own_keys, own_values, shape, how, from, to, pads[site], starts[b], k * group + g, at); break;
+            default: attend_few<SHARING>(query, own_keys, own_values, shape, how, from, to, pads[site], starts[b], k * group + g, at); break;
           }
         }
       }

@@ -1,10 +1,14 @@
 // Products of a few rows with a weight, float32, for the CPU.
 //
 // Numbers of the inner dimension are lanes: each output of each row is LANES sums over every LANES-th product, in
-// order, added up in one way. How many other rows there are decides only how often a part of the weight is read again
-// from the caches, so it changes no bit, and a row less is work less.
+// order, added up in one way. How many other rows there are, and in which pieces the inner dimension is gone through,
+// changes no bit; a row less is work less.
 
 constexpr int ROWS = REGISTERS < 32 ? 2 : 4, OUTS = 4;  // whose sums fill the registers
+constexpr int BLOCK_OUTS = 2 * OUTS;                    // whose weights stay in the nearest cache
+constexpr int FEW = 16;                                 // rows for which a weight is gone through once, as it comes
+constexpr int MANY = 64;                                // rows that are gone through together
+constexpr int64_t PIECE = 512;                          // of the inner dimension, for more rows than a few
 
 // The first `count` < LANES numbers, and zeros.
 static inline Floats load_some(const float* p, int64_t count) {
@@ -13,57 +17,81 @@ static inline Floats load_some(const float* p, int64_t count) {
   return load(some);
 }
 
-// x [R][size] by weight [O][size], out [R][outs]. Meanwhile `ahead` numbers of each weight of `next` come to the caches.
+// Adds products of numbers [from, to) of x [R][size] and weight [O][size] to sums [R][BLOCK_OUTS]. Meanwhile `ahead`
+// numbers of each of O weights come to the caches from `next` on, which may lie beyond the last: nothing is read there.
 template <int R, int O>
-static inline void multiply(const float* x, const float* weight, const float* bias, int64_t size, float* out,
-                            int64_t outs, const float* next, int64_t ahead) {
-  Floats total[R][O] = {};
-  auto add = [&](auto part, int64_t k) {
+static inline void add_products(const float* x, const float* weight, int64_t size, int64_t from, int64_t to,
+                                Floats* sums, const float* next, int64_t ahead) {
+  Floats total[R][O];
+  for (int r = 0; r < R; ++r)
+    for (int o = 0; o < O; ++o) total[r][o] = sums[r * BLOCK_OUTS + o];
+  const int64_t even = from + (to - from) / LANES * LANES;
+  if (O == OUTS)
+    for (int64_t k = from; k < to && k < ahead; k += LANES)
+      for (int o = 0; o < O; ++o) __builtin_prefetch(next + o * size + k);
+  for (int64_t k = from; k < even; k += LANES) {
     Floats right[O];
-    for (int o = 0; o < O; ++o) right[o] = part(weight + o * size + k);
+    for (int o = 0; o < O; ++o) right[o] = load(weight + o * size + k);
     for (int r = 0; r < R; ++r) {
-      const Floats left = part(x + r * size + k);
+      const Floats left = load(x + r * size + k);
       for (int o = 0; o < O; ++o) total[r][o] = fused(left, right[o], total[r][o]);
     }
-  };
-  int64_t k = 0;
-  for (; k + LANES <= size; k += LANES) {
-    if (k < ahead)
-      for (int o = 0; o < O; ++o) __builtin_prefetch(next + o * size + k);
-    add(load, k);
   }
-  if (k < size) add([&](const float* p) { return load_some(p, size - k); }, k);
+  if (even < to)
+    for (int r = 0; r < R; ++r)
+      for (int o = 0; o < O; ++o)
+        total[r][o] = fused(load_some(x + r * size + even, to - even), load_some(weight + o * size + even, to - even),
+                            total[r][o]);
   for (int r = 0; r < R; ++r)
-    for (int o = 0; o < O; ++o) {
-      const float made = sum<LANES / 2>(reinterpret_cast<const float*>(&total[r][o]));
-      out[r * outs + o] = bias ? made + bias[o] : made;
-    }
+    for (int o = 0; o < O; ++o) sums[r * BLOCK_OUTS + o] = total[r][o];
 }
 
-// All rows by weights [O][size], ROWS at a time; each time some of the weights that follow come to the caches.
-template <int O>
-static void multiply_all(const float* x, const float* weight, const float* bias, int64_t rows, int64_t size, float* out,
-                         int64_t outs) {
-  const int64_t times = rows / ROWS, ahead = times > 1 ? (size / LANES / times + 1) * LANES : 0;
-  const float* next = weight + O * size;
-  for (int64_t i = 0; i < times; ++i, x += ROWS * size, out += ROWS * outs, next += ahead)
-    multiply<ROWS, O>(x, weight, bias, size, out, outs, next, ahead);
-  for (int64_t i = times * ROWS; i < rows; ++i, x += size, out += outs)
-    multiply<1, O>(x, weight, bias, size, out, outs, next, 0);
+// `count` <= MANY rows by `outs` <= BLOCK_OUTS weights, to sums [count][BLOCK_OUTS].
+static void add_block(const float* x, const float* weight, int64_t count, int64_t outs, int64_t size, Floats* sums) {
+  const int64_t piece = count <= FEW ? size : PIECE;
+  // What follows a weight comes to the caches in as many parts as there are turns over this one.
+  const int64_t turns = count / ROWS, ahead = count <= FEW && turns > 1 ? (size / LANES / turns + 1) * LANES : 0;
+  for (int64_t from = 0; from < size; from += piece) {
+    const int64_t to = from + piece < size ? from + piece : size;
+    for (int64_t r = 0; r < count;) {
+      const bool full = r + ROWS <= count;
+      for (int64_t o = 0; o < outs;) {
+        const float *own_x = x + r * size, *own = weight + o * size;
+        const float* next = own + BLOCK_OUTS * size + r / ROWS * ahead;
+        Floats* at = sums + r * BLOCK_OUTS + o;
+        const bool whole = o + OUTS <= outs;
+        if (full && whole)
+          add_products<ROWS, OUTS>(own_x, own, size, from, to, at, next, ahead);
+        else if (full)
+          add_products<ROWS, 1>(own_x, own, size, from, to, at, next, 0);
+        else if (whole)
+          add_products<1, OUTS>(own_x, own, size, from, to, at, next, 0);
+        else
+          add_products<1, 1>(own_x, own, size, from, to, at, next, 0);
+        o += whole ? OUTS : 1;
+      }
+      r += full ? ROWS : 1;
+    }
+  }
 }
 
 // out[m][o] = sum over k of x[m][k] * weight[o][k], plus bias[o] where there is one; all of them without gaps.
 extern "C" void multiply_rows(const float* x, const float* weight, const float* bias, int64_t rows, int64_t size,
                               int64_t outs, float* out, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t tile = 0; tile < (outs + OUTS - 1) / OUTS; ++tile) {
-    const int64_t first = tile * OUTS;
-    const float* own_bias = bias ? bias + first : nullptr;
-    if (first + OUTS <= outs) {
-      multiply_all<OUTS>(x, weight + first * size, own_bias, rows, size, out + first, outs);
-    } else {
-      for (int64_t o = first; o < outs; ++o)
-        multiply_all<1>(x, weight + o * size, bias ? bias + o : nullptr, rows, size, out + o, outs);
+  for (int64_t block = 0; block < (outs + BLOCK_OUTS - 1) / BLOCK_OUTS; ++block) {
+    const int64_t first = block * BLOCK_OUTS, own = outs - first < BLOCK_OUTS ? outs - first : BLOCK_OUTS;
+    alignas(64) Floats sums[MANY * BLOCK_OUTS];
+    for (int64_t begin = 0; begin < rows; begin += MANY) {
+      const int64_t count = rows - begin < MANY ? rows - begin : MANY;
+      std::memset(sums, 0, count * BLOCK_OUTS * sizeof(Floats));
+      add_block(x + begin * size, weight + first * size, count, own, size, sums);
+      for (int64_t r = 0; r < count; ++r) {
+        for (int64_t o = 0; o < own; ++o) {
+          const float made = sum<LANES / 2>(reinterpret_cast<const float*>(sums + r * BLOCK_OUTS + o));
+          out[(begin + r) * outs + first + o] = bias ? made + bias[first + o] : made;
+        }
+      }
     }
   }
 }

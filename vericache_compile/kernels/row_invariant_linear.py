@@ -75,7 +75,12 @@ def _multiply_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     library = native.load()
     assert library is not None, "ask `is_row_invariant` first"
     assert x.dtype is weight.dtype is torch.float32, "the kernel reads float32 numbers"
-    x, bias = x.contiguous(), None if bias is None else bias.contiguous()
+    assert x.shape[-1] == weight.shape[1], f"rows of {x.shape[-1]} numbers by a weight of {weight.shape[1]}"
+    if bias is not None:
+        assert bias.dtype is torch.float32, "the kernel reads float32 numbers"
+        assert bias.shape == weight.shape[:1], f"a bias of {tuple(bias.shape)} for {weight.shape[0]} outputs"
+        bias = bias.contiguous()
+    x = x.contiguous()
     out = x.new_empty((*x.shape[:-1], weight.shape[0]))
     library.multiply_rows(
         *(None if held is None else ctypes.c_void_p(held.data_ptr()) for held in (x, weight, bias)),
