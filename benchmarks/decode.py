@@ -203,7 +203,7 @@ def main() -> None:
         batch, tokens = (int(part) for part in case.split("x"))
         with console.status(f"batch {batch}, prompt of {tokens} tokens"):
             torch._dynamo.reset()
-            sides = [side for side in SIDES if side in (PLAIN, OURS) or case in arguments.all_sides]
+            sides = [side for side in SIDES if side in (PLAIN, OURS, RESTING) or case in arguments.all_sides]
             report["cases"].append(measure(model, batch, tokens, options, arguments.repeats, sides))
         show(report, console)
     write("decode", report, arguments.out)
