@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vericache_compile import cli, stats
-from vericache_compile.runtime.planner import SWAPPED
+from vericache_compile.runtime.planner import SWAPPED, Load
 
 TOKENS, NEW, WINDOW = 4096, 160, 16
 OPTIONS = {"compressor": "snapkv", "keep": 0.25, "window": WINDOW}
@@ -146,9 +146,8 @@ def plan(options: dict[str, Any], gbps: float) -> float:
         cli.main(["plan", *words])
     found = json.loads(out.getvalue())
     [swapped] = [each for each in found["choices"] if each["name"] == SWAPPED]
-    load = found["load"]
-    copies = load["draft_weights"] if load["draft_weights"] != load["weights"] else 0.0
-    return float(swapped["device_bytes"] - load["weights"] - copies)
+    load = Load(**found["load"])
+    return float(swapped["device_bytes"] - load.weights - load.copies)
 
 
 def floor(device: dict[str, float], transfer_ms: float, share: float) -> float:

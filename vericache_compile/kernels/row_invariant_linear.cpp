@@ -86,12 +86,11 @@ extern "C" void multiply_rows(const float* x, const float* weight, const float* 
       const int64_t count = rows - begin < MANY ? rows - begin : MANY;
       std::memset(sums, 0, count * BLOCK_OUTS * sizeof(Floats));
       add_block(x + begin * size, weight + first * size, count, own, size, sums);
-      for (int64_t r = 0; r < count; ++r) {
+      for (int64_t r = 0; r < count; ++r)
         for (int64_t o = 0; o < own; ++o) {
           const float made = sum<LANES / 2>(reinterpret_cast<const float*>(sums + r * BLOCK_OUTS + o));
           out[(begin + r) * outs + first + o] = bias ? made + bias[first + o] : made;
         }
-      }
     }
   }
 }

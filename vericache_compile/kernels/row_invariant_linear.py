@@ -2,7 +2,7 @@
 
 Libraries choose tiles and the split of the inner dimension by the number of rows. Here each number is a sum in float32
 in one order, whatever the other rows are: in Triton on a GPU, over tiles of the inner dimension; in C++ on the CPU.
-Both are made for a window of a few rows: for hundreds a library that may choose by their number is faster.
+That of the CPU is made for a window of a few rows: for a hundred a library that may choose by their number is faster.
 """
 
 from __future__ import annotations
