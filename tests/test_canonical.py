@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from vericache_compile import stats
-from vericache_compile.runtime import rounds
+from vericache_compile.runtime import drafting, rounds
 from vericache_compile.sweep_models import make_model
 
 TINY = ("llama", "gpt2", "qwen3", "gemma3_text")
@@ -150,6 +150,36 @@ def test_rows_do_not_depend_on_how_many_tokens_are_drafted(
     with monkeypatch.context() as patched:
         patched.setattr(rounds, "next_steps", lambda sequence, window: 0)
         assert torch.equal(logits_of(model, switch, inputs, 12, compressor="streaming", **settings), first[:12])
+
+
+def test_an_error_while_a_draft_cache_grows_costs_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its sites have grown in place by then: it is made anew, and rows that read from it are the same."""
+    model, inputs, settings = make_tiny("llama"), make_prompt(300, 3), {"window": 8, "inductor": False}
+    switch = compiled(model)
+    first = logits_of(model, switch, inputs, 60, compressor="none", **settings)
+    monkeypatch.setattr(drafting, "CHUNK", 16)
+    extend, failed = drafting.extend, []
+
+    def fail_once(draft: Any, *rest: Any) -> None:
+        extend(draft, *rest)
+        if not failed:
+            failed.append(draft)
+            raise RuntimeError("no memory")
+
+    monkeypatch.setattr(drafting, "extend", fail_once)
+    run_round = rounds.run_round
+
+    def try_again(*args: Any) -> Any:
+        try:
+            return run_round(*args)
+        except RuntimeError:
+            assert args[0].draft is None
+            return run_round(*args)
+
+    monkeypatch.setattr(rounds, "run_round", try_again)
+    host = {"placement": "host", "staging_mb": 0.001, **settings}
+    assert torch.equal(logits_of(model, switch, inputs, 60, compressor="streaming", keep=0.5, **host), first)
+    assert failed
 
 
 def test_rows_do_not_depend_on_what_dynamo_saw_before() -> None:
