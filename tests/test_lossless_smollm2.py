@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any, NamedTuple
 
 import pytest
@@ -15,19 +16,30 @@ from vericache_compile import stats
 from vericache_compile.compressors.table import COMPRESSORS as METHODS
 from vericache_compile.testing import Switch, generate_rows
 
+Plain = Callable[[int, int, int], Tensor]
 
-def _run_smollm2(model: PreTrainedModel, inputs: dict[str, torch.Tensor], count: int, **options: Any) -> None:
-    model._compiled_call_impl = None
-    settings = {"max_new_tokens": count, "do_sample": False}
-    plain = model.generate(**inputs, **settings)
+
+@pytest.fixture(scope="module")
+def plain(smollm2: PreTrainedModel, document_ids: Tensor) -> Plain:
+    """Plain greedy tokens: (prompt tokens, batch, new tokens)."""
+
+    @cache
+    def tokens_of(tokens: int, batch: int, count: int) -> Tensor:
+        smollm2._compiled_call_impl = None
+        return smollm2.generate(**_document(document_ids, tokens, batch), max_new_tokens=count, do_sample=False)
+
+    return tokens_of
+
+
+def _run_smollm2(model: PreTrainedModel, prompt: dict[str, Tensor], expected: Tensor, **options: Any) -> None:
     model.compile(backend="vericache", options=options)
-    ours = model.generate(**inputs, **settings)
+    ours = model.generate(**prompt, max_new_tokens=expected.shape[1] - prompt["input_ids"].shape[1], do_sample=False)
     model._compiled_call_impl = None
-    assert torch.equal(ours, plain)
+    assert torch.equal(ours, expected)
     assert stats(model)["rounds"] > 0
 
 
-def _document(ids: torch.Tensor, tokens: int, batch: int) -> dict[str, torch.Tensor]:
+def _document(ids: Tensor, tokens: int, batch: int) -> dict[str, Tensor]:
     rows = torch.stack([ids[0, 500 * b : 500 * b + tokens] for b in range(batch)])
     mask = torch.ones_like(rows)
     for b in range(1, batch):
@@ -46,22 +58,31 @@ def _document(ids: torch.Tensor, tokens: int, batch: int) -> dict[str, torch.Ten
     ],
 )
 def test_smollm2_gives_plain_tokens(
-    smollm2: PreTrainedModel, document_ids: torch.Tensor, compressor: str, window: int, tokens: int, batch: int
+    smollm2: PreTrainedModel,
+    document_ids: Tensor,
+    plain: Plain,
+    compressor: str,
+    window: int,
+    tokens: int,
+    batch: int,
 ) -> None:
     """A chosen part of the grid on real weights and real text, with compiled segments."""
-    _run_smollm2(smollm2, _document(document_ids, tokens, batch), 48, **COMPRESSORS[compressor], window=window)
+    options = {**COMPRESSORS[compressor], "window": window}
+    _run_smollm2(smollm2, _document(document_ids, tokens, batch), plain(tokens, batch, 48), **options)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("compressor", COMPRESSORS)
-def test_smollm2_whole_grid(smollm2: PreTrainedModel, document_ids: torch.Tensor, compressor: str, window: int) -> None:
+def test_smollm2_whole_grid(
+    smollm2: PreTrainedModel, document_ids: Tensor, plain: Plain, compressor: str, window: int
+) -> None:
     """The whole grid on real weights and real text."""
     for batch in BATCHES:
         for tokens in PROMPTS:
             options = {**COMPRESSORS[compressor], "window": window, "inductor": False}
-            _run_smollm2(smollm2, _document(document_ids, tokens, batch), NEW, **options)
+            _run_smollm2(smollm2, _document(document_ids, tokens, batch), plain(tokens, batch, NEW), **options)
 
 
 class Expected(NamedTuple):
@@ -79,10 +100,10 @@ def expected(smollm2: PreTrainedModel, document_ids: Tensor) -> Iterator[Expecte
     """Three rows of real text, two of them padded."""
     prompt, switch = _document(document_ids, 700, 3), Switch()
     smollm2._compiled_call_impl = None
-    plain, _ = generate_rows(smollm2, prompt, NEW)
+    tokens, _ = generate_rows(smollm2, prompt, NEW)
     switch.options = {"compressor": "none", "inductor": False}
     smollm2.compile(backend=switch)
-    yield Expected(smollm2, switch, prompt, plain, generate_rows(smollm2, prompt, NEW)[1])
+    yield Expected(smollm2, switch, prompt, tokens, generate_rows(smollm2, prompt, NEW)[1])
     smollm2._compiled_call_impl = None
 
 

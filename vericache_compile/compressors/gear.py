@@ -28,7 +28,7 @@ from vericache_compile.compressors.kivi import (
     quantize_keys,
     quantize_values,
 )
-from vericache_compile.compressors.outliers import Outliers, outlier_count, put_outliers, take_outliers
+from vericache_compile.compressors.outliers import Outliers, largest, outlier_count, put_outliers, take_outliers
 from vericache_compile.compressors.quantizer import Codes, Quantizer, channel_group
 from vericache_compile.errors import OptionError
 
@@ -101,7 +101,7 @@ class Gear(Quantizer):
         """Codes of x [K, S, D]; vectors run along `dim` of its blocks [K, S / b, b, D]."""
         blocks = torch.unflatten(x, 1, (x.shape[1] // BLOCK, BLOCK))
         count = outlier_count(self.outliers / 2, blocks.shape[dim])
-        places = torch.cat([blocks.topk(count, dim, largest=largest).indices for largest in (True, False)], dim)
+        places = torch.cat([largest(side, count, dim) for side in (blocks, -blocks)], dim)
         apart = take_outliers(blocks, places, dim)
         means = blocks.mean(dim, keepdim=True, dtype=torch.float32).to(x.dtype)
         plain = blocks.scatter(dim, places, means.expand_as(places)).flatten(1, 2)

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from vericache_compile.compressors.base import CompressedKV, Compressor
 from vericache_compile.compressors.dense import budget, check_count, check_keep
-from vericache_compile.compressors.scorer import take_tokens, top_tokens
+from vericache_compile.compressors.facts import take_tokens
+from vericache_compile.compressors.scorer import top_tokens
 from vericache_compile.compressors.window_attention import mean_attention
 from vericache_compile.errors import OptionError
 

@@ -68,7 +68,7 @@ class LagKV(Scorer):
     def _stand_out(self, x: Tensor) -> Tensor:
         """Scores [K, (P - 1) * L] of x [K, P * L, D]: all chunks but the last, each against the next."""
         chunks = x.float().reshape(x.shape[0], -1, self.lag, x.shape[2])
-        low, high = chunks[:, 1:].aminmax(dim=2, keepdim=True)
+        low, high = chunks[:, 1:].amin(dim=2, keepdim=True), chunks[:, 1:].amax(dim=2, keepdim=True)
         scaled = (chunks[:, :-1] - low) / (high - low)
         scaled.nan_to_num_(0, 0, 0)  # a channel that is constant over the next chunk says nothing
         spread = scaled.std(dim=3) if x.shape[2] > 1 else scaled.new_zeros(scaled.shape[:3])

@@ -22,7 +22,8 @@ def nearest(x: Tensor, levels: Tensor) -> Tensor:
         low, span = bounds[0], bounds[-1] - bounds[0]
         before = torch.bucketize(low + torch.arange(BINS + 1) * (span / BINS), bounds)
         if span > 0 and int(before.diff().max()) < 2:
-            bins = ((x - low) * (BINS / span)).clamp_(0, BINS - 1).long()
+            bins = ((x - low) * (BINS / span)).clamp_(0, BINS - 1).int().flatten()
             following = F.pad(bounds, (0, 1), value=float("inf"))[before]
-            return before.to(torch.uint8).take(bins) + (x > following.take(bins))
+            index, passed = before.to(torch.uint8).index_select(0, bins), x.flatten() > following.index_select(0, bins)
+            return (index + passed).view_as(x)
     return torch.bucketize(x, bounds).to(torch.uint8)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vericache_compile.compressors.base import Compressor
 from vericache_compile.compressors.dense import DenseKV, budget, check_count, check_keep
+from vericache_compile.compressors.facts import take_tokens
 
 
 class SelectedKV(DenseKV):
@@ -157,8 +158,3 @@ class WindowScorer(Scorer):
 def top_tokens(scores: Tensor, count: int) -> Tensor:
     """Indices [K, count] of the highest of scores [K, C], ascending."""
     return scores.topk(count, dim=1, sorted=False).indices.sort(dim=1).values
-
-
-def take_tokens(x: Tensor, indices: Tensor) -> Tensor:
-    """Tokens `indices` [K, N] of x [K, S, D], as an owned copy [K, N, D]."""
-    return x.take_along_dim(indices.unsqueeze(-1), dim=1)

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from vericache_compile.compressors.dense import budget, check_count
-from vericache_compile.compressors.scorer import Scorer, SelectedKV, take_tokens, top_tokens
+from vericache_compile.compressors.facts import take_tokens
+from vericache_compile.compressors.scorer import Scorer, SelectedKV, top_tokens
 
 
 class StreamingKV(SelectedKV):
