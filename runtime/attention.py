@@ -58,7 +58,7 @@ def attend_full(
     lefts = [[pad] * keys.shape[1] for pad in pads]
     ours, window = block_attention.serves(q), q.shape[2]
     if ours and wanted is not None:
-        q = q[:, :, : max(wanted, 2)]  # one row alone is attended to in another way
+        q = q[:, :, :wanted]
     if scores is not None:
         return filled(attend_scores(q, keys, values, starts, lefts, scale, scores, reach), window, 2)
     if ours:

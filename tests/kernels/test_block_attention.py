@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from vericache_compile.kernels import block_attention
+from vericache_compile.kernels.block_attention import Scores
 
 
 def test_float32_on_the_cpu_is_served() -> None:
@@ -35,3 +36,24 @@ def test_a_rows_bits_do_not_depend_on_where_its_window_starts(heads: int, window
         for b, start in enumerate(starts):
             for w in range(window):
                 assert torch.equal(rows[b, :, w], seen.setdefault((b, start + w), rows[b, :, w])), (starts, b, w)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(9, 3), (8, 8), (8, 2), (24, 3), (4, 1)])
+@pytest.mark.parametrize(("size", "value_size"), [(64, 64), (16, 32), (24, 24), (128, 64)])
+@pytest.mark.parametrize("reach", [None, 7, 300])
+def test_the_first_rows_of_a_window_alone_have_the_same_bits(
+    heads: int, kv_heads: int, size: int, value_size: int, reach: int | None
+) -> None:
+    """Few rows go another way: columns are lanes, not rows."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(3, heads, 16, size, generator=generator)
+    k, v = (torch.randn(3, kv_heads, 768, n, generator=generator) for n in (size, value_size))
+    k[:, :, 70] = v[:, :, 70] = float("nan")  # seen by the second row of the batch alone
+    starts, pads = [600, 511, 3], [[71] * kv_heads, list(range(kv_heads)), [0] * kv_heads]
+    bias, sinks = torch.randn(heads, 768, generator=generator), torch.randn(heads, generator=generator)
+    for scores in (Scores(), Scores(soft_cap=5.0, bias=bias), Scores(bias=bias, relative=True, sinks=sinks)):
+        whole = block_attention.attend(q, k, v, starts, pads, 0.2, scores, reach)
+        assert whole[[0, 2]].isfinite().all()
+        for rows in (1, 2, 3):
+            few = block_attention.attend(q[:, :, :rows], k, v, starts, pads, 0.2, scores, reach)
+            torch.testing.assert_close(few, whole[:, :, :rows], rtol=0, atol=0, equal_nan=True)

@@ -176,68 +176,100 @@ static void merge(float* parts, int64_t blocks, int64_t value_size, const float*
   }
 }
 
-// One token per row of the batch: numbers of one key are lanes, so few rows fill the vectors too.
+// The same for few rows, to the same bits: as lanes they would fill little of a vector, so columns are lanes until scores
+// are shares, and then numbers of a value. Every sum is taken in the order of `attend_block`.
 
-constexpr int SHARING = TILE / 2;  // rows that share one read of a key
+constexpr int FEW_ROWS = LANES / 2;
+constexpr int SHARING = TILE / 2;  // of them, rows that share one read of a value
 
-// out[r] (+ N vectors) = sum over c of shares[r][c] * values[c]
-template <int ROWS, int N>
-static inline void weigh(const float* shares, const float* values, int64_t v_row, int64_t count, float* out,
-                         int64_t out_row) {
-  Floats total[ROWS][N] = {};
+// out[e * rows + r] for N vectors of numbers e, and out[rows * E + r], the sum of shares [R][BLOCK].
+template <int R, int N>
+static inline void weigh(const float* shares, const float* values, const Shape& shape, int64_t count, float* out,
+                         float* whole, int64_t rows) {
+  Floats total[R][N] = {}, sums[R] = {};
   for (int64_t c = 0; c < count; ++c) {
     Floats part[N];
-    for (int n = 0; n < N; ++n) part[n] = load(values + c * v_row + n * LANES);
-    for (int r = 0; r < ROWS; ++r)
-      for (int n = 0; n < N; ++n) total[r][n] = fused(fill(shares[r * BLOCK + c]), part[n], total[r][n]);
+    for (int n = 0; n < N; ++n) part[n] = load(values + c * shape.v_row + n * LANES);
+    for (int r = 0; r < R; ++r) {
+      const Floats share = fill(shares[r * BLOCK + c]);
+      sums[r] += share;
+      for (int n = 0; n < N; ++n) total[r][n] = fused(part[n], share, total[r][n]);
+    }
   }
-  for (int r = 0; r < ROWS; ++r)
-    for (int n = 0; n < N; ++n) store(out + r * out_row + n * LANES, total[r][n]);
+  for (int r = 0; r < R; ++r) {
+    whole[r] = sums[r][0];
+    for (int e = 0; e < N * LANES; ++e) out[e * rows + r] = total[r][e / LANES][e % LANES];
+  }
 }
 
-template <int ROWS>
-static void attend_few(const float* query, const float* keys, const float* values, const Shape& shape,
-                       const Score& how, int64_t from, int64_t to, int64_t first, int64_t own, int64_t head, float* out) {
-  const int64_t count = to - from, stride = shape.value_size + 2;
-  alignas(64) float scores[ROWS][BLOCK];
-  for (int64_t c = 0; c < BLOCK; ++c) {
-    if (c >= count) {
-      for (int r = 0; r < ROWS; ++r) scores[r][c] = HIDDEN;
-      continue;
-    }
-    const float* key = keys + (from + c) * shape.k_row;
-    Floats total[ROWS] = {};
-    for (int64_t d = 0; d < shape.size; d += LANES) {
-      const Floats part = load(key + d);
-      for (int r = 0; r < ROWS; ++r) total[r] = fused(part, load(query + r * shape.q_head + d), total[r]);
-    }
-    for (int r = 0; r < ROWS; ++r)
-      scores[r][c] = how.scale * sum<LANES / 2>(reinterpret_cast<const float*>(&total[r]));
-  }
-  for (int r = 0; r < ROWS; ++r) {
-    if (how.soft_cap != 0)
-      for (int64_t c = 0; c < count; c += LANES) {
-        const Floats capped = how.capped(load(scores[r] + c));
-        std::memcpy(scores[r] + c, &capped, (count - c < LANES ? count - c : LANES) * sizeof(float));
-      }
-    if (how.bias)
-      for (int64_t c = 0; c < count; ++c) scores[r][c] += how.added(head + r, from + c, first, own);
-    float highest = HIDDEN;
-    for (int64_t c = 0; c < count; ++c) highest = scores[r][c] > highest ? scores[r][c] : highest;
-    Floats total = {};
-    for (int64_t c = 0; c < BLOCK; c += LANES) {
-      const Floats share = exponential(load(scores[r] + c) - highest);
-      store(scores[r] + c, share);
-      total += share;
-    }
-    out[r * stride + shape.value_size] = highest;
-    out[r * stride + shape.value_size + 1] = sum<LANES / 2>(reinterpret_cast<const float*>(&total));
-  }
+template <int R>
+static inline void weigh_all(const float* shares, const float* values, const Shape& shape, int64_t count, float* out,
+                             int64_t rows) {
+  float* whole = out + (shape.value_size + 1) * rows;
   int64_t e = 0;
   for (; e + 4 * LANES <= shape.value_size; e += 4 * LANES)
-    weigh<ROWS, 4>(scores[0], values + from * shape.v_row + e, shape.v_row, count, out + e, stride);
+    weigh<R, 4>(shares, values + e, shape, count, out + e * rows, whole, rows);
   for (; e < shape.value_size; e += LANES)
-    weigh<ROWS, 1>(scores[0], values + from * shape.v_row + e, shape.v_row, count, out + e, stride);
+    weigh<R, 1>(shares, values + e, shape, count, out + e * rows, whole, rows);
+}
+
+// As attend_block<1>, of which the first R rows are real; sizes are multiples of LANES.
+template <int R>
+static void attend_few(const float* query, const float* keys, const float* values, const Shape& shape, const Score& how,
+                       int64_t from, int64_t to, int64_t first, int64_t start, int64_t reach, const int32_t* token,
+                       const int32_t* head, float* out) {
+  constexpr int64_t rows = LANES;
+  alignas(64) float scores[R][BLOCK];
+  const int64_t count = to - from, last = count - 1;
+  for (int64_t c = 0; c < count; c += LANES) {
+    Floats total[R] = {};
+    for (int64_t d = 0; d < shape.size; d += LANES) {
+      Floats part[LANES];
+      for (int i = 0; i < LANES; ++i) part[i] = load(keys + (from + (c + i < last ? c + i : last)) * shape.k_row + d);
+      transpose(part);
+#pragma GCC unroll 16
+      for (int i = 0; i < LANES; ++i)
+        for (int r = 0; r < R; ++r) total[r] = fused(part[i], fill(query[(d + i) * rows + r]), total[r]);
+    }
+    for (int r = 0; r < R; ++r) store(scores[r] + c, total[r]);
+  }
+  for (int r = 0; r < R; ++r) {
+    const int64_t own = start + token[r] - from;  // its own column, and it sees [oldest, newest]
+    const Ints newest = Ints{} + static_cast<int32_t>(own < last ? own : last);
+    const Ints oldest = Ints{} + static_cast<int32_t>(own - reach + 1 > 0 ? own - reach + 1 : 0);
+    Floats best = fill(HIDDEN);
+    for (int64_t c = 0; c < count; c += LANES) {
+      Floats score = load(scores[r] + c);
+      if (how.soft_cap != 0) score = how.capped(score);
+      if (how.bias) {
+        alignas(64) float added[LANES];
+        for (int i = 0; i < LANES; ++i)
+          added[i] = how.added(head[r], from + (c + i < last ? c + i : last), first, start + token[r]);
+        score = score + load(added);
+      }
+      const Ints column = lane_numbers() + static_cast<int32_t>(c);
+      score = (column < oldest) | (column > newest) ? fill(HIDDEN) : score;
+      store(scores[r] + c, score);
+      best = score > best ? score : best;
+    }
+    float highest = HIDDEN;
+    for (int i = 0; i < LANES; ++i) highest = best[i] > highest ? best[i] : highest;
+    for (int64_t c = 0; c < count; c += LANES) {
+      const Floats score = load(scores[r] + c);
+      store(scores[r] + c, score == fill(HIDDEN) ? Floats{} : exponential(score - highest));
+    }
+    out[shape.value_size * rows + r] = highest;
+  }
+  const float* own_values = values + from * shape.v_row;
+  int r = 0;
+  for (; r + SHARING <= R; r += SHARING) weigh_all<SHARING>(scores[r], own_values, shape, count, out + r, rows);
+  if constexpr (R % SHARING != 0) weigh_all<R % SHARING>(scores[r], own_values, shape, count, out + r, rows);
+}
+
+template <int R = FEW_ROWS, typename... Arguments>
+static void attend_rows(int64_t rows, Arguments... arguments) {
+  if (rows == R) return attend_few<R>(arguments...);
+  if constexpr (R > 1) attend_rows<R - 1>(rows, arguments...);
 }
 
 // Floats of workspace for rows whose longest spans `blocks` blocks.
@@ -249,61 +281,6 @@ extern "C" int64_t workspace(const Shape* shape, int64_t blocks) {
   const int64_t rows = shape->heads / shape->kv_heads * shape->window;
   const int64_t vectors = (rows + LANES - 1) / LANES;
   return shape->batch * shape->kv_heads * group_floats(*shape, blocks, vectors * LANES);
-}
-
-// As `attend`, for a window of one token, and sizes that vectors divide.
-static void attend_one(const float* q, const float* keys, const float* values, const int64_t* starts,
-                       const int64_t* pads, const Shape& shape, const Score& how, int64_t blocks, float* work,
-                       float* out, int threads) {
-  const int64_t group = shape.heads / shape.kv_heads, sites = shape.batch * shape.kv_heads;
-  const int64_t stride = shape.value_size + 2;
-#pragma omp parallel num_threads(threads)
-  {
-#pragma omp for collapse(2) schedule(dynamic)
-    for (int64_t site = 0; site < sites; ++site)
-      for (int64_t block = 0; block < blocks; ++block) {
-        const int64_t b = site / shape.kv_heads, k = site % shape.kv_heads;
-        const int64_t begin = (pads[site] / BLOCK + block) * BLOCK, end = starts[b] + 1;
-        const int64_t from = begin > pads[site] ? begin : pads[site], to = begin + BLOCK < end ? begin + BLOCK : end;
-        if (from >= to) continue;
-        for (int64_t g = 0; g < group; g += SHARING) {
-          const float* query = q + b * shape.q_batch + (k * group + g) * shape.q_head;
-          const float* own_keys = keys + b * shape.k_batch + k * shape.k_head;
-          const float* own_values = values + b * shape.v_batch + k * shape.v_head;
-          float* at = work + ((site * blocks + block) * group + g) * stride;
-          switch (group - g < SHARING ? group - g : SHARING) {
-            case 1: attend_few<1>(query, own_keys, own_values, shape, how, from, to, pads[site], starts[b], k * group + g, at); break;
-            case 2: attend_few<2>(query, own_keys, own_values, shape, how, from, to, pads[site], starts[b], k * group + g, at); break;
-            case 3: attend_few<3>(query, own_keys, own_values, shape, how, from, to, pads[site], starts[b], k * group + g, at); break;
-            default: attend_few<SHARING>(query, own_keys, own_values, shape, how, from, to, pads[site], starts[b], k * group + g, at); break;
-          }
-        }
-      }
-#pragma omp for
-    for (int64_t h = 0; h < shape.batch * shape.heads; ++h) {
-      const int64_t b = h / shape.heads, site = h / group, g = h % group;
-      const int64_t have = starts[b] / BLOCK + 1 - pads[site] / BLOCK;
-      const float* from = work + (site * blocks * group + g) * stride;
-      float* to = out + h * shape.value_size;
-      float highest = HIDDEN;
-      for (int64_t i = 0; i < have; ++i) {
-        const float other = from[i * group * stride + shape.value_size];
-        highest = other > highest ? other : highest;
-      }
-      float whole = 0;
-      if (how.sinks) {
-        highest = how.sinks[h % shape.heads] > highest ? how.sinks[h % shape.heads] : highest;
-        whole = exponential(fill(how.sinks[h % shape.heads] - highest))[0];
-      }
-      for (int64_t i = 0; i < have; ++i) {
-        const float* part = from + i * group * stride;
-        const float share = exponential(fill(part[shape.value_size] - highest))[0];
-        whole += part[shape.value_size + 1] * share;
-        for (int64_t e = 0; e < shape.value_size; ++e) to[e] = (i == 0 ? 0 : to[e]) + part[e] * share;
-      }
-      for (int64_t e = 0; e < shape.value_size; ++e) to[e] /= whole;
-    }
-  }
 }
 
 #define BY_WIDTH(n, call)      \
@@ -321,11 +298,10 @@ extern "C" void attend(const float* q, const float* keys, const float* values, c
                        float* work, float* out, int threads) {
   const Shape shape = *given;
   const Score how = *score;
-  if (reach == 0 && shape.window == 1 && shape.size % LANES == 0 && shape.value_size % LANES == 0)
-    return attend_one(q, keys, values, starts, pads, shape, how, blocks, work, out, threads);
   const int64_t group = shape.heads / shape.kv_heads, count = group * shape.window;
   const int64_t vectors = (count + LANES - 1) / LANES, chunks = (vectors + WIDE - 1) / WIDE;
   const int64_t sites = shape.batch * shape.kv_heads;
+  const bool few = count <= FEW_ROWS && shape.size % LANES == 0 && shape.value_size % LANES == 0;
   const int64_t site_floats = group_floats(shape, blocks, vectors * LANES);
 
   // Of one site (row of the batch, KV head) and chunk of its rows.
@@ -374,11 +350,12 @@ extern "C" void attend(const float* q, const float* keys, const float* values, c
           int32_t token[WIDE * LANES], head[WIDE * LANES];
           places(k, chunk, token, head);
           float* at = parts(site, chunk) + block * (shape.value_size + 2) * width(chunk) * LANES;
-#define CALL(N)                                                                                                    \
-  attend_block<N>(query(site, chunk), own_keys, own_values, shape, how, from, to, pads[site], starts[b], span, token, \
-                  head, at)
-          BY_WIDTH(width(chunk), CALL)
+#define HERE query(site, chunk), own_keys, own_values, shape, how, from, to, pads[site], starts[b], span, token, head, at
+#define CALL(N) attend_block<N>(HERE)
+          if (few) attend_rows(count, HERE);
+          else BY_WIDTH(width(chunk), CALL)
 #undef CALL
+#undef HERE
         }
       }
 #pragma omp for collapse(2)

@@ -73,7 +73,7 @@ def attend(
     the last `reach` (None: all); no other is read.
 
     q [B, H, W, D], keys [B, K, C, D], values [B, K, C, E], the latter two with any strides but the innermost, which is
-    1. Returns [B, H, W, E]. For W > 1 a row's bits do not depend on its place in the window, nor on the batch.
+    1. Returns [B, H, W, E]. A row's bits do not depend on W, nor on its place in the window, nor on the batch.
     """
     library = native.load()
     assert library is not None, "ask `serves` first"

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__FMA__) || defined(__AVX512F__)
 #include <immintrin.h>
@@ -25,6 +26,10 @@ typedef int32_t Ints __attribute__((vector_size(LANES * 4), aligned(4), may_alia
 static inline Floats load(const float* p) { return *reinterpret_cast<const Floats*>(p); }
 static inline void store(float* p, Floats x) { *reinterpret_cast<Floats*>(p) = x; }
 static inline Floats fill(float x) { return x - Floats{}; }
+
+template <int... I>
+static inline Ints lane_numbers(std::integer_sequence<int, I...>) { return Ints{I...}; }
+static inline Ints lane_numbers() { return lane_numbers(std::make_integer_sequence<int, LANES>()); }
 
 // a * b + c, with one rounding where the machine has it. It is spelled out, and the compiler is told to fuse nothing by
 // itself: for some machines it fuses one instantiation of a loop and not another, and a row's bits follow.
@@ -52,3 +57,26 @@ static inline float sum(const float* x) {
 }
 template <>
 inline float sum<1>(const float* x) { return x[0] + x[1]; }
+
+#if defined(__clang__)
+#define PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define PICK(a, b, ...) __builtin_shuffle(a, b, Ints{__VA_ARGS__})
+#endif
+
+// Trades the upper half of every 2 * SPAN numbers of a for the lower half of b's.
+template <int SPAN, int... I>
+static inline void trade(Floats& a, Floats& b, std::integer_sequence<int, I...>) {
+  const Floats low = PICK(a, b, (I & SPAN ? LANES + I - SPAN : I)...);
+  b = PICK(a, b, (I & SPAN ? LANES + I : I + SPAN)...);
+  a = low;
+}
+
+// Number i of vector j becomes number j of vector i.
+template <int SPAN = LANES / 2>
+static inline void transpose(Floats* x) {
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; ++i)
+    if (!(i & SPAN)) trade<SPAN>(x[i], x[i + SPAN], std::make_integer_sequence<int, LANES>());
+  if constexpr (SPAN > 1) transpose<SPAN / 2>(x);
+}
