@@ -6,6 +6,7 @@ do not depend on where they stand in a window, so the bits come out as they were
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Rows
@@ -18,7 +19,7 @@ from torch.fx import GraphModule
 
 from vericache_compile.errors import PageLost
 from vericache_compile.plan import CapturedPlan
-from vericache_compile.runtime.sequences import Sequence
+from vericache_compile.runtime.sequences import Row, Sequence
 
 log = logging.getLogger(__name__)
 
@@ -49,10 +50,20 @@ class Call:
     """Inputs that are the caller's, weights and what is large: they must not have changed."""
     version: Version
     """Of these, when it ran."""
+    rows: tuple[Row, ...]
+    """Of its batch, as they were before it, with its padding."""
+    origin: tuple[int, ...]
+    """Of the batch of the call before, the rows that these go on from."""
 
 
 def record(
-    sequence: Sequence, plan: CapturedPlan, module: GraphModule, inputs: Rows[Any], column: int, count: int
+    sequence: Sequence,
+    plan: CapturedPlan,
+    module: GraphModule,
+    inputs: Rows[Any],
+    column: int,
+    count: int,
+    pads: Rows[int],
 ) -> None:
     """Remember a call, so that it can run again: with its own copy of tokens and the like, which the caller may write
     to later, and of all whose changes nobody counts."""
@@ -68,8 +79,12 @@ def record(
             else:
                 kept[index] = value.clone()
     sequence.cut_calls(column)
-    call = Call(plan, module, kept, column, count, tuple(watched), version_of(kept, watched))
-    sequence.calls.append(call)
+    paired = zip(sequence.rows, pads, strict=True)
+    rows = tuple(Row(pad, column, row.offset, ids=row.ids[:column]) for row, pad in paired)
+    origin = tuple(sequence.origin if sequence.calls else range(len(pads)))
+    version = version_of(kept, watched)
+    sequence.calls.append(Call(plan, module, kept, column, count, tuple(watched), version, rows, origin))
+    sequence.origin = range(len(pads))
 
 
 def recover(
@@ -81,11 +96,12 @@ def recover(
 ) -> None:
     """Fill `replica`'s full KV, and give it to the sequence; raises `lost` where the tokens are not known.
 
-    `run_call` runs a recorded call on the replica; `verify` runs a round on it in which these tokens [B, n] stand for
-    what would have been drafted.
+    The replica has the batch of the first call, and its rows go the way that the sequence's went. `run_call` runs a
+    recorded call on it; `verify` runs a round in which these tokens [B, n] stand for what would have been drafted.
     """
-    begun = bool(sequence.calls) and sequence.calls[0].column == 0
-    if not begun or any(row.length > len(row.ids) for row in sequence.rows):
+    calls = sequence.calls
+    known = itertools.chain(sequence.rows, *(call.rows for call in calls))
+    if not calls or calls[0].column or any(row.length > len(row.ids) for row in known):
         raise lost
     if any(call.version != version_of(call.inputs, call.watched) for call in sequence.calls):
         raise lost  # KV is the old weights'
@@ -95,25 +111,34 @@ def recover(
         lost.found,
         lost.where,
     )
-    for call in sequence.calls:
-        _verify_up_to(sequence, replica, call.column, verify)
+    for call in calls:
+        replica = _arranged(replica, call.origin)
+        _verify_up_to(call.rows, replica, verify)
         run_call(replica, call)
-        for row, known in zip(replica.rows, sequence.rows, strict=True):
-            row.length = min(call.column + call.count, known.length)
-    _verify_up_to(sequence, replica, max(row.length for row in sequence.rows), verify)
+        for row in replica.rows:
+            row.length = call.column + call.count
+    replica = _arranged(replica, sequence.origin)
+    _verify_up_to(sequence.rows, replica, verify)
     sequence.full, sequence.draft, sequence.early = replica.full, None, None
 
 
-def _verify_up_to(
-    sequence: Sequence, replica: Sequence, column: int, verify: Callable[[Sequence, Tensor], None]
-) -> None:
-    """Verify the tokens of all rows up to `column`, or to their end."""
-    ends = [min(column, row.length) for row in sequence.rows]
-    for row, known in zip(replica.rows, sequence.rows, strict=True):
-        row.pad, row.offset = known.pad, known.offset
+def _arranged(replica: Sequence, origin: Rows[int]) -> Sequence:
+    """A sequence of these of its rows."""
+    if list(origin) == list(range(len(replica.rows))):
+        return replica
+    made = replica.fork(replica.number, origin, max(row.length for row in replica.rows))
+    made.decode = replica.decode
+    return made
+
+
+def _verify_up_to(rows: Rows[Row], replica: Sequence, verify: Callable[[Sequence, Tensor], None]) -> None:
+    """Verify the tokens of all rows, up to where they end."""
+    ends = [row.length for row in rows]
+    for row, known in zip(replica.rows, rows, strict=True):
+        row.pad, row.offset, row.length = known.pad, known.offset, min(row.length, known.length)
     while any(row.length < end for row, end in zip(replica.rows, ends, strict=True)):
         ahead = []
-        for row, known, end in zip(replica.rows, sequence.rows, ends, strict=True):
+        for row, known, end in zip(replica.rows, rows, ends, strict=True):
             own = known.ids[row.length : end]
             row.token = own[0] if own else None
             ahead.append(own)

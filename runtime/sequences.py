@@ -107,6 +107,8 @@ class Sequence:
         """The plan of its latest decode call, and the captured inputs that are weights."""
         self.calls: list[Call] = []
         """Those that ran as captured, where full KV may be lost."""
+        self.origin: Rows[int] = range(batch)
+        """Of the batch that the last of these ran for, the rows that this one's go on from."""
         self.rows = [Row() for _ in range(batch)]
         self.draft: DraftKV | None = None
         self.queries: list[Queries | None] = [None] * len(full.sites)
@@ -170,6 +172,11 @@ class Sequence:
         ]
         return early if min(spare) >= 0 and max(spare) <= CHUNK else None
 
+    @property
+    def called(self) -> int:
+        """Columns up to the end of the last call that ran as captured, where these are known."""
+        return self.calls[-1].column + self.calls[-1].count if self.calls else 0
+
     def cut_calls(self, columns: int) -> None:
         """What calls computed from column `columns` on no longer stands."""
         held = (call for call in self.calls if call.column < columns)
@@ -221,8 +228,9 @@ class Sequence:
                 counts = [queries.counts[r] for r in rows]
                 made.queries[layer] = Queries(queries.tensor[list(rows)], counts)
         if list(rows) == list(range(len(self.rows))):
-            made.calls, made.decode = list(self.calls), self.decode
-            made.cut_calls(columns)
+            made.decode = self.decode
+        made.calls, made.origin = list(self.calls), [self.origin[r] for r in rows]
+        made.cut_calls(columns)
         made.drawn = self.drawn.select(rows) if self.drawn is not None else None
         made.repeated = self.repeated.select(rows) if self.repeated is not None else None
         return made

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -181,19 +182,82 @@ def test_a_copy_recovers_as_the_original_does() -> None:
     assert torch.equal(ours, plain)
 
 
-def test_without_its_tokens_a_lost_page_is_an_error() -> None:
-    """A cache whose rows were put in another order does not know how its pages came about."""
-    model, prompt = make_tiny("llama", layers=3), make_prompt(300, 2)
+@pytest.mark.parametrize("rows", [[1, 0], [2, 2, 0], [1]])
+@pytest.mark.parametrize("chunk", [300, 170])
+def test_rows_in_another_order(rows: list[int], chunk: int) -> None:
+    """As beams are: some go on twice, some not at all; the prompt came whole, or in two chunks; then they read more."""
+    model, prompt = make_tiny("llama", layers=3), make_prompt(300, 3)
     model.compile(backend="vericache", options=OPTIONS)
-    cache, settings = DynamicCache(), {"do_sample": False, "max_new_tokens": 4}
-    first = model.generate(**prompt, past_key_values=cache, **settings)[[1, 0]]
-    mask = torch.cat([prompt["attention_mask"], torch.ones(2, 4, dtype=torch.int64)], 1)[[1, 0]]
-    cache.reorder_cache(torch.tensor([1, 0]))
-    longer = model.generate(first, attention_mask=mask, past_key_values=cache, **settings)
-    damage(newest(model), layer=1, row=0, index=0)
-    mask = torch.cat([mask, torch.ones(2, 4, dtype=torch.int64)], 1)
-    with pytest.raises(PageLost, match=r"(?s)not what was written.*where.*fix"):
-        model.generate(longer, attention_mask=mask, past_key_values=cache, do_sample=False, max_new_tokens=30)
+
+    def drive(fault: bool) -> Tensor:
+        cache, ids, mask = DynamicCache(), prompt["input_ids"], prompt["attention_mask"]
+        positions, made = (mask.cumsum(-1) - 1).clamp(min=0), []
+        with torch.no_grad():
+            for begin in range(0, 300, chunk):
+                end = begin + len(ids[0, begin : begin + chunk])
+                out = model(ids[:, begin:end], attention_mask=mask[:, :end], position_ids=positions[:, begin:end],
+                            past_key_values=cache)  # fmt: skip
+            given, at = out.logits[:, -1:].argmax(-1), positions[:, -1:]
+            for step in range(40):
+                if step in (12, 25):
+                    order = torch.tensor(rows if step == 12 else range(len(rows))[::-1])
+                    cache.reorder_cache(order)
+                    given, mask, at = given[order], mask[order], at[order]
+                if fault and step == 30:
+                    damage(newest(model), layer=1, row=0, index=0)
+                if step == 18:
+                    given, at = torch.cat([given, ids[: len(rows), :6]], 1), at + torch.arange(7)
+                mask, at = torch.cat([mask, torch.ones_like(given)], 1), at + 1
+                out = model(given, attention_mask=mask, position_ids=at, past_key_values=cache)
+                made.append(out.logits[0, -1])
+                given, at = out.logits[:, -1:].argmax(-1), at[:, -1:]
+            assert newest(model).tier is (Tier.HOST if fault else Tier.DISK)
+        return torch.stack(made)
+
+    assert torch.equal(drive(True), drive(False))
+
+
+def test_beams_over_a_lost_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompt = make_tiny("llama", layers=3), make_prompt(300)
+    settings = {"do_sample": False, "max_new_tokens": 30, "num_beams": 3}
+    plain = model.generate(**prompt, **settings)
+    model.compile(backend="vericache", options=OPTIONS)
+    reordered = 0
+    reorder = DynamicCache.reorder_cache
+
+    def reorder_and_damage(cache: DynamicCache, order: Tensor) -> None:
+        nonlocal reordered
+        reordered += 1
+        reorder(cache, order)
+        if reordered == 12:
+            damage(newest(model), layer=1, row=0, index=0)
+
+    monkeypatch.setattr(DynamicCache, "reorder_cache", reorder_and_damage)
+    assert torch.equal(model.generate(**prompt, **settings), plain)
+    assert newest(model).tier is Tier.HOST
+
+
+@pytest.mark.parametrize("jump", [0, 5])
+def test_positions_that_jump_between_rounds_leave_no_way_back(jump: int) -> None:
+    """It is not remembered how rounds before the jump turned their keys."""
+    model, ids = make_tiny("llama", layers=3), make_prompt(300)["input_ids"]
+    model.compile(backend="vericache", options=OPTIONS)
+    cache, position = DynamicCache(), torch.tensor([[300]])
+    with torch.no_grad():
+        given = model(ids, past_key_values=cache).logits[:, -1:].argmax(-1)
+
+        def steps(count: int) -> None:
+            nonlocal given, position
+            for _ in range(count):
+                given = model(given, position_ids=position, past_key_values=cache).logits[:, -1:].argmax(-1)
+                position = position + 1
+
+        steps(12)
+        position = position + jump
+        steps(12)
+        damage(newest(model), layer=1, row=0, index=0)
+        with pytest.raises(PageLost, match=r"(?s)not what was written.*where.*fix") if jump else nullcontext():
+            steps(30)
 
 
 def test_a_crop_into_the_prompt_is_remembered() -> None:
