@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,6 @@ from vericache_compile.errors import OptionError, VericacheError
 from vericache_compile.learning import rows_of, turns_of
 from vericache_compile.model_state import state_of
 from vericache_compile.plan import Site
-from vericache_compile.testing import storages
 
 METHODS = ("recalkv", "cskv", "cskv(bits=4)", "kvquant", "kvsharer(share=0.4)")
 FIX = "vericache calibrate --compressor"
@@ -224,16 +224,20 @@ def test_a_method_outlives_its_file(files: dict[str, Path], tmp_path: Path, meth
     assert [made.for_layer(layer, 3) for layer in range(3)] == [made.for_layer(layer, 3) for layer in range(3)]
 
 
-def test_a_given_fit_is_kept_where_it_is_not_lent(files: dict[str, Path]) -> None:
-    """As on another device than the file's: a copy, counted as the region's own, for the first tokens and after."""
-    made = ReCalKV(calibration=str(files["recalkv"])).for_layer(1, 3)
+def test_a_given_fit_is_made_for_a_cache_of_another_dtype_once(files: dict[str, Path]) -> None:
+    """All regions share it, and the method counts it beside the file's tensors."""
+    method = ReCalKV(calibration=str(files["recalkv"]))
+    before, held = method.shared_nbytes, read(str(files["recalkv"]), "recalkv")
     keys, values = torch.randn(2, 2, 100, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
-    empty = made.compress(keys[:, :5], values[:, :5], None)
+    empty = method.for_layer(1, 3).compress(keys[:, :5], values[:, :5], None)
     assert empty.covered == 0
-    longer = empty.extend(keys, values, None)
-    for own, given in zip(longer.fit, made.given, strict=True):  # type: ignore[attr-defined]
-        assert torch.equal(own, given.to(own.dtype))
-    assert not storages(empty).keys() & storages(longer).keys() - {0}
+    others = (empty.extend(keys, values, None), method.for_layer(1, 3).compress(keys, values, None))
+    made = method.typed(method.given(held, 1, 3), torch.bfloat16)
+    for region in others:
+        assert all(torch.equal(own, given) for own, given in zip(region.fit, made, strict=True))
+        assert all(own is first for own, first in zip(region.fit, others[0].fit, strict=True))
+        assert region.nbytes == sum(part.nbytes for part in (*region.sinks, *itertools.chain(*region.codes)))
+    assert method.shared_nbytes == before + sum(part.nbytes for part in made if part.is_floating_point())
 
 
 def test_kvquant_weighs_by_fisher_information(

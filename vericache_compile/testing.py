@@ -22,6 +22,7 @@ from torch.fx import GraphModule
 
 from vericache_compile.backend import vericache
 from vericache_compile.compressors.base import CompressedKV, Compressor
+from vericache_compile.compressors.none import NoCompression
 from vericache_compile.compressors.spec import parse
 from vericache_compile.errors import OptionError
 from vericache_compile.model_state import state_of
@@ -222,7 +223,11 @@ def check_long_output(text: str, *, tokens: int, batch: int, count: int) -> None
         assert counts.refreshes >= 2, f"{text!r} was compressed anew {counts.refreshes} times"
         return
     assert draft is not None, "rounds have a draft cache"
-    covered = max(layer.regions[0].covered for layer in draft.layers)
+    compressor, sites = state.latest.session.compressor, len(draft.layers)
+    methods = [compressor.for_layer(site, sites) for site in range(sites)]
+    regions = [layer.regions[0].covered for layer in draft.layers]
+    own = [covered for covered, method in zip(regions, methods, strict=True) if not isinstance(method, NoCompression)]
+    covered = min(own or regions)
     assert covered > tokens, f"{text!r} covers {covered} tokens after {count} joined {tokens}: use smaller blocks"
 
 

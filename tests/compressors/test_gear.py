@@ -14,6 +14,8 @@ from vericache_compile.errors import OptionError
 
 Row = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
+CPU = torch.device("cpu")
+
 
 def naive_group(numbers: Tensor, bits: int) -> Tensor:
     low, high = numbers.min(), numbers.max()
@@ -34,7 +36,7 @@ def naive_vector(numbers: Tensor, bits: int, group: int, count: int) -> Tensor:
 
 def naive_low_rank(error: Tensor, rank: int, seed: int) -> Tensor:
     """Algorithm 2, for one head and block [b, D]."""
-    right = start(error.shape[1], rank, seed)
+    right = start(CPU, error.shape[1], rank, seed)
     for turn in range(3):
         if turn == 2:
             right = torch.linalg.qr(right).Q

@@ -14,6 +14,8 @@ from vericache_compile.errors import OptionError
 
 Row = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
+CPU = torch.device("cpu")
+
 
 def fast_transform(numbers: list[float]) -> list[float]:
     """The fast Walsh-Hadamard transform, orthonormal, by butterflies."""
@@ -61,7 +63,7 @@ def test_a_rotation_takes_a_power_of_two_and_undoes_itself(channels: int, size: 
     x = torch.randn(1, 3, channels, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(turn(turn(x)), x, atol=1e-5, rtol=0)
     torch.testing.assert_close(turn(x)[0, 0, :size], torch.tensor(fast_transform(x[0, 0, :size].tolist())))
-    assert torch.equal(hadamard(size), hadamard(size).T)
+    assert torch.equal(hadamard(CPU, size), hadamard(CPU, size).T)
 
 
 def test_outliers_are_dealt_to_different_blocks() -> None:

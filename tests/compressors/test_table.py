@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from vericache_compile.compressors.facts import KINDS
+from vericache_compile.compressors import kvreviver
+from vericache_compile.compressors.facts import KINDS, Facts
 from vericache_compile.compressors.fitted import Learner
+from vericache_compile.compressors.gear import start
 from vericache_compile.compressors.kivi import Kivi
 from vericache_compile.compressors.none import NoCompression
 from vericache_compile.compressors.recall import IndexedKV
+from vericache_compile.compressors.rotatekv import hadamard
 from vericache_compile.compressors.snapkv import SnapKV
+from vericache_compile.compressors.spec import parse
 from vericache_compile.compressors.streaming import Streaming
 from vericache_compile.compressors.table import COMPRESSORS, make_compressor
+from vericache_compile.compressors.turboquant import codebook, rotation
 from vericache_compile.errors import OptionError
 from vericache_compile.testing import check_refusals, check_region, check_whole, random_row, storages
 
@@ -104,6 +113,56 @@ def test_a_whole_owned_row_is_copied_too(name: str, dtype: torch.dtype) -> None:
 @given(**SIZES, dtype=DTYPES)
 def test_keeping_all_is_the_full_cache(name: str, tokens: int, more: int, dtype: torch.dtype) -> None:
     check_whole(make_compressor(name, keep=1.0), *random_row(tokens + more, dtype=dtype), tokens)
+
+
+@pytest.mark.parametrize("text", ["spark(channels=1.0)", "refreekv(threshold=0.0)", "kvsharer(share=0.0)"])
+def test_keeping_all_by_another_parameter(text: str) -> None:
+    check_whole(parse(text, {}), *random_row(200), 130)
+
+
+@DROPPING
+@pytest.mark.parametrize("layer", [0, 2, 29])
+def test_keeping_all_whatever_is_known(name: str, layer: int) -> None:
+    """At every layer, and told what there is to be known of a row."""
+    keys, values, queries = random_row(200)
+    known = torch.rand(keys.shape[0], 130, generator=torch.Generator().manual_seed(1))
+    told = Facts(attention=known, repeated=known, everywhere=(known, known.clone()), ids=range(130), shared={})
+    method = make_compressor(name, keep=1.0).for_layer(layer, 30).knowing(told)
+    region = method.compress(keys[:, :130], values[:, :130], queries[:, :130])
+    covered = region.covered
+    assert torch.equal(region.materialize()[0], keys[:, :covered])
+    assert torch.equal(region.materialize()[1], values[:, :covered])
+
+
+@contextmanager
+def _defaults(other: str) -> Iterator[None]:
+    """Another default of the dtype, or the device, of what is made."""
+    if other == "meta":
+        with torch.device("meta"):
+            yield
+        return
+    torch.set_default_dtype(getattr(torch, other))
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@METHODS
+@pytest.mark.parametrize("other", ["float64", "bfloat16", "meta"])
+def test_the_callers_defaults_change_nothing(name: str, other: str) -> None:
+    keys, values, queries = random_row(400)
+
+    def read() -> tuple[Tensor, ...]:
+        region = make_compressor(name).compress(keys[:, :300], values[:, :300], queries[:, :300])
+        return region.extend(keys[:, region.covered :], values[:, region.covered :], queries).materialize()
+
+    expected = read()
+    for cached in (rotation, codebook, hadamard, start, kvreviver._buckets, kvreviver._signs):
+        cached.cache_clear()  # type: ignore[attr-defined]
+    with _defaults(other):
+        made = read()
+    assert all(map(torch.equal, made, expected))
 
 
 @DROPPING

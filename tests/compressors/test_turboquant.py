@@ -22,11 +22,13 @@ MAX_1960 = {
 DISTORTION = {2: 0.1175, 3: 0.03454, 4: 0.009497, 5: 0.002499}
 """Of a standard normal number, from the same table."""
 
+CPU = torch.device("cpu")
+
 
 def naive(x: Tensor, bits: int, seed: int) -> Tensor:
     """One vector and coordinate at a time."""
     size = x.shape[2]
-    turn, levels = rotation(size, seed).double(), codebook(bits).tolist()
+    turn, levels = rotation(CPU, size, seed).double(), codebook(CPU, bits).tolist()
     out = torch.empty_like(x)
     for head in range(x.shape[0]):
         for token in range(x.shape[1]):
@@ -49,7 +51,7 @@ def test_numbers_equal_the_naive_loops(random_row: Row, bits: int) -> None:
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_the_codebook_is_that_of_max(bits: int) -> None:
-    levels = codebook(bits)
+    levels = codebook(CPU, bits)
     half = 2**bits // 2
     torch.testing.assert_close(levels[half:], torch.tensor(MAX_1960[bits]), atol=6e-4, rtol=6e-4)
     torch.testing.assert_close(levels, -levels.flip(0), atol=1e-6, rtol=0)
@@ -66,11 +68,11 @@ def test_the_error_is_that_of_the_codebook_whatever_the_data(bits: int) -> None:
 
 @pytest.mark.parametrize("size", [1, 5, 64])
 def test_the_rotation_is_orthogonal_and_seeded(size: int) -> None:
-    turn = rotation(size, 1)
+    turn = rotation(CPU, size, 1)
     torch.testing.assert_close(turn @ turn.T, torch.eye(size), atol=1e-5, rtol=0)
     rotation.cache_clear()
-    assert torch.equal(turn, rotation(size, 1))
-    assert size == 1 or not torch.equal(turn, rotation(size, 2))
+    assert torch.equal(turn, rotation(CPU, size, 1))
+    assert size == 1 or not torch.equal(turn, rotation(CPU, size, 2))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6])

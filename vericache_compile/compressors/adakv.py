@@ -44,7 +44,7 @@ class AdaKV(HeadSharing):
         check_count("refresh", self.refresh, 0, self.name)
         check_count("kernel", self.kernel, 1, self.name)
         if self.kernel % 2 == 0:
-            raise OptionError(f"kernel={self.kernel}", f"compressor {self.name!r}", "give an odd width")
+            raise OptionError(f"kernel={self.kernel}", f"compressor {self.name!r}", "give an odd number from 1 up")
         check_floor(self.floor, self.name)
 
     @property

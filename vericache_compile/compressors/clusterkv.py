@@ -12,7 +12,7 @@ Shapes: H query heads, K KV heads, S tokens, C tokens covered, N clusters, D hea
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar, Final, Self
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,9 @@ from vericache_compile.compressors.base import Compressor
 from vericache_compile.compressors.dense import budget, check_count, check_keep
 from vericache_compile.compressors.none import NoCompression
 from vericache_compile.compressors.recall import IndexedKV, Recalled, group_mean, newest
+
+SCRATCH: Final = 2**25
+"""Products of tokens and centroids that are held at once."""
 
 
 class ClusteredKV(IndexedKV):
@@ -103,19 +106,28 @@ class ClusterKV(Compressor):
         if count == 0:  # all are sinks: one cluster that nobody reads from
             return torch.zeros_like(keys[:, :1]), keys.new_zeros(keys.shape[:2], dtype=torch.int32)
         starts = torch.arange(count, device=keys.device) * points.shape[1] // count
-        centroids, columns = points[:, starts], points.mT.contiguous()
-        likeness = points.new_empty(len(points), count, points.shape[1])
+        centroids, parts = points[:, starts], torch.split(points, _together(points, count), dim=1)
         for _ in range(self.iterations):
-            torch.bmm(F.normalize(centroids, dim=2), columns, out=likeness)
-            best = likeness.amax(dim=1, keepdim=True)
-            torch.eq(likeness, best, out=likeness)  # 1 for its cluster; a CPU takes ten times as long to say which
-            members = likeness.sum(dim=2, keepdim=True)
-            centroids = torch.where(members > 0, likeness @ points / members.clamp(min=1), centroids)
+            directions, sums = F.normalize(centroids, dim=2), torch.zeros_like(centroids)
+            members = torch.zeros_like(centroids[..., :1])
+            for part in parts:
+                likeness = directions @ part.mT
+                own = likeness.eq_(likeness.amax(dim=1, keepdim=True))  # a CPU takes ten times as long to say which
+                members += own.sum(dim=2, keepdim=True)
+                sums += own @ part
+            centroids = torch.where(members > 0, sums / members.clamp(min=1), centroids)
         own = F.pad(nearest(points, centroids), (keys.shape[1] - points.shape[1], 0))
         return centroids.to(keys.dtype), own.to(torch.int32)
 
 
 def nearest(points: Tensor, centroids: Tensor) -> Tensor:
     """For each of points [K, S, D] the centroid [K, N, D] whose direction is most like its own: [K, S]."""
-    likeness = points.float() @ F.normalize(centroids.float(), dim=2).transpose(1, 2)
-    return likeness.max(dim=2).indices  # argmax takes half as long again on a CPU
+    directions = F.normalize(centroids.float(), dim=2).mT
+    parts = torch.split(points, _together(points, centroids.shape[1]), dim=1)
+    own = [(part.float() @ directions).max(dim=2).indices for part in parts]  # a CPU takes longer for argmax
+    return torch.cat(own, dim=1)
+
+
+def _together(points: Tensor, count: int) -> int:
+    """How many of points [K, S, D] are compared with `count` centroids at once."""
+    return max(SCRATCH // (len(points) * max(count, 1)), 1)

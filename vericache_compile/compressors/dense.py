@@ -80,6 +80,12 @@ def check_count(option: str, value: int, least: int, method: str) -> None:
         raise OptionError(f"{option}={value!r}", f"compressor {method!r}", f"give a whole number from {least} up")
 
 
+def check_seed(value: int, method: str) -> None:
+    """Raise OptionError unless `value` is one that torch's generators take."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
+        raise OptionError(f"seed={value!r}", f"compressor {method!r}", "give a whole number from 0 to 2**63 - 1")
+
+
 def _share_storage(one: Tensor, other: Tensor) -> bool:
     return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 

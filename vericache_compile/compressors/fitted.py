@@ -205,6 +205,12 @@ class Learner(Compressor):
 class Learned(Learner, Fitted):
     """A method whose fit may come from a file, site by site."""
 
+    @property
+    def shared_nbytes(self) -> int:
+        """Of the file's tensors, and of their copies on other devices or in other dtypes."""
+        fits: dict[tuple[int, int], Placed] = vars(self).get("fits", {})
+        return super().shared_nbytes + sum(fit.nbytes for fit in fits.values())
+
     @abstractmethod
     def given(self, held: Calibration, layer: int, layers: int) -> Fit:
         """The fit that a file holds for site `layer` of `layers`."""
@@ -217,10 +223,30 @@ class Learned(Learner, Fitted):
         """The method as it is at site `layer` of `layers`: with the file's fit, where there is a file."""
         if self.held is None:
             return self
-        fits: dict[tuple[int, int], Fit] = vars(self).setdefault("fits", {})
+        fits: dict[tuple[int, int], Placed] = vars(self).setdefault("fits", {})
         if (layer, layers) not in fits:
-            fits[layer, layers] = self.given(self.held, layer, layers)
+            fits[layer, layers] = Placed(self, self.given(self.held, layer, layers))
         return Calibrated(self, layer, fits[layer, layers])
+
+
+class Placed:
+    """A fit that a file has for a site, as caches of several devices and dtypes read it: each made once."""
+
+    def __init__(self, method: Learned, fit: Fit) -> None:
+        self._method, self._fit = method, fit
+        self._made: dict[tuple[torch.device, torch.dtype], Fit] = {}
+
+    def at(self, device: torch.device, dtype: torch.dtype) -> Fit:
+        """For a cache there."""
+        if (device, dtype) not in self._made:
+            self._made[device, dtype] = tuple(part.to(device) for part in self._method.typed(self._fit, dtype))
+        return self._made[device, dtype]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is not the file's own."""
+        held = {id(part) for part in self._fit}
+        return sum(part.nbytes for fit in self._made.values() for part in fit if id(part) not in held)
 
 
 @dataclass(frozen=True)
@@ -231,7 +257,7 @@ class Calibrated(Compressor):
 
     method: Learned
     layer: int
-    given: Fit = field(repr=False, compare=False)
+    given: Placed = field(repr=False, compare=False)
 
     @property
     def queries(self) -> int:
@@ -248,10 +274,9 @@ class Calibrated(Compressor):
         return replace(self, method=self.method.knowing(facts))
 
     def compress(self, keys: Tensor, values: Tensor, queries: Tensor | None) -> FittedKV:
-        """As the method does, but by the fit that is given: lent where it has the device and dtype of the cache."""
-        given = tuple(part.to(keys.device) for part in self.method.typed(self.given, keys.dtype))
-        lent = all(part is own for part, own in zip(given, self.given, strict=True))
-        return FittedKV(*self.method.start(keys, values, queries, given, self.method.residual), lent=lent)
+        """As the method does, but by the fit that is given, and lent."""
+        given = self.given.at(keys.device, keys.dtype)
+        return FittedKV(*self.method.start(keys, values, queries, given, self.method.residual), lent=True)
 
 
 def _owned(tensors: Iterable[Tensor]) -> Iterable[Tensor]:

@@ -14,13 +14,13 @@ Shapes: K KV heads, S tokens, D head size, b = 128 tokens in a block, n outliers
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from typing import ClassVar, Final, NamedTuple
 
 import torch
 from torch import Tensor
 
-from vericache_compile.compressors.dense import check_count, is_number
+from vericache_compile.compressors.constants import constant
+from vericache_compile.compressors.dense import check_count, check_seed, is_number
 from vericache_compile.compressors.kivi import (
     Quantized,
     dequantize_keys,
@@ -76,8 +76,9 @@ class Gear(Quantizer):
         where = f"compressor {self.name!r}"
         if not isinstance(self.bits, int) or self.bits not in (2, 4):
             raise OptionError(f"bits={self.bits!r}", where, "give 2 or 4")
-        for option, least in (("group", 4), ("rank", 1), ("residual", 0), ("seed", 0)):
+        for option, least in (("group", 4), ("rank", 1), ("residual", 0)):
             check_count(option, getattr(self, option), least, self.name)
+        check_seed(self.seed, self.name)
         if BLOCK % self.group:
             raise OptionError(f"group={self.group}", where, f"give a divisor of {BLOCK}, from 4 up")
         if not is_number(self.outliers) or not 0 < self.outliers < 1:
@@ -130,7 +131,7 @@ def low_rank(error: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]:
     Algorithm 2 of the paper; what is not finite counts as no error.
     """
     error = error.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-    right = start(error.shape[-1], rank, seed).to(error.device).expand(*error.shape[:-2], -1, -1)
+    right = start(error.device, error.shape[-1], rank, seed).expand(*error.shape[:-2], -1, -1)
     for turn in range(TURNS):
         last = turn == TURNS - 1
         left = error @ (torch.linalg.qr(right).Q if last else right)
@@ -139,9 +140,8 @@ def low_rank(error: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]:
     return left, right
 
 
-@cache
+@constant
 def start(size: int, rank: int, seed: int) -> Tensor:
     """Where the power iteration begins: uniform numbers, float32 [D, r]."""
     generator = torch.Generator().manual_seed(seed)
-    with torch.inference_mode(False):
-        return torch.rand(size, rank, generator=generator)
+    return torch.rand(size, rank, generator=generator, dtype=torch.float32)

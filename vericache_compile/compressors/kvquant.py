@@ -16,6 +16,7 @@ Shapes: K KV heads, S tokens, D head size, n outliers of a vector, b = 128 token
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, NamedTuple
@@ -39,7 +40,7 @@ BLOCK: Final = 128
 SEEN: Final = 2048
 """Tokens, evenly spread, that say the range of a key channel: all of fewer, and never twice as many."""
 SAMPLES: Final = 16384
-"""Numbers, evenly spread over the tokens, that k-means looks at."""
+"""Numbers, evenly spread over tokens and channels, that k-means looks at: about so many."""
 TURNS: Final = 20
 """Of k-means."""
 
@@ -204,6 +205,8 @@ def k_means(x: Tensor, weights: Tensor | None, count: int) -> Tensor:
     order, so its mean is a difference of running sums.
     """
     step = max(x.numel() // SAMPLES, 1)
+    while math.gcd(step, x.shape[-1]) > 1:  # every channel has its turn
+        step += 1
     numbers, order = x.reshape(-1)[::step].clamp(-1, 1).sort()
     mass = torch.ones_like(numbers) if weights is None else weights.reshape(-1)[::step].float()[order]
     sums = F.pad(torch.stack([mass, mass * numbers]).double().cumsum(dim=1), (1, 0))

@@ -15,14 +15,14 @@ D head size, Dv value head size.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from vericache_compile.compressors.base import CompressedKV, Compressor
-from vericache_compile.compressors.dense import budget, check_count, check_keep
+from vericache_compile.compressors.constants import constant
+from vericache_compile.compressors.dense import budget, check_count, check_keep, check_seed
 from vericache_compile.compressors.facts import take_tokens
 from vericache_compile.compressors.scorer import top_tokens
 from vericache_compile.compressors.window_attention import mean_attention
@@ -105,8 +105,9 @@ class KVReviver(Compressor):
 
     def __post_init__(self) -> None:
         check_keep(self.keep, self.name)
-        for option, least in (("window", 1), ("rows", 1), ("seed", 0)):
+        for option, least in (("window", 1), ("rows", 1)):
             check_count(option, getattr(self, option), least, self.name)
+        check_seed(self.seed, self.name)
         if not isinstance(self.vague, float) or not 0 < self.vague < 1:
             raise OptionError(f"vague={self.vague!r}", f"compressor {self.name!r}", "give a share in (0, 1)")
 
@@ -141,7 +142,7 @@ class KVReviver(Compressor):
         mean = x.float().mean(dim=1, keepdim=True) if count else x.new_zeros(kv_heads, 1, size, dtype=torch.float32)
         signed = (x.float() - mean).unsqueeze(1) * sign.unsqueeze(-1)
         index = bucket[None, :, :, None].expand(kv_heads, -1, -1, size)
-        empty = torch.zeros(kv_heads, self.rows, width, size, device=x.device)
+        empty = torch.zeros(kv_heads, self.rows, width, size, dtype=torch.float32, device=x.device)
         return Sketch(empty.scatter_add_(2, index, signed).to(x.dtype), mean.to(x.dtype))
 
     def revive(self, sketch: Sketch, count: int) -> Tensor:
@@ -155,16 +156,23 @@ class KVReviver(Compressor):
 
     def hashes(self, count: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Bucket [r, E], int64, and sign [r, E], 1 or -1 in float32, of tokens 0 to E - 1."""
-        return _hashes(self.seed, self.rows, count, width, device)
+        return _buckets(device, self.seed, self.rows, count, width), _signs(device, self.seed, self.rows, count)
 
 
-@lru_cache(maxsize=64)  # all sites and draft steps ask for the same few
-def _hashes(seed: int, rows: int, count: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.inference_mode(False):
-        factor, added = torch.randint(1, PRIME, (2, 2, rows, 1), generator=generator)
-        hashed = (factor * torch.arange(count) + added) % PRIME
-        return (hashed[0] % width).to(device), (1 - 2.0 * (hashed[1] % 2)).to(device)
+@constant
+def _buckets(seed: int, rows: int, count: int, width: int) -> Tensor:
+    return _hashes(seed, rows, count)[0] % width
+
+
+@constant
+def _signs(seed: int, rows: int, count: int) -> Tensor:
+    return (1 - 2 * (_hashes(seed, rows, count)[1] % 2)).float()
+
+
+def _hashes(seed: int, rows: int, count: int) -> Tensor:
+    factor, added = torch.randint(1, PRIME, (2, 2, rows, 1), generator=torch.Generator().manual_seed(seed))
+    made: Tensor = (factor * torch.arange(count) + added) % PRIME
+    return made
 
 
 def _best_first(scores: Tensor, exact: int) -> Tensor:

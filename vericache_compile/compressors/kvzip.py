@@ -14,6 +14,7 @@ Shapes: H query heads, K KV heads, S tokens, C tokens scored, n of them repeated
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -54,13 +55,16 @@ class KVzip(AdaKV):
         scores = F.pad(repeated[:, :known], (0, covered - known), value=float("inf"))
         if self.per_layer or not known or not self.facts.everywhere:
             return share_out(scores, budget(self.keep, known) + covered - known, self.floor)
-        return (scores >= self._least(known)).flatten().nonzero().squeeze(1)
+        stays = F.pad(self._stays(known), (0, covered - known), value=True)
+        return stays.flatten().nonzero().squeeze(1)
 
-    def _least(self, known: int) -> Tensor:
-        """The least score that stays of the first `known` tokens of all sites; found once for them all."""
-        shared = self.facts.shared if self.facts.shared is not None else {}
+    def _stays(self, known: int) -> Tensor:
+        """Which of the first `known` tokens of this site stay, bool [K, n]: the choice is made once for all sites."""
+        shared, everywhere = self.facts.shared if self.facts.shared is not None else {}, self.facts.everywhere
         if (self, known) not in shared:
-            scores = torch.cat([site[:, :known].flatten() for site in self.facts.everywhere])
-            count = len(scores) // known * budget(self.keep, known)
-            shared[self, known] = scores.topk(count).values[-1]
-        return shared[self, known]
+            scores = torch.cat([site[:, :known].flatten() for site in everywhere])
+            best = scores.topk(len(scores) // known * budget(self.keep, known), sorted=False).indices
+            shared[self, known] = torch.zeros_like(scores, dtype=torch.bool).scatter_(0, best, value=True)
+        own = next(place for place, site in enumerate(everywhere) if site is self.facts.repeated)
+        ends = list(itertools.accumulate((len(site) * known for site in everywhere), initial=0))
+        return shared[self, known][ends[own] : ends[own + 1]].view(-1, known)

@@ -20,7 +20,7 @@ def nearest(x: Tensor, levels: Tensor) -> Tensor:
     x, bounds = x.float(), (levels[1:] + levels[:-1]) / 2
     if x.device.type == "cpu" and x.numel() > BINS:
         low, span = bounds[0], bounds[-1] - bounds[0]
-        before = torch.bucketize(low + torch.arange(BINS + 1) * (span / BINS), bounds)
+        before = torch.bucketize(low + torch.arange(BINS + 1, device=x.device) * (span / BINS), bounds)
         if span > 0 and int(before.diff().max()) < 2:
             bins = ((x - low) * (BINS / span)).clamp_(0, BINS - 1).int().flatten()
             following = F.pad(bounds, (0, 1), value=float("inf"))[before]

@@ -31,7 +31,7 @@ def outlier_count(fraction: float, length: int) -> int:
 
 def largest(x: Tensor, count: int, dim: int) -> Tensor:
     """Places (int64) of the `count` largest numbers of each vector of x along `dim`, largest first."""
-    if x.device.type != "cpu" or count > FEW:
+    if x.device.type != "cpu" or not 0 < count <= FEW:
         return x.topk(count, dim).indices
     places, rest = [], x.clone()
     for _ in range(count):  # a search for one is vectorised

@@ -24,8 +24,12 @@ class PerLayer(Compressor):
     """Sites and their method, e.g. ((range(0, 2), NoCompression()), (None, SnapKV()))."""
 
     def __post_init__(self) -> None:
-        if not any(sites is None for sites, _ in self.entries):
+        rests = [place for place, (sites, _) in enumerate(self.entries) if sites is None]
+        if not rests:
             raise OptionError("sites without a method", "a compressor per layer", "end with `rest: method`")
+        if rests[0] < len(self.entries) - 1:
+            fix = "write `rest: method` once, at the end"
+            raise OptionError("a method after `rest`, which no site has", "a compressor per layer", fix)
 
     @property
     def queries(self) -> int:

@@ -16,12 +16,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
 from typing import ClassVar, Final
 
 import torch
 from torch import Tensor
 
+from vericache_compile.compressors.constants import constant
 from vericache_compile.compressors.dense import check_count
 from vericache_compile.compressors.fitted import Fit, Fitted
 from vericache_compile.compressors.kivi import Quantized, dequantize_values, quantize_values
@@ -102,14 +102,13 @@ def deal(sizes: Tensor) -> Tensor:
 def turn(x: Tensor) -> Tensor:
     """x [1, S, C] with each block of channels turned; doing it twice gives x again."""
     size = block_size(x.shape[2])
-    return (torch.unflatten(x, 2, (-1, size)) @ hadamard(size).to(x.device)).flatten(2)
+    return (torch.unflatten(x, 2, (-1, size)) @ hadamard(x.device, size)).flatten(2)
 
 
-@cache
+@constant
 def hadamard(size: int) -> Tensor:
     """Sylvester's orthonormal Hadamard matrix, float32 [h, h]; h is a power of two."""
-    with torch.inference_mode(False):
-        made = torch.ones(1, 1)
-        while made.shape[0] < size:
-            made = torch.cat([torch.cat([made, made], 1), torch.cat([made, -made], 1)])
-        return made / math.sqrt(size)
+    made = torch.ones(1, 1, dtype=torch.float32)
+    while made.shape[0] < size:
+        made = torch.cat([torch.cat([made, made], 1), torch.cat([made, -made], 1)])
+    return made / math.sqrt(size)

@@ -112,9 +112,10 @@ class SamKV(WindowScorer):
         `ends` are (block, document) of all first and last blocks, E of them.
         """
         said = about[:, [p for p, _ in ends]]
-        own = torch.tensor([[d == document for _, d in ends] for document in range(len(documents))], dtype=torch.bool)
+        of_end = torch.tensor([d for _, d in ends], device=about.device)
+        own = of_end == torch.arange(len(documents), device=about.device).unsqueeze(1)
         logits = (said @ query.unsqueeze(-1) / math.sqrt(query.shape[1])).mT.expand(-1, len(documents), -1)
-        weights = logits.masked_fill(own.to(about.device), float("-inf")).softmax(dim=2).nan_to_num(nan=0.0)
+        weights = logits.masked_fill(own, float("-inf")).softmax(dim=2).nan_to_num(nan=0.0)
         told = F.normalize(weights @ said, dim=2)  # [K, documents, D]; of a document alone nobody says anything
         personal = query.unsqueeze(1) + self.complement * query.norm(dim=1)[:, None, None] * told
         of_block = torch.tensor([d for d, document in enumerate(documents) for _ in document], device=about.device)

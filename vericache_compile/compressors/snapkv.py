@@ -35,7 +35,7 @@ class SnapKV(WindowScorer):
         super().__post_init__()
         check_count("kernel", self.kernel, 1, self.name)
         if self.kernel % 2 == 0:
-            raise OptionError(f"kernel={self.kernel}", f"compressor {self.name!r}", "give an odd width")
+            raise OptionError(f"kernel={self.kernel}", f"compressor {self.name!r}", "give an odd number from 1 up")
 
     def score(self, keys: Tensor, values: Tensor, queries: Tensor | None, covered: int) -> Tensor:
         """Pooled attention [K, C] to keys [K, S, D]; of more queries [H, w, D] than the window the last vote."""

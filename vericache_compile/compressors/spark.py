@@ -116,7 +116,7 @@ def _keep(x: Tensor, saliency: Tensor, share: float) -> tuple[Sparse, Tensor]:
 def pack_bits(flags: Tensor) -> Tensor:
     """uint8 [K, S, ceil(D / 8)] of bool [K, S, D], lowest bit first."""
     bits = torch.unflatten(F.pad(flags.float(), (0, -flags.shape[2] % 8)), 2, (-1, 8))
-    return (bits @ torch.arange(8, device=flags.device).exp2()).to(torch.uint8)
+    return (bits @ torch.arange(8, dtype=torch.float32, device=flags.device).exp2()).to(torch.uint8)
 
 
 def unpack_bits(packed: Tensor, size: int) -> Tensor:

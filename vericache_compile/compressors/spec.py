@@ -112,8 +112,12 @@ def _parse_method(text: str, options: Mapping[str, object]) -> Compressor:
 
 
 def _parse_parameters(text: str, where: str) -> Iterator[tuple[str, object]]:
+    seen: set[str] = set()
     for part in filter(str.strip, text.split(",")):
         name, equals, value = part.partition("=")
+        if name.strip() in seen:
+            raise OptionError(f"{part.strip()!r}", f"compressor {where!r}", f"give {name.strip()} once")
+        seen.add(name.strip())
         try:
             if not equals:
                 raise ValueError

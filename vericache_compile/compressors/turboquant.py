@@ -6,7 +6,7 @@ whatever the data. One scalar codebook of Lloyd and Max then serves all, and not
 one-bit sketch of the residual is not built.
 
 Codes are packed by groups of 32 tokens.
-Rotation and codebook are functions of the head size and the seed, made once per process: no region counts them.
+Rotation and codebook are functions of the head size and the seed (see `constants`).
 
 Shapes: K KV heads, S tokens, D head size, g = 32 tokens in a group, L = 2^bits levels.
 """
@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
 from itertools import pairwise
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from vericache_compile.compressors.dense import check_count
+from vericache_compile.compressors.constants import constant
+from vericache_compile.compressors.dense import check_count, check_seed
 from vericache_compile.compressors.levels import nearest
 from vericache_compile.compressors.planes import GROUP, check_bits, pack_planes, unpack_planes
 from vericache_compile.compressors.quantizer import Codes, Quantizer
@@ -54,7 +54,7 @@ class TurboQuant(Quantizer):
     def __post_init__(self) -> None:
         check_bits(self.bits, self.name)
         check_count("residual", self.residual, 0, self.name)
-        check_count("seed", self.seed, 0, self.name)
+        check_seed(self.seed, self.name)
 
     @property
     def multiple(self) -> int:
@@ -72,29 +72,28 @@ class TurboQuant(Quantizer):
     def _encode(self, x: Tensor) -> Rotated:
         size = x.shape[2]
         norms = torch.linalg.vector_norm(x, dim=2, dtype=torch.float32)
-        turned = x.float() @ rotation(size, self.seed).to(x.device).T
+        turned = x.float() @ rotation(x.device, size, self.seed).T
         steps = turned * (math.sqrt(size) / norms.unsqueeze(2))
-        codes = nearest(steps.nan_to_num_(nan=0.0), codebook(self.bits).to(x.device))
+        codes = nearest(steps.nan_to_num_(nan=0.0), codebook(x.device, self.bits))
         return Rotated(pack_planes(codes, self.bits), norms.to(x.dtype))
 
     def _decode(self, packed: Tensor, norms: Tensor) -> Tensor:
         size = packed.shape[3]
-        steps = codebook(self.bits).to(packed.device)[unpack_planes(packed, self.bits).int()]
+        steps = codebook(packed.device, self.bits)[unpack_planes(packed, self.bits).int()]
         scaled = steps * (norms.float() / math.sqrt(size)).unsqueeze(2)
-        return (scaled @ rotation(size, self.seed).to(packed.device)).to(norms.dtype)
+        return (scaled @ rotation(packed.device, size, self.seed)).to(norms.dtype)
 
 
-@cache
+@constant
 def rotation(size: int, seed: int) -> Tensor:
     """A random orthogonal matrix, float32 [D, D]: the Q of a normal matrix's QR, signs by R's diagonal (Haar)."""
     generator = torch.Generator().manual_seed(seed)
-    with torch.inference_mode(False):
-        q, r = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
-        made: Tensor = (q * r.diagonal().sign()).float()
-        return made
+    q, r = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
+    made: Tensor = (q * r.diagonal().sign()).float()
+    return made
 
 
-@cache
+@constant
 def codebook(bits: int) -> Tensor:
     """The levels [L], float32 ascending, that represent a standard normal number best, by Lloyd's iteration.
 
@@ -106,8 +105,7 @@ def codebook(bits: int) -> Tensor:
     for _ in range(2000):
         edges = [-math.inf, *((a + b) / 2 for a, b in pairwise(levels)), math.inf]
         levels = [_mean_between(a, b) for a, b in pairwise(edges)]
-    with torch.inference_mode(False):
-        return torch.tensor(levels)
+    return torch.tensor(levels, dtype=torch.float32)
 
 
 def _mean_between(low: float, high: float) -> float:
