@@ -27,7 +27,7 @@ import transformers
 from decode import load, machine
 from frontier import DEFAULT, markdown, plot, table
 from rich.console import Console
-from settings import choose, own
+from settings import choose, of_paper
 from torch.fx import GraphModule
 
 from vericache_compile import calibrate, demo_model_path
@@ -36,6 +36,7 @@ from vericache_compile.compressors.fitted import Learner
 from vericache_compile.compressors.table import find_method, method_names
 from vericache_compile.learning import rows_of
 from vericache_compile.model_state import state_of
+from vericache_compile.runtime.compression import CHUNK
 from vericache_compile.runtime.drawn import Drawn
 from vericache_compile.runtime.pace import Pace
 
@@ -134,8 +135,8 @@ class Bench:
 
     def streaming_at(self, fraction: float, prompt: str) -> dict[str, Any]:
         """`streaming` at the keep that takes this fraction of the full cache's bytes, tail included."""
-        known = self.measure("streaming(keep=0.24)", prompt)
-        tail = known["bytes_per_token"] / known["full_bytes_per_token"] - 0.24
+        known = self.measure("streaming(keep=0.2)", prompt)
+        tail = known["bytes_per_token"] / known["full_bytes_per_token"] - 0.2
         keep = min(max(round(50 * (fraction - tail)), 1), 50) / 50
         made = self.measure(f"streaming(keep={keep})", prompt)
         return {name: made[name] for name in ("compressor", "bytes_per_token", "tokens_per_round")}
@@ -200,7 +201,11 @@ def measure_all(arguments: argparse.Namespace, report: dict[str, Any], folder: P
             with console.status(f"calibrating {name}"):
                 files[name] = bench.calibrate(name, folder)
         file = files.get(name) if calibrated else None
-        compressor = own(name, file) if share == DEFAULT else choose(name, share, bench.made.sites, file)
+        if share == DEFAULT:
+            compressor = of_paper(name, file)
+        else:
+            tail = (CHUNK + 2 * WINDOW) / (TOKENS + arguments.new)
+            compressor = choose(name, share, bench.made.sites, file, tail)
         at = share if share == DEFAULT else f"{share:.0%} of the bytes"
         for prompt in arguments.prompts:
             if (method, share, prompt) not in done:
@@ -247,7 +252,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", default=known, metavar="M", help=f"of {', '.join(known)}")
     parser.add_argument("--prompts", nargs="*", default=["code", "question", "summary"])
     shares = [0.25, DEFAULT, 0.125, 0.5]
-    told = "shares of the full cache's; `default`: each method's own parameters"
+    told = "shares of the full cache's; `default`: the parameters of each method's paper"
     parser.add_argument("--bytes", nargs="*", type=share_of, default=shares, help=told)
     parser.add_argument("--new", type=int, default=128, help="tokens to decode (default %(default)s)")
     parser.add_argument("--draft-dtype", default="same", help="type that drafts read weights in (default %(default)s)")

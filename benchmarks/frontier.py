@@ -10,7 +10,7 @@ from typing import Any
 from rich.table import Table
 
 DEFAULT = "default"
-"""In place of a share of the bytes: a method with its own parameters, those of its paper where that has any."""
+"""In place of a share of the bytes: a method with the parameters of its paper, as far as it has them."""
 COLUMNS = ("at", "method", "setting", "bytes")
 WHY = {
     "adakv": "hardly: on the summary the last queries choose little better than what is newest.",
@@ -133,7 +133,8 @@ def markdown(reports: Sequence[Mapping[str, Any]]) -> str:
         "[sketches](sketch.md) · [mixed](mixed.md)",
         "`benchmarks/compressors.py --markdown` wrote this page. SmolLM2-135M in float32, greedy, W = 16, so at most "
         "16 tokens per round; drafts in the model's own weights.",
-        "bytes: of the draft cache with its tail, as a fraction of the full one's. compress: seconds, as a fraction of "
+        "bytes: of the draft cache with its tail, as a fraction of the full one's; of `quest` and `clusterkv` those of "
+        "an index and of two whole layers: they read tokens from the full cache. compress: seconds, as a fraction of "
         "those for reading the prompt, with what a method has the model compute besides. alone: the token at which the "
         "compressed cache alone would have given another. streaming: tokens per round, against those of `streaming` "
         "with a `keep` that takes as many bytes as were measured; better, where no prompt is named. same: whether "
@@ -143,7 +144,7 @@ def markdown(reports: Sequence[Mapping[str, Any]]) -> str:
         head = ["method", "setting", "bytes", *prompts_of(report), *MEASURED]
         for label in dict.fromkeys(point.label for point in points(report)):
             body = (row[1:] for row in rows(report) if row[0] == label)
-            title = "## With their own parameters" if label == DEFAULT else f"## At {label} of the bytes"
+            title = "## With the parameters of their papers" if label == DEFAULT else f"## At {label} of the bytes"
             parts += [title, _setting(report), "\n".join(_markdown_rows(head, *body))]
     parts += _explained(
         f"## Compressing takes more than {LIMIT:.0%} of reading",

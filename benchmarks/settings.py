@@ -21,6 +21,18 @@ TOGETHER: Mapping[str, str] = {"spark": "value_channels"}
 """Where a method has two such parameters, the one that goes with the first."""
 UNESTIMATED = ("packkv", "refreekv")
 """Methods whose bytes depend on the data."""
+PAPERS: Mapping[str, Mapping[str, Any]] = {
+    "adakv": {"floor": 0.5},
+    "cskv": {"rank": 0.2},
+    "gear": {"rank": 4},
+    "kivi": {"bits": 2, "residual": 128},
+    "kvquant": {"bits": 3, "outliers": 0.01},
+    "packkv": {"residual": 192},
+    "rotatekv": {"bits": 2},
+    "snapkv": {"kernel": 5},
+    "turboquant": {"bits": 3},
+}
+"""Parameters that papers, or their code, have otherwise than ours; of several, those of their headline."""
 
 
 def spell(name: str, parameters: Mapping[str, Any]) -> str:
@@ -46,9 +58,9 @@ def settings(name: str, calibration: str | None) -> Iterator[str]:
         yield spell(name, fixed)
 
 
-def own(name: str, calibration: str | None) -> str:
-    """A method with its own parameters."""
-    return spell(name, {} if calibration is None else {"calibration": calibration})
+def of_paper(name: str, calibration: str | None) -> str:
+    """A method with the parameters of its paper, as far as it has them."""
+    return spell(name, {**PAPERS.get(name, {}), **({} if calibration is None else {"calibration": calibration})})
 
 
 def fraction_of(setting: str) -> float:
@@ -57,19 +69,20 @@ def fraction_of(setting: str) -> float:
     return made
 
 
-def choose(name: str, share: float, sites: tuple[Site, ...], calibration: str | None = None) -> str:
-    """The setting that takes the most bytes up to `share` of the full cache's (give or take a hundredth of it); where
-    all take more, the one that takes fewest; where all take as many, the one that reads this share in a step."""
+def choose(name: str, share: float, sites: tuple[Site, ...], calibration: str | None = None, tail: float = 0.0) -> str:
+    """The setting that takes the most bytes up to `share` of the full cache's (give or take a hundredth of it), with
+    the `tail`, another fraction of these; where all take more, the one that takes fewest; where all take as many, the one
+    that reads this share in a step."""
     if name in UNESTIMATED:
         return name
     full = sum(site.bytes_per_token for site in sites)
     sizes: dict[str, float] = {}
     for each in settings(name, calibration):
         try:
-            sizes[each] = compressed_bytes(parse(each, {}), sites) / full
+            sizes[each] = compressed_bytes(parse(each, {}), sites) / full + tail
         except OptionError:  # bits that it, or its calibration, does not have; or all layers shared
             continue
     if len(sizes) > 1 and len(set(sizes.values())) == 1:  # a method that reads less, but holds as much
-        return min(sizes, key=lambda each: abs(fraction_of(each) - share))
+        return min(sizes, key=lambda each: abs(fraction_of(each) + tail - share))
     within = {each: size for each, size in sizes.items() if size <= 1.01 * share}
     return max(within, key=lambda each: within[each]) if within else min(sizes, key=lambda each: sizes[each])

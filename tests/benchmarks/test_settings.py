@@ -35,6 +35,17 @@ def test_the_largest_setting_within_the_budget_is_taken(name: str, share: float,
     assert settings.choose(name, share, SITES) == expected
 
 
+def test_the_tail_counts() -> None:
+    assert settings.choose("snapkv", 0.25, SITES, tail=0.05) == "snapkv(keep=0.2)"
+    assert settings.choose("quest", 0.25, SITES, tail=0.05) == "quest(keep=0.2)"
+    assert settings.choose("int8", 0.25, SITES, tail=0.05) == "int8"
+
+
+@pytest.mark.parametrize("name", sorted(settings.PAPERS))
+def test_parameters_of_papers_are_taken(name: str) -> None:
+    assert parse(settings.of_paper(name, None), {}) != parse(name, {})
+
+
 @pytest.mark.parametrize("name", sorted(COMPRESSORS))
 def test_every_method_has_a_setting(name: str) -> None:
     sites = SITES[:2]
