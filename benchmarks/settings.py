@@ -70,9 +70,11 @@ def fraction_of(setting: str) -> float:
 
 
 def choose(name: str, share: float, sites: tuple[Site, ...], calibration: str | None = None, tail: float = 0.0) -> str:
-    """The setting that takes the most bytes up to `share` of the full cache's (give or take a hundredth of it), with
-    the `tail`, another fraction of these; where all take more, the one that takes fewest; where all take as many, the one
-    that reads this share in a step."""
+    """The setting that takes the most bytes up to `share` of the full cache's (give or take a hundredth of it).
+
+    The exact tail takes the fraction `tail` besides. Where all settings take more, the one that takes fewest; where all
+    take as many, the one that reads this share in a step.
+    """
     if name in UNESTIMATED:
         return name
     full = sum(site.bytes_per_token for site in sites)

@@ -57,7 +57,12 @@ def test_tokens_are_plain_ones(model: PreTrainedModel) -> None:
     assert report.identical or (report.margin is not None and report.margin < 0.25), str(report)
 
 
-def test_a_draft_is_replayed_and_waits_for_nothing(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "compressor", ["streaming", "adakv", "int8", "fp8", "kivi", "turboquant", "rotatekv", "kvquant", "spark", "cskv"]
+)
+def test_a_draft_is_replayed_and_waits_for_nothing(
+    model: PreTrainedModel, compressor: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     original = DraftStep.draft
     replayed: list[bool] = []
 
@@ -72,7 +77,7 @@ def test_a_draft_is_replayed_and_waits_for_nothing(model: PreTrainedModel, monke
             replayed.append(True)
 
     monkeypatch.setattr(DraftStep, "draft", draft)
-    logits_of(model, compiled(model), prompt(2), 40, compressor="streaming", **WINDOW)
+    logits_of(model, compiled(model), prompt(2), 40, compressor=compressor, **WINDOW)
     assert replayed
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from vericache_compile import stats
 from vericache_compile.compressors.table import COMPRESSORS as METHODS
-from vericache_compile.testing import Switch, generate_rows
+from vericache_compile.testing import Switch, gather_soon, generate_rows
 
 Plain = Callable[[int, int, int], Tensor]
 
@@ -110,7 +110,11 @@ def expected(smollm2: PreTrainedModel, document_ids: Tensor) -> Iterator[Expecte
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", sorted(METHODS))
-def test_every_method_gives_plain_tokens_and_the_bits_of_none(expected: Expected, name: str) -> None:
+def test_every_method_gives_plain_tokens_and_the_bits_of_none(
+    expected: Expected, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens join what is compressed, too."""
+    gather_soon(monkeypatch)
     expected.switch.options = {"compressor": name, "inductor": False}
     tokens, rows = generate_rows(expected.model, expected.prompt, NEW)
     assert torch.equal(tokens, expected.tokens)
