@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vericache_compile.compressors import kvreviver
 from vericache_compile.compressors.facts import KINDS, Facts
 from vericache_compile.compressors.fitted import Learner
 from vericache_compile.compressors.gear import start
 from vericache_compile.compressors.kivi import Kivi
+from vericache_compile.compressors.kvreviver import drawn
 from vericache_compile.compressors.none import NoCompression
 from vericache_compile.compressors.recall import IndexedKV
 from vericache_compile.compressors.rotatekv import hadamard
@@ -161,7 +161,7 @@ def test_the_callers_defaults_change_nothing(name: str, other: str) -> None:
         return region.extend(keys[:, region.covered :], values[:, region.covered :], queries).materialize()
 
     expected = read()
-    for cached in (rotation, codebook, hadamard, start, kvreviver._buckets, kvreviver._signs):
+    for cached in (rotation, codebook, hadamard, start, drawn):
         cached.cache_clear()  # type: ignore[attr-defined]
     with _defaults(other):
         made = read()

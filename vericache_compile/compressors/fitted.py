@@ -239,7 +239,8 @@ class Placed:
     def at(self, device: torch.device, dtype: torch.dtype) -> Fit:
         """For a cache there."""
         if (device, dtype) not in self._made:
-            self._made[device, dtype] = tuple(part.to(device) for part in self._method.typed(self._fit, dtype))
+            with torch.inference_mode(False):  # whoever asks later may not be in it
+                self._made[device, dtype] = tuple(part.to(device) for part in self._method.typed(self._fit, dtype))
         return self._made[device, dtype]
 
     @property

@@ -156,23 +156,15 @@ class KVReviver(Compressor):
 
     def hashes(self, count: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Bucket [r, E], int64, and sign [r, E], 1 or -1 in float32, of tokens 0 to E - 1."""
-        return _buckets(device, self.seed, self.rows, count, width), _signs(device, self.seed, self.rows, count)
+        factor, added = drawn(device, self.seed, self.rows)
+        hashed = (factor * torch.arange(count, device=device) + added) % PRIME
+        return hashed[0] % width, (1 - 2 * (hashed[1] % 2)).float()
 
 
 @constant
-def _buckets(seed: int, rows: int, count: int, width: int) -> Tensor:
-    return _hashes(seed, rows, count)[0] % width
-
-
-@constant
-def _signs(seed: int, rows: int, count: int) -> Tensor:
-    return (1 - 2 * (_hashes(seed, rows, count)[1] % 2)).float()
-
-
-def _hashes(seed: int, rows: int, count: int) -> Tensor:
-    factor, added = torch.randint(1, PRIME, (2, 2, rows, 1), generator=torch.Generator().manual_seed(seed))
-    made: Tensor = (factor * torch.arange(count) + added) % PRIME
-    return made
+def drawn(seed: int, rows: int) -> Tensor:
+    """Factors and summands of the hashes, int64 [2, 2, r, 1]."""
+    return torch.randint(1, PRIME, (2, 2, rows, 1), generator=torch.Generator().manual_seed(seed))
 
 
 def _best_first(scores: Tensor, exact: int) -> Tensor:
