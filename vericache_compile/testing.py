@@ -337,4 +337,8 @@ def storages(region: CompressedKV) -> dict[int, int]:
 
 def raw_bytes(value: object) -> list[Tensor]:
     """A copy of every byte of the tensors in a region or a tuple."""
-    return [tensor.contiguous().view(torch.uint8).clone() for tensor in find_tensors(value) if tensor.numel()]
+    return [
+        tensor.clone(memory_format=torch.contiguous_format).view(torch.uint8)
+        for tensor in find_tensors(value)
+        if tensor.numel()
+    ]

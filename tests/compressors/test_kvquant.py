@@ -15,8 +15,13 @@ from vericache_compile.errors import OptionError
 Row = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
-def naive_keys(keys: Tensor, fit: Ranges) -> Tensor:
-    """One channel and number at a time; of each 128 tokens the one farthest out is exact."""
+def farthest(numbers: list[float], middle: float, count: int) -> list[int]:
+    """Places of the `count` numbers farthest from a middle."""
+    return sorted(range(len(numbers)), key=lambda i: -abs(numbers[i] - middle))[:count]
+
+
+def naive_keys(keys: Tensor, fit: Ranges, outliers: int) -> Tensor:
+    """One channel and number at a time; of each 128 tokens those farthest out are exact."""
     out = torch.empty_like(keys)
     levels = fit.key_levels.tolist()
     for head in range(keys.shape[0]):
@@ -26,36 +31,40 @@ def naive_keys(keys: Tensor, fit: Ranges) -> Tensor:
             for begin in range(0, keys.shape[1], 128):
                 numbers = keys[head, begin : begin + 128, channel].tolist()
                 read = [middle + half * min(levels, key=lambda x, n=n: abs(x - (n - middle) / half)) for n in numbers]  # type: ignore[misc]
-                farthest = max(range(128), key=lambda i, n=numbers, m=middle: abs(n[i] - m))  # type: ignore[misc]
-                read[farthest] = numbers[farthest]
+                for place in farthest(numbers, middle, outliers):
+                    read[place] = numbers[place]
                 out[head, begin : begin + 128, channel] = torch.tensor(read)
     return out
 
 
-def naive_values(values: Tensor, fit: Ranges) -> Tensor:
-    """One token at a time, all heads together; the number farthest from the mean is exact."""
+def naive_values(values: Tensor, fit: Ranges, outliers: int) -> Tensor:
+    """One token at a time, all heads together; the numbers farthest from the mean are exact."""
     out = torch.empty_like(values)
     levels = fit.value_levels.tolist()
     for token in range(values.shape[1]):
         numbers = values[:, token].flatten().tolist()
         mean = sum(numbers) / len(numbers)
-        farthest = max(range(len(numbers)), key=lambda i, n=numbers, m=mean: abs(n[i] - m))  # type: ignore[misc]
-        rest = [mean if i == farthest else number for i, number in enumerate(numbers)]
+        apart = farthest(numbers, mean, outliers)
+        rest = [mean if i in apart else number for i, number in enumerate(numbers)]
         middle, half = (max(rest) + min(rest)) / 2, (max(rest) - min(rest)) / 2
         read = [middle + half * min(levels, key=lambda x, n=n: abs(x - (n - middle) / half)) for n in numbers]  # type: ignore[misc]
-        read[farthest] = numbers[farthest]
+        for place in apart:
+            read[place] = numbers[place]
         out[:, token] = torch.tensor(read).view(values.shape[0], -1)
     return out
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 5])
-def test_numbers_equal_the_naive_loops(random_row: Row, bits: int) -> None:
+@pytest.mark.parametrize(
+    ("bits", "outliers", "counts"), [(2, 0.01, (1, 1)), (3, 0.02, (3, 1)), (4, 0.08, (10, 2)), (5, 0.01, (1, 1))]
+)
+def test_numbers_equal_the_naive_loops(random_row: Row, bits: int, outliers: float, counts: tuple[int, int]) -> None:
+    """Of 128 numbers of a key channel, and 24 of a value, so many are outliers (fractions at which none tie)."""
     keys, values, _ = random_row(257)
-    region = KVQuant(bits=bits, outliers=0.01, residual=0).compress(keys, values, None)
+    region = KVQuant(bits=bits, outliers=outliers, residual=0).compress(keys, values, None)
     fit = Ranges(*region.fit)
     read_keys, read_values = region.materialize()
-    torch.testing.assert_close(read_keys[:, 1:], naive_keys(keys[:, 1:], fit), atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(read_values[:, 1:], naive_values(values[:, 1:], fit), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(read_keys[:, 1:], naive_keys(keys[:, 1:], fit, counts[0]), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(read_values[:, 1:], naive_values(values[:, 1:], fit, counts[1]), atol=1e-4, rtol=1e-4)
     assert torch.equal(read_keys[:, :1], keys[:, :1])
     assert torch.equal(read_values[:, :1], values[:, :1])
 
@@ -66,6 +75,13 @@ def test_ranges_leave_one_percent_out(random_row: Row) -> None:
     ordered = keys.sort(1).values
     assert torch.equal(fit.low[:, 0], ordered[:, 5])
     assert torch.equal(fit.high[:, 0], ordered[:, -6])
+
+
+@pytest.mark.parametrize(("heads", "tokens", "size"), [(2, 4096, 64), (3, 2910, 64), (8, 1024, 96)])
+def test_k_means_sees_every_channel(heads: int, tokens: int, size: int) -> None:
+    """A level at each channel's number: it is there only where the channel was looked at."""
+    channels = torch.linspace(-1, 1, size)
+    assert len(set(k_means(channels.expand(heads, tokens, size), None, size).tolist())) == size
 
 
 def test_the_codebook_is_lloyds(random_row: Row) -> None:

@@ -96,6 +96,14 @@ def test_regions_are_what_they_say(name: str, tokens: int, more: int, dtype: tor
 
 
 @METHODS
+@pytest.mark.parametrize(("size", "value_size"), [(1, 1), (3, 5), (7, 12), (20, 33)])
+def test_any_head_size_will_do(name: str, size: int, value_size: int) -> None:
+    for tokens in (0, 200):
+        row = random_row(300, size=size, value_size=value_size, kv_heads=1, heads=2)
+        check_region(make_compressor(name), *row, tokens)
+
+
+@METHODS
 def test_wrong_parameters_are_refused(name: str) -> None:
     check_refusals(name)
 
