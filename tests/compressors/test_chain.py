@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from test_kivi import naive_keys, naive_values
+from test_snapkv import naive_scores
 from torch import Tensor
 
 from vericache_compile.compressors.chain import Chain, make_chain
@@ -75,6 +77,19 @@ def test_qpruningkv_is_snapkv_and_kivi(random_row: Row) -> None:
     regions = [method.compress(keys, values, queries) for method in (named, built)]
     assert all(map(torch.equal, regions[0].materialize(), regions[1].materialize()))
     assert regions[0].nbytes == regions[1].nbytes
+
+
+def test_qpruningkv_equals_the_naive_loops(random_row: Row) -> None:
+    """The best of each head by pooled attention of the last queries, group by group in a few bits."""
+    keys, values, queries = random_row(160, queries=32, value_size=32)
+    region = QPruningKV(keep=0.5, bits=2).compress(keys, values, queries)
+    scores = torch.tensor(naive_scores(keys, queries, 7, 32))
+    kept = scores.topk(64, dim=1).indices.sort(dim=1).values
+    chosen = [torch.stack([x[head][kept[head]] for head in range(2)]) for x in (keys, values)]
+    naive = (naive_keys(chosen[0], 2, 32), naive_values(chosen[1], 2, 32))
+    assert (region.covered, region.slots) == (128, 64)
+    for read, expected in zip(region.materialize(), naive, strict=True):
+        torch.testing.assert_close(read, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_tokens_that_join_are_given_no_sinks(random_row: Row) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from test_kivi import naive_keys, naive_values
 from torch import Tensor
 
 from vericache_compile.compressors.cskv import CSKV
@@ -115,6 +116,19 @@ def test_ranks_follow_fisher_information_and_keep_their_mean() -> None:
     assert shares.min() == 0.25
     torch.testing.assert_close(allot(torch.ones(3, 2), 0.3), torch.full((3, 2), 0.3, dtype=torch.float64))
     assert allot(torch.tensor([[0.0, 1.0]]), 0.4).isfinite().all()
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_cskvs_coordinates_equal_the_naive_loops(random_row: Row, bits: int) -> None:
+    """All heads together by the bases, quantised there: keys per coordinate, values per token, 32 numbers a group."""
+    keys, values, _ = random_row(64, size=64, value_size=64)
+    region = CSKV(rank=0.5, bits=bits, residual=0, sinks=0).compress(keys, values, None)
+    bases = Bases(*region.fit)
+    flat = [x.transpose(0, 1).reshape(1, 64, 128) for x in (keys, values)]
+    naive = (naive_keys(flat[0] @ bases.keys, bits, 32), naive_values(flat[1] @ bases.values, bits, 32))
+    for read, codes, basis in zip(region.materialize(), naive, (bases.keys, bases.values), strict=True):
+        rebuilt = (codes @ basis.mT).view(64, 2, 64).transpose(0, 1)
+        torch.testing.assert_close(read, rebuilt, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("bits", [2, 4])
