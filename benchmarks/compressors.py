@@ -162,6 +162,7 @@ class Bench:
             "compressor": re.sub(r"calibration='[^']*'(, )?", "", compressor).removesuffix("()"),
             "prompt": prompt,
             "prompt_tokens": ids.shape[1],
+            "read_seconds": self.read_seconds[prompt],
             "tokens_per_round": 1 + counts.accepted / counts.row_rounds,
             "acceptance_by_position": [accepted / drafted if drafted else None for accepted, drafted in pairs],
             "compress_seconds": counts.compress_seconds,
@@ -175,9 +176,8 @@ class Bench:
             "seconds": took,
         }
 
-    def calibrate(self, name: str, folder: Path) -> str:
+    def calibrate(self, name: str, path: Path) -> str:
         """A calibration file for a method, by text that is in no prompt."""
-        path = folder / f"{name}.safetensors"
         text = inspect.getsource(tempfile) + topics["execmodel"] + topics["comparisons"]
         tokenizer = transformers.AutoTokenizer.from_pretrained(demo_model_path())
         calibrate(self.model, rows_of(tokenizer(text, return_tensors="pt").input_ids[0], 12, 256), name, path)
@@ -193,14 +193,14 @@ def measure_all(arguments: argparse.Namespace, report: dict[str, Any], folder: P
         return
     with console.status("reading the prompts, compiling"):
         bench = Bench(arguments.prompts, arguments.new, arguments.draft_dtype)
-    report["prefill_seconds"] = bench.read_seconds
     files: dict[str, str] = {}
     for method, share in wanted:
         name, _, calibrated = method.partition("+")
-        if calibrated and name not in files:
-            with console.status(f"calibrating {name}"):
-                files[name] = bench.calibrate(name, folder)
-        file = files.get(name) if calibrated else None
+        learner = of_paper(name, None) if share == DEFAULT else name
+        if calibrated and learner not in files:
+            with console.status(f"calibrating {learner}"):
+                files[learner] = bench.calibrate(learner, folder / f"{len(files)}.safetensors")
+        file = files[learner] if calibrated else None
         if share == DEFAULT:
             compressor = of_paper(name, file)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,10 +59,11 @@ class Point:
         """Tokens per round."""
         return mean(run["tokens_per_round"] for run in self.runs.values())
 
-    def compressing(self, prefill: Mapping[str, float]) -> float:
-        """Seconds that compressing a prompt took, as a fraction of what reading it took."""
+    @property
+    def compressing(self) -> float:
+        """Seconds that compressing a prompt took, as a fraction of what the same process took to read it."""
         parts = ("compress_seconds", "observe_seconds", "repeat_seconds")
-        return mean(sum(run[part] for part in parts) / prefill[name] for name, run in self.runs.items())
+        return mean(sum(run[part] for part in parts) / run["read_seconds"] for run in self.runs.values())
 
     @property
     def label(self) -> str:
@@ -96,7 +98,7 @@ def rows(report: Mapping[str, Any]) -> Iterator[list[str]]:
             f"{point.bytes:.0%}",
             *(f"{point.runs[name]['tokens_per_round']:.1f}" if name in point.runs else "" for name in prompts),
             f"{point.rate:.1f}",
-            f"{point.compressing(report['prefill_seconds']):.1%}",
+            f"{point.compressing:.1%}",
             f"{mean(run['draft_step_ms'] for run in runs):.0f} ms",
             " ".join(alone),
             against(point),
@@ -148,7 +150,7 @@ def markdown(reports: Sequence[Mapping[str, Any]]) -> str:
             parts += [title, _setting(report), "\n".join(_markdown_rows(head, *body))]
     parts += _explained(
         f"## Compressing takes more than {LIMIT:.0%} of reading",
-        {p.method for report in reports for p in points(report) if p.compressing(report["prefill_seconds"]) > LIMIT},
+        {p.method for report in reports for p in points(report) if p.compressing > LIMIT},
         SLOW,
     )
     worse = {row[1] for report in reports for row in rows(report) if "worse" in row[-2]}
@@ -159,12 +161,11 @@ def markdown(reports: Sequence[Mapping[str, Any]]) -> str:
 def _setting(report: Mapping[str, Any]) -> str:
     """What a report was measured on."""
     machine = report["machine"]
-    lengths = {run["prompt"]: run["prompt_tokens"] for run in report["runs"]}
-    texts = [
-        f"{name} ({lengths[name]:,} tokens, read in {took:.1f} s)"
-        for name, took in report["prefill_seconds"].items()
-        if name in lengths
-    ]
+    texts = []
+    for name in prompts_of(report):
+        runs = [run for run in report["runs"] if run["prompt"] == name]
+        took = statistics.median(run["read_seconds"] for run in runs)
+        texts.append(f"{name} ({runs[0]['prompt_tokens']:,} tokens, read in {took:.1f} s)")
     return (
         f"{machine['device']} with {machine['threads']} thread(s), torch {machine['torch']}, transformers "
         f"{machine['transformers']}; {report['new_tokens']} new tokens. Prompts: {', '.join(texts)}."

@@ -22,17 +22,17 @@ TOGETHER: Mapping[str, str] = {"spark": "value_channels"}
 UNESTIMATED = ("packkv", "refreekv")
 """Methods whose bytes depend on the data."""
 PAPERS: Mapping[str, Mapping[str, Any]] = {
-    "adakv": {"floor": 0.5},
+    "adakv": {"floor": 0.5},  # floor_alpha of its code
     "cskv": {"rank": 0.2},
     "gear": {"rank": 4},
     "kivi": {"bits": 2, "residual": 128},
     "kvquant": {"bits": 3, "outliers": 0.01},
-    "packkv": {"residual": 192},
+    "packkv": {"residual": 192},  # the buffer of its code
     "rotatekv": {"bits": 2},
-    "snapkv": {"kernel": 5},
-    "turboquant": {"bits": 3},
+    "snapkv": {"kernel": 5},  # its code's own
+    "turboquant": {"bits": 3},  # of 2.5 and 3.5
 }
-"""Parameters that papers, or their code, have otherwise than ours; of several, those of their headline."""
+"""Parameters that papers, or the code that comes with them, have otherwise than ours."""
 
 
 def spell(name: str, parameters: Mapping[str, Any]) -> str:

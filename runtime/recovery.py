@@ -6,12 +6,11 @@ do not depend on where they stand in a window, so the bits come out as they were
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ from torch.fx import GraphModule
 
 from vericache_compile.errors import PageLost
 from vericache_compile.plan import CapturedPlan
-from vericache_compile.runtime.sequences import Row, Sequence
+from vericache_compile.runtime.sequences import Sequence
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +31,18 @@ def version_of(inputs: Rows[Any], watched: Iterable[int]) -> Version:
     """Of some of a call's inputs, its weights say."""
     held = (inputs[i] for i in watched)
     return tuple((x.data_ptr(), 0 if x.is_inference() else x._version) for x in held)
+
+
+class Known(NamedTuple):
+    """What gives back the rounds of a row after a call."""
+
+    pad: int
+    offset: int
+    begin: int
+    """Where that call ended."""
+    length: int
+    ids: list[int]
+    """Tokens from there on."""
 
 
 @dataclass(frozen=True)
@@ -50,20 +61,14 @@ class Call:
     """Inputs that are the caller's, weights and what is large: they must not have changed."""
     version: Version
     """Of these, when it ran."""
-    rows: tuple[Row, ...]
-    """Of its batch, as they were before it, with its padding."""
+    before: tuple[Known, ...]
+    """The rows of its batch, as it found them."""
     origin: tuple[int, ...]
     """Of the batch of the call before, the rows that these go on from."""
 
 
 def record(
-    sequence: Sequence,
-    plan: CapturedPlan,
-    module: GraphModule,
-    inputs: Rows[Any],
-    column: int,
-    count: int,
-    pads: Rows[int],
+    sequence: Sequence, plan: CapturedPlan, module: GraphModule, inputs: Rows[Any], column: int, count: int
 ) -> None:
     """Remember a call, so that it can run again: with its own copy of tokens and the like, which the caller may write
     to later, and of all whose changes nobody counts."""
@@ -79,12 +84,19 @@ def record(
             else:
                 kept[index] = value.clone()
     sequence.cut_calls(column)
-    paired = zip(sequence.rows, pads, strict=True)
-    rows = tuple(Row(pad, column, row.offset, ids=row.ids[:column]) for row, pad in paired)
-    origin = tuple(sequence.origin if sequence.calls else range(len(pads)))
+    before, batch = _known(sequence, column), len(sequence.rows)
+    origin = tuple(sequence.origin if sequence.calls else range(batch))
     version = version_of(kept, watched)
-    sequence.calls.append(Call(plan, module, kept, column, count, tuple(watched), version, rows, origin))
-    sequence.origin = range(len(pads))
+    sequence.calls.append(Call(plan, module, kept, column, count, tuple(watched), version, before, origin))
+    sequence.origin = range(batch)
+
+
+def _known(sequence: Sequence, column: int) -> tuple[Known, ...]:
+    """Of its rows, up to a column at most."""
+    begin = sequence.calls_end
+    return tuple(
+        Known(row.pad, row.offset, begin, min(row.length, column), row.ids[begin:column]) for row in sequence.rows
+    )
 
 
 def recover(
@@ -100,9 +112,14 @@ def recover(
     recorded call on it; `verify` runs a round in which these tokens [B, n] stand for what would have been drafted.
     """
     calls = sequence.calls
-    known = itertools.chain(sequence.rows, *(call.rows for call in calls))
-    if not calls or calls[0].column or any(row.length > len(row.ids) for row in known):
+    last = _known(sequence, max(row.length for row in sequence.rows))
+    if not calls or calls[0].column:
         raise lost
+    for rows in (*(call.before for call in calls), last):
+        if any(row.length > row.begin + len(row.ids) for row in rows):
+            raise lost
+        if any(row.length > row.begin for row in rows) and (replica.decode is None or len(rows) != len(last)):
+            raise lost  # the graphs of rounds may be those of another batch
     if any(call.version != version_of(call.inputs, call.watched) for call in sequence.calls):
         raise lost  # KV is the old weights'
     log.warning(
@@ -113,12 +130,12 @@ def recover(
     )
     for call in calls:
         replica = _arranged(replica, call.origin)
-        _verify_up_to(call.rows, replica, verify)
+        _verify_up_to(call.before, replica, verify)
         run_call(replica, call)
         for row in replica.rows:
             row.length = call.column + call.count
     replica = _arranged(replica, sequence.origin)
-    _verify_up_to(sequence.rows, replica, verify)
+    _verify_up_to(last, replica, verify)
     sequence.full, sequence.draft, sequence.early = replica.full, None, None
 
 
@@ -131,7 +148,7 @@ def _arranged(replica: Sequence, origin: Rows[int]) -> Sequence:
     return made
 
 
-def _verify_up_to(rows: Rows[Row], replica: Sequence, verify: Callable[[Sequence, Tensor], None]) -> None:
+def _verify_up_to(rows: Rows[Known], replica: Sequence, verify: Callable[[Sequence, Tensor], None]) -> None:
     """Verify the tokens of all rows, up to where they end."""
     ends = [row.length for row in rows]
     for row, known in zip(replica.rows, rows, strict=True):
@@ -139,7 +156,7 @@ def _verify_up_to(rows: Rows[Row], replica: Sequence, verify: Callable[[Sequence
     while any(row.length < end for row, end in zip(replica.rows, ends, strict=True)):
         ahead = []
         for row, known, end in zip(replica.rows, rows, ends, strict=True):
-            own = known.ids[row.length : end]
+            own = known.ids[row.length - known.begin : end - known.begin]
             row.token = own[0] if own else None
             ahead.append(own)
         longest = max(map(len, ahead))

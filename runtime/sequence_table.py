@@ -118,6 +118,7 @@ class SequenceTable:
             self._by_storage[pointer] = Minted(sequence, sequence.epoch, place, columns, width, pointers[0])
         sequence.cut.update(place for place, width in zip(places, shown, strict=True) if width < columns)
         sequence.live[pointers[0]] = columns
+        sequence.minted = max(sequence.minted, columns)
         weakref.finalize(storage, self._forget, pointers, weakref.ref(sequence)).atexit = False
 
     def _forget(self, pointers: list[int], held: weakref.ref[Sequence]) -> None:
@@ -164,6 +165,8 @@ class SequenceTable:
     def _continue(self, sequence: Sequence, pointers: set[int], columns: int) -> Sequence:
         newest = max(sequence.live.values())
         if columns == newest and all(sequence.live[p] == newest for p in pointers):
+            if columns < sequence.minted:  # what goes further was dropped, though there may be copies of it
+                sequence.truncate(columns)
             return sequence
         others = [shown for pointer, shown in sequence.live.items() if pointer not in pointers]
         if any(shown > columns for shown in others):

@@ -120,6 +120,8 @@ class Sequence:
         self.horizon = 0
         """Tokens drafted in the last round (0 before the first)."""
         self.epoch = 0
+        self.minted = 0
+        """The most columns that a caller was given in this epoch."""
         self.crops: list[tuple[int, int]] = []
         """(epoch begun, columns kept) per cut of history; cuts that a later, deeper one covers are left out."""
         self.live: dict[int, int] = {}
@@ -173,14 +175,21 @@ class Sequence:
         return early if min(spare) >= 0 and max(spare) <= CHUNK else None
 
     @property
-    def called(self) -> int:
+    def calls_end(self) -> int:
         """Columns up to the end of the last call that ran as captured, where these are known."""
         return self.calls[-1].column + self.calls[-1].count if self.calls else 0
 
     def cut_calls(self, columns: int) -> None:
-        """What calls computed from column `columns` on no longer stands."""
-        held = (call for call in self.calls if call.column < columns)
-        self.calls = [replace(call, count=min(call.count, columns - call.column)) for call in held]
+        """What calls computed from column `columns` on no longer stands: rows are those of the call before, where they
+        had come from there and as they were.
+        """
+        while self.calls and self.calls[-1].column >= columns:
+            dropped = self.calls.pop()
+            for row, place in zip(self.rows, self.origin, strict=True):
+                row.pad, row.offset = dropped.before[place].pad, dropped.before[place].offset
+            self.origin = [dropped.origin[place] for place in self.origin]
+        if self.calls_end > columns:
+            self.calls[-1] = replace(self.calls[-1], count=columns - self.calls[-1].column)
 
     def truncate(self, columns: int) -> None:
         """Forget every row's history from `columns` on."""
@@ -189,6 +198,7 @@ class Sequence:
         self.early = None
         self.cut_calls(columns)
         self.epoch += 1
+        self.minted = columns
         while self.crops and self.crops[-1][1] >= columns:
             self.crops.pop()
         self.crops.append((self.epoch, columns))

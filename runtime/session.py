@@ -159,7 +159,7 @@ class Session:
             self._recover(sequence, lost)
             made = module(Store(sequence, columns, self.compressor.queries, pads, shown), *inputs)
         if sequence.full.tier is Tier.DISK:
-            record(sequence, plan, module, inputs, columns, count, pads)
+            record(sequence, plan, module, inputs, columns, count)
         for row, pad in zip(sequence.rows, pads, strict=True):
             row.length, row.pad = columns + count, pad
         if self.compressor.wants & {"repeated", "ids"} or sequence.full.tier is Tier.DISK:
@@ -187,10 +187,12 @@ class Session:
         """The row outputs of a decode call, after a round where a row of the batch has none held."""
         version = version_of(inputs, plan.captured.roles.weights)
         changed = version != sequence.version
-        places = [(offset, pad) for _, offset, pad in fed]
-        moved = places != [(row.offset, row.pad) for row in sequence.rows]
-        if (changed and sequence.version) or (moved and columns > sequence.called):
-            sequence.calls.clear()  # nothing gives back what other weights made, or rounds at other positions
+        if changed and sequence.version:
+            sequence.calls.clear()  # nothing gives back what other weights made
+        elif sequence.calls and columns > sequence.calls_end:
+            places = [(row.offset, row.pad) for row in sequence.rows]
+            if places != [(offset, pad) for _, offset, pad in fed]:
+                sequence.calls.clear()  # nor what rounds made at other positions
         for row, (token, offset, pad) in zip(sequence.rows, fed, strict=True):
             if changed:
                 row.truncate(columns)  # what was computed ahead is the old weights'
@@ -265,7 +267,7 @@ class Session:
         """Compute the sequence's full KV again, into host memory; raises `lost` where that cannot be done."""
         full = sequence.full
         assert isinstance(full, PagedKV), "pages are lost from files only"
-        batch = len(sequence.calls[0].rows) if sequence.calls else full.batch
+        batch = len(sequence.calls[0].before) if sequence.calls else full.batch
         replica = Sequence(-1, PagedKV(full.sites, batch, Tier.HOST, None, full.link))
         replica.full.reserve(full.columns, full.device)
         replica.decode = sequence.decode
@@ -276,8 +278,6 @@ class Session:
             call.module(Store(replica, call.column, 0, pads, shown), *call.inputs)
 
         def verify(replica: Sequence, tokens: Tensor) -> None:
-            if replica.decode is None or len(replica.rows) != full.batch:  # the graphs may be those of another batch
-                raise lost
             self._run_round(replica, tokens, Counts())
 
         recover(sequence, lost, replica, run_call, verify)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -17,7 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from vericache_compile import stats
 from vericache_compile.api import _compilation
-from vericache_compile.errors import PageLost
+from vericache_compile.errors import GhostError, PageLost
 from vericache_compile.plan import Tier
 from vericache_compile.runtime.pages import FilePage
 from vericache_compile.runtime.tiers import PagedKV
@@ -284,3 +285,132 @@ def test_a_crop_into_the_prompt_is_remembered() -> None:
         return torch.stack(rows)
 
     assert torch.equal(drive(True), drive(False))
+
+
+class Talk:
+    """A conversation over one cache, step by step; whoever drives it says when a page is lost."""
+
+    def __init__(self, model: PreTrainedModel, prompt: dict[str, Tensor]) -> None:
+        self.model, self.cache, self.rows = model, DynamicCache(), []
+        self.ids, self.mask = prompt["input_ids"], prompt["attention_mask"]
+        self.at = (self.mask.cumsum(-1) - 1).clamp(min=0)[:, -1:]
+        self.read(self.ids, self.mask, (self.mask.cumsum(-1) - 1).clamp(min=0))
+
+    def read(self, ids: Tensor, mask: Tensor, positions: Tensor) -> None:
+        """A call with these tokens; the mask is of all columns."""
+        how = {"attention_mask": mask, "position_ids": positions, "past_key_values": self.cache}
+        logits: Tensor = self.model(ids, **how).logits
+        self.mask, self.at, self.given = mask, positions[:, -1:], logits[:, -1:].argmax(-1)
+        self.rows.append(logits[0, -1])
+
+    def turn(self, count: int, more: Tensor | None = None) -> None:
+        """Some tokens at once."""
+        ids = self.ids[: len(self.mask), 20 : 20 + count]
+        new = torch.ones_like(ids) if more is None else more
+        self.read(ids, torch.cat([self.mask, new], 1), self.at + torch.arange(1, count + 1))
+
+    def steps(self, count: int) -> None:
+        """Tokens one by one."""
+        for _ in range(count):
+            self.read(self.given, torch.cat([self.mask, torch.ones_like(self.given)], 1), self.at + 1)
+
+    def reorder(self, order: list[int]) -> None:
+        """Rows in another order."""
+        self.cache.reorder_cache(torch.tensor(order))
+        self.given, self.mask, self.at = self.given[order], self.mask[order], self.at[order]
+
+    def crop(self, count: int) -> None:
+        """The last columns go; then another token than the likeliest."""
+        self.cache.crop(-count)
+        self.mask, self.at, self.given = self.mask[:, :-count], self.at - count, self.ids[: len(self.mask), 9:10]
+
+
+def below_a_turn_of_reordered_rows(talk: Talk) -> None:
+    talk.steps(3)
+    talk.reorder([1, 0])
+    talk.steps(3)
+    talk.turn(6)
+    talk.crop(8)
+
+
+def below_a_turn_of_fewer_rows(talk: Talk) -> None:
+    talk.steps(3)
+    talk.reorder([1])
+    talk.turn(6)
+    talk.crop(8)
+
+
+def below_a_turn_after_which_positions_jump(talk: Talk) -> None:
+    talk.steps(6)
+    talk.turn(6)
+    talk.at = talk.at + 5
+    talk.steps(3)
+    talk.crop(11)
+
+
+def a_turn_that_is_padded_on_the_right(talk: Talk) -> None:
+    more = torch.ones(2, 6, dtype=torch.int64)
+    more[1, 4:] = 0
+    talk.steps(6)
+    talk.turn(6, more)
+    talk.given = talk.ids[:, :1]
+
+
+def a_turn_whose_result_is_dropped(talk: Talk) -> None:
+    kept, talk.cache = talk.cache, copy.copy(talk.cache)
+    talk.cache.layers = [copy.copy(layer) for layer in kept.layers]
+    before = talk.mask, talk.at, talk.given
+    talk.turn(6)
+    talk.cache, (talk.mask, talk.at, talk.given) = kept, before
+
+
+HISTORIES = [
+    below_a_turn_of_reordered_rows, below_a_turn_of_fewer_rows, below_a_turn_after_which_positions_jump,
+    a_turn_that_is_padded_on_the_right, a_turn_whose_result_is_dropped,
+]  # fmt: skip
+
+NO_WAY_BACK = [below_a_turn_after_which_positions_jump]
+
+
+@pytest.mark.parametrize("history", HISTORIES)
+def test_whatever_went_before_rows_are_right_or_there_are_none(history: Callable[[Talk], None]) -> None:
+    model = make_tiny("llama", layers=2)
+    model.compile(backend="vericache", options=OPTIONS)
+
+    def drive(fault: bool) -> list[Tensor]:
+        with torch.no_grad():
+            talk = Talk(model, make_prompt(300, 2))
+            history(talk)
+            talk.steps(2)
+            if fault:
+                damage(newest(model), layer=1, row=len(talk.mask) - 1, index=0)
+            try:
+                talk.steps(20)
+            except PageLost:
+                assert fault
+                assert history in NO_WAY_BACK
+            return talk.rows
+
+    expected, made = drive(False), drive(True)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(made, expected, strict=False))
+    assert len(made) == len(expected) or history in NO_WAY_BACK
+
+
+def test_a_copy_of_a_state_that_was_dropped_is_an_error() -> None:
+    """With no page lost: the cache went on another way since."""
+    model, ids = make_tiny("llama", layers=2), make_prompt(300)["input_ids"]
+    model.compile(backend="vericache", options={"inductor": False})
+    cache = DynamicCache()
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        tried = copy.copy(cache)
+        tried.layers = [copy.copy(layer) for layer in cache.layers]
+        model(ids[:, 20:21], past_key_values=tried)
+        dropped = copy.deepcopy(tried)
+        del tried
+        gc.collect()
+        given = ids[:, 40:41]
+        for _ in range(5):
+            given = model(given, past_key_values=cache).logits[:, -1:].argmax(-1)
+        with pytest.raises(GhostError, match="cropped"):
+            model(ids[:, 50:51], past_key_values=dropped)

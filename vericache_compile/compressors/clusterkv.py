@@ -23,8 +23,8 @@ from vericache_compile.compressors.dense import budget, check_count, check_keep
 from vericache_compile.compressors.none import NoCompression
 from vericache_compile.compressors.recall import IndexedKV, Recalled, group_mean, newest
 
-SCRATCH: Final = 2**25
-"""Products of tokens and centroids that are held at once."""
+SCRATCH: Final = 2**24
+"""Products of tokens and centroids that are computed at once; for a moment there are twice as many."""
 
 
 class ClusteredKV(IndexedKV):
@@ -106,7 +106,7 @@ class ClusterKV(Compressor):
         if count == 0:  # all are sinks: one cluster that nobody reads from
             return torch.zeros_like(keys[:, :1]), keys.new_zeros(keys.shape[:2], dtype=torch.int32)
         starts = torch.arange(count, device=keys.device) * points.shape[1] // count
-        centroids, parts = points[:, starts], torch.split(points, _together(points, count), dim=1)
+        centroids, parts = points[:, starts], torch.split(points, tokens_at_once(points, count), dim=1)
         for _ in range(self.iterations):
             directions, sums = F.normalize(centroids, dim=2), torch.zeros_like(centroids)
             members = torch.zeros_like(centroids[..., :1])
@@ -123,11 +123,11 @@ class ClusterKV(Compressor):
 def nearest(points: Tensor, centroids: Tensor) -> Tensor:
     """For each of points [K, S, D] the centroid [K, N, D] whose direction is most like its own: [K, S]."""
     directions = F.normalize(centroids.float(), dim=2).mT
-    parts = torch.split(points, _together(points, centroids.shape[1]), dim=1)
+    parts = torch.split(points, tokens_at_once(points, centroids.shape[1]), dim=1)
     own = [(part.float() @ directions).max(dim=2).indices for part in parts]  # a CPU takes longer for argmax
     return torch.cat(own, dim=1)
 
 
-def _together(points: Tensor, count: int) -> int:
+def tokens_at_once(points: Tensor, count: int) -> int:
     """How many of points [K, S, D] are compared with `count` centroids at once."""
     return max(SCRATCH // (len(points) * max(count, 1)), 1)

@@ -225,22 +225,22 @@ class Learned(Learner, Fitted):
             return self
         fits: dict[tuple[int, int], Placed] = vars(self).setdefault("fits", {})
         if (layer, layers) not in fits:
-            fits[layer, layers] = Placed(self, self.given(self.held, layer, layers))
+            fits[layer, layers] = Placed(self.given(self.held, layer, layers))
         return Calibrated(self, layer, fits[layer, layers])
 
 
 class Placed:
     """A fit that a file has for a site, as caches of several devices and dtypes read it: each made once."""
 
-    def __init__(self, method: Learned, fit: Fit) -> None:
-        self._method, self._fit = method, fit
+    def __init__(self, fit: Fit) -> None:
+        self._fit = fit
         self._made: dict[tuple[torch.device, torch.dtype], Fit] = {}
 
-    def at(self, device: torch.device, dtype: torch.dtype) -> Fit:
-        """For a cache there."""
+    def at(self, device: torch.device, dtype: torch.dtype, method: Learned) -> Fit:
+        """For a cache there, of the method that the fit is of."""
         if (device, dtype) not in self._made:
             with torch.inference_mode(False):  # whoever asks later may not be in it
-                self._made[device, dtype] = tuple(part.to(device) for part in self._method.typed(self._fit, dtype))
+                self._made[device, dtype] = tuple(part.to(device) for part in method.typed(self._fit, dtype))
         return self._made[device, dtype]
 
     @property
@@ -276,7 +276,7 @@ class Calibrated(Compressor):
 
     def compress(self, keys: Tensor, values: Tensor, queries: Tensor | None) -> FittedKV:
         """As the method does, but by the fit that is given, and lent."""
-        given = self.given.at(keys.device, keys.dtype)
+        given = self.given.at(keys.device, keys.dtype, self.method)
         return FittedKV(*self.method.start(keys, values, queries, given, self.method.residual), lent=True)
 
 

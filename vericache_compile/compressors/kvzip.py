@@ -64,7 +64,7 @@ class KVzip(AdaKV):
         if (self, known) not in shared:
             scores = torch.cat([site[:, :known].flatten() for site in everywhere])
             best = scores.topk(len(scores) // known * budget(self.keep, known), sorted=False).indices
-            shared[self, known] = torch.zeros_like(scores, dtype=torch.bool).scatter_(0, best, value=True)
+            shared[self, known] = scores.isposinf().scatter_(0, best, value=True)  # sinks stay, whatever the budget
         own = next(place for place, site in enumerate(everywhere) if site is self.facts.repeated)
         ends = list(itertools.accumulate((len(site) * known for site in everywhere), initial=0))
         return shared[self, known][ends[own] : ends[own + 1]].view(-1, known)

@@ -30,7 +30,10 @@ def outlier_count(fraction: float, length: int) -> int:
 
 
 def largest(x: Tensor, count: int, dim: int) -> Tensor:
-    """Places (int64) of the `count` largest numbers of each vector of x along `dim`, largest first."""
+    """Places (int64) of the `count` largest numbers of each vector of x along `dim`, largest first.
+
+    Where only -inf is left, a place may come again.
+    """
     if x.device.type != "cpu" or not 0 < count <= FEW:
         return x.topk(count, dim).indices
     places, rest = [], x.clone()
