@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -76,3 +77,15 @@ def test_values_out_of_range_are_option_errors() -> None:
         KVzip(per_layer=1)  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="window=0"):
         KVzip(window=0)
+
+
+def test_sinks_stay_whatever_the_budget(random_row: Row) -> None:
+    """Also where a budget of a few tokens is less than they are."""
+    keys, values, _ = random_row(10)
+    generator, shared = torch.Generator().manual_seed(0), {}
+    sites = (torch.rand(2, 10, generator=generator) for _ in range(3))
+    everywhere = tuple(site.index_fill_(1, torch.arange(4), math.inf) for site in sites)
+    for repeated in everywhere:
+        facts = Facts(repeated=repeated, everywhere=everywhere, shared=shared)
+        kept = KVzip(keep=0.2).knowing(facts).share(keys, values, None, 10).tolist()
+        assert {*range(4), *range(10, 14)} <= set(kept)
