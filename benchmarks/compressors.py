@@ -159,7 +159,7 @@ class Bench:
                 break
         pairs = zip(counts.positions, counts.drafted_positions, strict=True)
         return {
-            "compressor": re.sub(r"calibration='[^']*'(, )?", "", compressor).removesuffix("()"),
+            "compressor": re.sub(r"(, )?calibration='[^']*'", "", compressor).replace("(, ", "(").removesuffix("()"),
             "prompt": prompt,
             "prompt_tokens": ids.shape[1],
             "read_seconds": self.read_seconds[prompt],
