@@ -32,7 +32,7 @@ from torch.fx import GraphModule
 
 from vericache_compile import calibrate, demo_model_path
 from vericache_compile.backend import vericache
-from vericache_compile.compressors.fitted import Learner
+from vericache_compile.compressors.learned import Learner
 from vericache_compile.compressors.table import find_method, method_names
 from vericache_compile.learning import rows_of
 from vericache_compile.model_state import state_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from vericache_compile.compressors.fitted import Learner
+from vericache_compile.compressors.learned import Learner
 from vericache_compile.compressors.spec import parse
 from vericache_compile.compressors.table import all_parameters, find_method
 from vericache_compile.errors import OptionError

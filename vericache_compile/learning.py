@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vericache_compile.calibration import write
-from vericache_compile.compressors.fitted import Learner
+from vericache_compile.compressors.learned import Learner
 from vericache_compile.compressors.observed import observe
 from vericache_compile.compressors.rotation import Rotation
 from vericache_compile.compressors.spec import parse

@@ -15,10 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vericache_compile.compressors.facts import KINDS, Facts
-from vericache_compile.compressors.fitted import Learner
 from vericache_compile.compressors.gear import start
 from vericache_compile.compressors.kivi import Kivi
 from vericache_compile.compressors.kvreviver import drawn
+from vericache_compile.compressors.learned import Learner
 from vericache_compile.compressors.none import NoCompression
 from vericache_compile.compressors.recall import IndexedKV
 from vericache_compile.compressors.rotatekv import hadamard

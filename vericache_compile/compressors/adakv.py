@@ -13,10 +13,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from vericache_compile.compressors.dense import budget, check_count, check_keep
+from vericache_compile.compressors.dense import budget, check_count, check_keep, check_odd
 from vericache_compile.compressors.head_budget import HeadSharing, check_floor, share_out
 from vericache_compile.compressors.snapkv import score_tokens
-from vericache_compile.errors import OptionError
 
 
 @dataclass(frozen=True)
@@ -42,9 +41,7 @@ class AdaKV(HeadSharing):
         check_keep(self.keep, self.name)
         check_count("window", self.window, 1, self.name)
         check_count("refresh", self.refresh, 0, self.name)
-        check_count("kernel", self.kernel, 1, self.name)
-        if self.kernel % 2 == 0:
-            raise OptionError(f"kernel={self.kernel}", f"compressor {self.name!r}", "give an odd number from 1 up")
+        check_odd("kernel", self.kernel, self.name)
         check_floor(self.floor, self.name)
 
     @property

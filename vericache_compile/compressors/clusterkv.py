@@ -4,7 +4,8 @@ Liu et al., arXiv 2412.03213, section 4: the keys after the sinks are clustered 
 each step clusters are ranked by the product of query and centroid, and taken in that order until the budget is used up;
 the last one is cut short. Sinks are always read, the first layers read everything. Tokens that join later are clustered
 among themselves. Query heads that share a KV head share clusters: the mean of their products. Where the paper starts
-its clusters at random tokens they start at evenly spaced ones. Tokens are read from the full cache.
+its clusters at random tokens they start at evenly spaced ones; a token that is as like two centroids counts for both
+means. Tokens are read from the full cache.
 
 Shapes: H query heads, K KV heads, S tokens, C tokens covered, N clusters, D head size, Dv value head size.
 """

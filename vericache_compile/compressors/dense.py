@@ -80,6 +80,12 @@ def check_count(option: str, value: int, least: int, method: str) -> None:
         raise OptionError(f"{option}={value!r}", f"compressor {method!r}", f"give a whole number from {least} up")
 
 
+def check_odd(option: str, value: int, method: str) -> None:
+    """Raise OptionError unless `value` is an odd number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1 or value % 2 == 0:
+        raise OptionError(f"{option}={value!r}", f"compressor {method!r}", "give an odd number from 1 up")
+
+
 def check_seed(value: int, method: str) -> None:
     """Raise OptionError unless `value` is one that torch's generators take."""
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:

@@ -27,7 +27,8 @@ from torch import Tensor
 
 from vericache_compile.calibration import Calibration
 from vericache_compile.compressors.dense import check_count, is_number
-from vericache_compile.compressors.fitted import Fit, Learned
+from vericache_compile.compressors.fitted import Fit
+from vericache_compile.compressors.learned import Learned
 from vericache_compile.compressors.levels import nearest
 from vericache_compile.compressors.observed import sample
 from vericache_compile.compressors.outliers import Outliers, largest, outlier_count, put_outliers, take_outliers
@@ -170,8 +171,9 @@ def fit_ranges(
     low, high = (end[:, None].clone() for end in ends)
     some = slice(None, None, max(values.numel() // (4 * SAMPLES), 1))  # tokens: k-means looks at few numbers of each
     scaled = (scale_down(keys[:, some], low, high), split_values(values[:, some], outliers)[3])
-    sampled = [] if weights is None else [side[:, some] for side in weights]
-    mass = (sampled[0], sampled[1].transpose(0, 1).flatten(1)[None]) if sampled else (None, None)
+    mass: tuple[Tensor | None, Tensor | None] = (None, None)
+    if weights is not None:
+        mass = (weights[0][:, some], weights[1][:, some].transpose(0, 1).flatten(1)[None])
     levels = [k_means(x, own, 2**bits) for x, own in zip(scaled, mass, strict=True)]
     return Ranges(levels[0], levels[1], low, high)
 

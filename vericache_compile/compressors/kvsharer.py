@@ -23,7 +23,7 @@ from torch import Tensor
 from vericache_compile.compressors.base import CompressedKV, Compressor
 from vericache_compile.compressors.borrowed import Borrower
 from vericache_compile.compressors.dense import is_number
-from vericache_compile.compressors.fitted import Learner
+from vericache_compile.compressors.learned import Learner
 from vericache_compile.compressors.none import NoCompression
 from vericache_compile.compressors.observed import last_hidden, observe
 from vericache_compile.compressors.rotation import Rotation

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from vericache_compile.calibration import Calibration
 from vericache_compile.compressors.dense import check_count, is_number
-from vericache_compile.compressors.fitted import Fit, FittedKV, Learned
+from vericache_compile.compressors.fitted import Fit, FittedKV
+from vericache_compile.compressors.learned import Learned
 from vericache_compile.compressors.observed import observe
 from vericache_compile.compressors.quantizer import Codes
 from vericache_compile.compressors.rotation import Rotation

@@ -14,10 +14,9 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from vericache_compile.compressors.dense import check_count
+from vericache_compile.compressors.dense import check_odd
 from vericache_compile.compressors.scorer import WindowScorer
 from vericache_compile.compressors.window_attention import mean_attention
-from vericache_compile.errors import OptionError
 
 
 @dataclass(frozen=True)
@@ -33,9 +32,7 @@ class SnapKV(WindowScorer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_count("kernel", self.kernel, 1, self.name)
-        if self.kernel % 2 == 0:
-            raise OptionError(f"kernel={self.kernel}", f"compressor {self.name!r}", "give an odd number from 1 up")
+        check_odd("kernel", self.kernel, self.name)
 
     def score(self, keys: Tensor, values: Tensor, queries: Tensor | None, covered: int) -> Tensor:
         """Pooled attention [K, C] to keys [K, S, D]; of more queries [H, w, D] than the window the last vote."""

@@ -182,7 +182,7 @@ static void merge(float* parts, int64_t blocks, int64_t value_size, const float*
 constexpr int FEW_ROWS = LANES / 2;
 constexpr int SHARING = TILE / 2;  // of them, rows that share one read of a value
 
-// out[e * rows + r] for N vectors of numbers e, and out[rows * E + r], the sum of shares [R][BLOCK].
+// out[e * rows + r] = sum over c of shares[r][c] * values[c][e] for N vectors of numbers e, and whole[r] = sum of shares[r].
 template <int R, int N>
 static inline void weigh(const float* shares, const float* values, const Shape& shape, int64_t count, float* out,
                          float* whole, int64_t rows) {
@@ -213,7 +213,8 @@ static inline void weigh_all(const float* shares, const float* values, const Sha
     weigh<R, 1>(shares, values + e, shape, count, out + e * rows, whole, rows);
 }
 
-// As attend_block<1>, of which the first R rows are real; sizes are multiples of LANES.
+// As attend_block<1>, but only for its first R rows: what is merged of the others is not read. Sizes are multiples of
+// LANES.
 template <int R>
 static void attend_few(const float* query, const float* keys, const float* values, const Shape& shape, const Score& how,
                        int64_t from, int64_t to, int64_t first, int64_t start, int64_t reach, const int32_t* token,
