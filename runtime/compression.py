@@ -5,6 +5,7 @@ Shapes: B batch, K KV heads, D head size, E value head size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
@@ -222,9 +223,11 @@ def _keep_all(exact: Columns, spans: Sequence[tuple[int, int]]) -> list[Compress
 
 
 def _asked(compressor: Compressor, keys: Tensor, site: Site, queries: Tensor | None) -> Tensor | None:
-    if queries is None and compressor.queries:
-        return _stand_in(keys, site, compressor.queries)
-    return queries
+    """The queries that a method is shown, on the scale on which products with the keys, by sqrt(D), are the model's."""
+    if queries is None:
+        return _stand_in(keys, site, compressor.queries) if compressor.queries else None
+    factor = site.scale * math.sqrt(site.head_size)
+    return queries if math.isclose(factor, 1) else queries * factor
 
 
 def _reach(reaches: Reaches, layer: int) -> int | None:

@@ -79,9 +79,7 @@ def prepare_draft(
     began = time.perf_counter()
     draft = sequence.draft
     if draft is None or draft.room(start.columns) < window:
-        queries = [
-            [held.row(b) if held is not None else None for b in range(len(sequence.rows))] for held in sequence.queries
-        ]
+        queries = [sequence.asked_within(layer, start.pads, start.columns) for layer in range(len(sequence.queries))]
         spread = max(start.columns) - min(start.columns)
         room = CHUNK + 2 * window + spread
         tell = telling.of if compressor.wants & KINDS else None

@@ -12,15 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from vericache_compile.plan import Site
-
-if TYPE_CHECKING:
-    from vericache_compile.runtime.sequences import Queries
 
 AT_ONCE = 256
 """Queries whose weights are held at once."""
@@ -54,13 +50,13 @@ class Drawn:
 
         Not of a sliding layer, which is not compressed, so nobody asks what its tokens have drawn.
         """
-        held = asked.queries[layer]
-        if held is None or self.sites[layer].window is not None:
+        queries = asked.queries[layer]
+        if queries is None or self.sites[layer].window is not None:
             return
-        for b, (column, length, pad) in enumerate(zip(asked.columns, lengths, pads, strict=True)):
-            count = min(held.counts[b], length - column)
+        for b, (column, kept, length, pad) in enumerate(zip(asked.columns, asked.kept, lengths, pads, strict=True)):
+            count = min(kept, length - column)
             if count > 0:
-                self.add(layer, b, held.tensor[b, :, :count], keys[b, :, : column + count], pad)
+                self.add(layer, b, queries[b, :, :count], keys[b, :, : column + count], pad)
 
     def of(self, layer: int, b: int, begin: int, end: int) -> Tensor | None:
         """Row b's sums [K, end - begin]; None where they lie beyond all that was seen."""
@@ -89,8 +85,10 @@ class Asked:
 
     columns: list[int]
     """Where each row's first one stands."""
-    queries: list[Queries | None]
-    """Per site."""
+    kept: list[int]
+    """How many of each row's were accepted."""
+    queries: list[Tensor | None]
+    """Per site [B, H, W, D]."""
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from vericache_compile.runtime.pace import Seen
 from vericache_compile.runtime.repeat import repeat_once
 from vericache_compile.runtime.ring import Ring
 from vericache_compile.runtime.rotations import Rotations
-from vericache_compile.runtime.sequences import Held, Queries, Row, Sequence
+from vericache_compile.runtime.sequences import Held, Row, Sequence, followed
 from vericache_compile.runtime.token_record import Judged
 from vericache_compile.runtime.told import Telling
 from vericache_compile.runtime.verify import verify_tokens
@@ -66,7 +66,7 @@ def run_round(
     sequence.draft = usable_draft(sequence.draft, start, compressor, plan, counts)
     if "repeated" in compressor.wants:
         repeat_once(sequence, plan, verify, ring, counts, device)
-    telling = Telling(sequence, plan, inputs, rotations, compressor.wants)
+    telling = Telling(sequence, plan, inputs, rotations, compressor)
     draft = prepare_draft(sequence, start, compressor, plan.window, counts, telling)
     horizon = next_steps(sequence, plan.window)
     low = bind_weights(plan.draft, inputs, casts)
@@ -90,7 +90,7 @@ def run_round(
     took = (seconds_between(began, drafted_at), seconds_between(drafted_at, verified_at))
     counts.draft_seconds += took[0]
     counts.verify_seconds += took[1]
-    kept = _commit(sequence, plan, start, window, predicted, horizon, outputs, queries, counts)
+    kept = _commit(sequence, plan, start, window, predicted, horizon, outputs, queries, compressor.queries, counts)
     for site in plan.captured.sites:
         sequence.full.settle(site.layer, [row.length for row in sequence.rows])
     now = (counts.compress_seconds, counts.drafted, counts.accepted)
@@ -113,16 +113,16 @@ def verify_window(
     start: Start,
     drafted: Tensor,
     show: Callable[[int, Tensor], None] | None = None,
-) -> tuple[tuple[Tensor, ...], list[Queries | None]]:
+) -> tuple[tuple[Tensor, ...], list[Tensor | None]]:
     """Verify always W rows per sequence, short drafts padded, so that shapes stay the same.
 
     Writes the window's keys and values to the full cache and, exact, to the draft's tail, and shows each site's full
-    keys. Returns the row outputs, each [W, B, ...], and the window's queries per site.
+    keys. Returns the row outputs, each [W, B, ...], and the window's queries per site [B, H, W, D].
     """
     batch, have = drafted.shape
     tokens = torch.zeros((plan.window, batch, 1), dtype=torch.int64, device=drafted.device)
     tokens[:have, :, 0] = drafted.t()
-    queries: list[Queries | None] = [None] * len(plan.captured.sites)
+    queries: list[Tensor | None] = [None] * len(plan.captured.sites)
     keep = draft.compressor.queries > 0
 
     def note(layer: int, q: Tensor, k: Tensor, v: Tensor, keys: Tensor) -> None:
@@ -130,7 +130,7 @@ def verify_window(
         if show is not None:
             show(layer, keys)
         if keep:
-            queries[layer] = Queries(q.clone(), [0] * batch)  # a recording writes to the same place again
+            queries[layer] = q.clone()  # a recording writes to the same place again
 
     return verify_tokens(coming, start.pads, plan, bound, tokens, start.positions, note, start.bounds, have), queries
 
@@ -143,12 +143,13 @@ def _commit(
     predicted: list[list[int]],
     horizon: int,
     outputs: tuple[Tensor, ...],
-    queries: list[Queries | None],
+    queries: list[Tensor | None],
+    limit: int,
     counts: Counts,
 ) -> list[int]:
     """Keep each row's accepted rows; what was written beyond them lies past its length and is overwritten later.
 
-    Returns how many were kept of each.
+    Of the window's queries the last `limit` accepted ones are kept. Returns how many rows were kept of each.
     """
     counts.rounds += 1
     counts.row_rounds += len(sequence.rows)
@@ -164,17 +165,15 @@ def _commit(
         row.length += kept
         row.token = window[b][0] if row.forced else predicted[b][kept - 1]
         counts.add_row(plan.window, horizon, kept - 1)
-        for held in queries:
-            if held is not None:
-                held.counts[b] = kept
-    if any(held is not None and all(held.counts) for held in queries):
-        sequence.queries = queries
+        for held, asked in zip(sequence.queries, queries, strict=True):
+            if asked is not None:
+                held[b] = followed(held[b], asked[b, :, :kept], start.columns[b], limit)
     if sequence.drawn is not None:
-        asked = Asked(start.columns, queries)
-        sequence.asked = None if sequence.full.resident else asked
+        made_of = Asked(start.columns, made, queries)
+        sequence.asked = None if sequence.full.resident else made_of
         if sequence.full.resident:
             for layer, keys in enumerate(sequence.full.keys):
-                sequence.drawn.add_window(layer, asked, [row.length for row in sequence.rows], keys, start.pads)
+                sequence.drawn.add_window(layer, made_of, [row.length for row in sequence.rows], keys, start.pads)
     return made
 
 

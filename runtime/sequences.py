@@ -83,16 +83,27 @@ class Row:
         self.token = None
 
 
-@dataclass
+@dataclass(frozen=True)
 class Queries:
-    """The last queries of a site [B, H, w, D], and how many of the w are real per row."""
+    """A row's last queries at a site [H, n, D], oldest first, as they were asked of the keys that are cached."""
 
     tensor: Tensor
-    counts: list[int]
+    end: int
+    """The column after the newest one's."""
 
-    def row(self, b: int) -> Tensor | None:
-        """The row's real queries [H, n, D], oldest first (None when there are none)."""
-        return self.tensor[b, :, : self.counts[b]] if self.counts[b] else None
+    def within(self, begin: int, end: int) -> Tensor | None:
+        """Those of columns [begin, end), the newest of which is the last; None where that one is not held."""
+        first, last = (max(at - self.end + self.tensor.shape[1], 0) for at in (begin, end))
+        return self.tensor[:, first:last] if self.end >= end and first < last else None
+
+
+def followed(held: Queries | None, queries: Tensor, column: int, limit: int) -> Queries:
+    """The last `limit` queries, once those of the tokens from `column` on, [H, n, D], come after what is held."""
+    count, end = queries.shape[1], column + queries.shape[1]
+    before = None if held is None or count >= limit else held.within(0, column)
+    if before is None:
+        return Queries(queries[:, max(count - limit, 0) :].clone(), end)
+    return Queries(torch.cat([before[:, max(before.shape[1] + count - limit, 0) :], queries], dim=1), end)
 
 
 class Sequence:
@@ -111,7 +122,8 @@ class Sequence:
         """Of the batch that the last of these ran for, the rows that this one's go on from."""
         self.rows = [Row() for _ in range(batch)]
         self.draft: DraftKV | None = None
-        self.queries: list[Queries | None] = [None] * len(full.sites)
+        self.queries: list[list[Queries | None]] = [[None] * batch for _ in full.sites]
+        """Per site and row."""
         self.pace = Pace()
         self.drawn: Drawn | None = None
         self.asked: Asked | None = None
@@ -191,6 +203,11 @@ class Sequence:
         if self.calls_end > columns:
             self.calls[-1] = replace(self.calls[-1], count=columns - self.calls[-1].column)
 
+    def asked_within(self, layer: int, pads: Rows[int], columns: Rows[int]) -> list[Tensor | None]:
+        """The last queries [H, n, D] of each row's columns [pads[b], columns[b]) at a site; None where not seen."""
+        held = zip(self.queries[layer], pads, columns, strict=True)
+        return [None if queries is None else queries.within(pad, column) for queries, pad, column in held]
+
     def truncate(self, columns: int) -> None:
         """Forget every row's history from `columns` on."""
         for row in self.rows:
@@ -233,10 +250,7 @@ class Sequence:
         for new, old in zip(made.rows, (self.rows[r] for r in rows), strict=True):
             new.pad, new.offset, new.length = old.pad, old.offset, min(old.length, columns)
             new.served, new.ids = old.served, old.ids[:columns]
-        for layer, queries in enumerate(self.queries):
-            if queries is not None:
-                counts = [queries.counts[r] for r in rows]
-                made.queries[layer] = Queries(queries.tensor[list(rows)], counts)
+        made.queries = [[held[r] for r in rows] for held in self.queries]
         if list(rows) == list(range(len(self.rows))):
             made.decode = self.decode
         made.calls, made.origin = list(self.calls), [self.origin[r] for r in rows]

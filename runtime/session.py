@@ -409,7 +409,7 @@ class Session:
                 row.token = token
                 row.offset = 0 if plan.position_rule == "column" else -row.pad
             start = drafting.make_start(copy, device)
-            telling = Telling(copy, plan, inputs, self._rotations, self.compressor.wants)
+            telling = Telling(copy, plan, inputs, self._rotations, self.compressor)
             draft = drafting.prepare_draft(copy, start, self.compressor, count, Counts(), telling)
             bound = bind_weights(plan.draft, inputs, self.casts)
             return drafting.draft_tokens(copy, draft, plan, bound, start, count)[:, 1:].tolist()

@@ -10,7 +10,7 @@ from torch import Tensor
 from vericache_compile.latent import absorb
 from vericache_compile.runtime.caches import whole_types
 from vericache_compile.runtime.compression import Columns, Early, compress_site, leave_out
-from vericache_compile.runtime.sequences import Queries, Sequence
+from vericache_compile.runtime.sequences import Sequence, followed
 from vericache_compile.runtime.sliding import OutOfWindow
 
 
@@ -51,8 +51,11 @@ class Store:
         if self.sequence.draft is not None:
             self.sequence.draft.layers[layer].write(k, v, columns)
         if self.queries:
-            last = asked(q[:, :, -self.queries :]).clone()
-            self.sequence.queries[layer] = Queries(last, [last.shape[2]] * batch)
+            held, last = self.sequence.queries[layer], asked(q[:, :, -self.queries :])
+            start = self.column + q.shape[2] - last.shape[2]
+            self.sequence.queries[layer] = [
+                followed(h, x, start, self.queries) for h, x in zip(held, last, strict=True)
+            ]
         if self.sequence.drawn is not None and self.shown[layer] == self.column:  # a sliding layer is not compressed
             keys = torch.cat([self._read(layer)[0], k], dim=2) if self.column else k
             for b, pad in enumerate(self.pads):
@@ -63,7 +66,7 @@ class Store:
 
     def _compress(self, early: Early, layer: int, k: Tensor, v: Tensor) -> None:
         """Compress a site while its keys and values are on the device anyway; a sliding layer is not compressed."""
-        sites, held = self.sequence.full.sites, self.sequence.queries[layer]
+        sites = self.sequence.full.sites
         if sites[layer].kept is not None:
             rows = zip(k, v, early.pads, strict=True)
             early.regions.append([OutOfWindow.like(own_k, own_v, k.shape[2] - pad) for own_k, own_v, pad in rows])
@@ -71,7 +74,7 @@ class Store:
             return
         own = early.compressor.for_layer(layer, len(sites))
         spans = [(pad, k.shape[2]) for pad in early.pads]
-        asked = [None if held is None else held.row(b) for b in range(k.shape[0])]
+        asked = self.sequence.asked_within(layer, early.pads, [k.shape[2]] * k.shape[0])
         exact = Columns(k, v, [0] * k.shape[0])
         made = compress_site(own, exact, sites[layer], spans, asked, early.regions)
         early.regions.append(made)

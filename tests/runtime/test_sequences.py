@@ -19,7 +19,7 @@ from vericache_compile.errors import GhostError
 from vericache_compile.plan import Site
 from vericache_compile.runtime.caches import FullKV
 from vericache_compile.runtime.sequence_table import SequenceTable
-from vericache_compile.runtime.sequences import Held, Queries, Row, Sequence
+from vericache_compile.runtime.sequences import Held, Queries, Row, Sequence, followed
 
 CPU = torch.device("cpu")
 AHEAD = 3
@@ -217,12 +217,29 @@ def test_truncation_only_shortens() -> None:
     assert row.length == 4
 
 
-def test_queries_are_those_that_are_real() -> None:
-    queries = Queries(torch.arange(24.0).view(2, 1, 4, 3), [2, 0])
-    first = queries.row(0)
-    assert first is not None
-    assert first.shape == (1, 2, 3)
-    assert queries.row(1) is None
+def query_of(*columns: int) -> Tensor:
+    """Queries [1, n, 1] that say where they stand."""
+    return torch.tensor(columns, dtype=torch.float32).view(1, -1, 1)
+
+
+def test_queries_follow_each_other() -> None:
+    held = followed(None, query_of(*range(20)), 0, 6)
+    assert held.tensor.flatten().tolist() == [14, 15, 16, 17, 18, 19]
+    held = followed(held, query_of(20, 21), 20, 6)
+    assert held.tensor.flatten().tolist() == [16, 17, 18, 19, 20, 21]
+    held = followed(held, query_of(18, 19), 18, 6)  # after a crop
+    assert held.tensor.flatten().tolist() == [16, 17, 18, 19]
+    held = followed(held, query_of(30, 31), 30, 6)  # those between were not seen
+    assert held.tensor.flatten().tolist() == [30, 31]
+    assert followed(held, query_of(*range(32, 40)), 32, 6).tensor.flatten().tolist() == [34, 35, 36, 37, 38, 39]
+
+
+@given(st.integers(0, 25), st.integers(0, 25))
+def test_queries_within_columns_are_those_and_end_with_the_newest(begin: int, end: int) -> None:
+    held = Queries(query_of(*range(10, 20)), 20)
+    found = held.within(begin, end)
+    expected = list(range(max(begin, 10), end)) if end <= 20 else []
+    assert ([] if found is None else found.flatten().tolist()) == expected
 
 
 # How a cache finds its sequence
@@ -363,16 +380,13 @@ def test_rows_are_found_by_name(world: World, change: Callable[[Tensor], Tensor]
     sequence = world.find(cache)
     for b, row in enumerate(sequence.rows):
         row.pad = b
-    sequence.queries[1] = Queries(torch.arange(3.0)[:, None, None, None].expand(3, 4, 2, 16), [2, 1, 2])
+    sequence.queries[1] = [Queries(torch.full((4, 2, 16), float(b)), 7) for b in range(3)]
     fork = world.find(cache.changed(change))
     assert fork.full.batch == len(fork.rows) == len(rows)
     assert [row.pad for row in fork.rows] == rows
     for mine, theirs in zip(held_bytes(fork, 10), held_bytes(sequence, 10), strict=True):
         assert torch.equal(mine, theirs[rows])
-    queries = fork.queries[1]
-    assert queries is not None
-    assert queries.tensor[:, 0, 0, 0].tolist() == rows
-    assert queries.counts == [[2, 1, 2][row] for row in rows]
+    assert [queries and queries.tensor[0, 0, 0].item() for queries in fork.queries[1]] == rows
 
 
 def test_beam_search_finds_each_reordered_cache(world: World) -> None:

@@ -17,6 +17,8 @@ from vericache_compile.compressors import table
 from vericache_compile.compressors.base import CompressedKV
 from vericache_compile.compressors.facts import KINDS, Facts
 from vericache_compile.compressors.none import NoCompression
+from vericache_compile.compressors.samkv import SamKV
+from vericache_compile.compressors.snapkv import SnapKV
 from vericache_compile.model_state import state_of
 from vericache_compile.runtime import drafting, repeat
 from vericache_compile.runtime.drawn import attention_drawn
@@ -173,6 +175,65 @@ def test_facts_of_later_tokens_begin_where_the_earlier_ended(told: Told) -> None
         token += keys.shape[1]
 
 
+def test_queries_are_the_newest_tokens_own_whatever_the_window(told: Told) -> None:
+    """Also where tokens join: eight of them, though rounds of four tokens came in between."""
+    embedding, first = told.model.model.embed_tokens, told.model.model.layers[0]
+    times = len(told.facts) // (3 * BATCH)
+    assert times > 2
+    for b, pad in enumerate(told.pads):
+        for facts, _, queries in (told.of(0, b, time) for time in range(times)):
+            newest = slice(pad + facts.end - 8, pad + facts.end)
+            with torch.no_grad():
+                x = first.input_layernorm(embedding(told.ids[b, newest]))
+                expected = first.self_attn.q_proj(x).view(-1, 4, 16).transpose(0, 1)
+            assert facts.rotation is not None
+            assert queries is not None
+            assert queries.shape == (4, 8, 16)
+            torch.testing.assert_close(facts.rotation.unrotate(queries, facts.end - 8), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 40])
+def test_a_method_that_chooses_anew_is_asked_by_as_many_queries_each_time(count: int) -> None:
+    model, switch, asked = make_tiny("llama", layers=2), Switch(), []
+
+    class Asked(SnapKV):
+        name = "asked"
+
+        def compress(self, keys: Tensor, values: Tensor, queries: Tensor | None) -> CompressedKV:
+            assert queries is not None
+            if queries.any():  # else it is an estimate of bytes that asks
+                asked.append(queries.shape[1])
+            return super().compress(keys, values, queries)
+
+    model.compile(backend=switch)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(table._registered, "asked", Asked)
+        switch.options = {"compressor": f"asked(keep=0.5, window={count}, refresh=9)", "window": 4, "inductor": False}
+        asked.clear()
+        model.generate(**make_prompt(TOKENS, 1), max_new_tokens=NEW, do_sample=False)
+    assert len(asked) > 10
+    assert set(asked) == {count}
+
+
+@pytest.mark.parametrize(
+    "method", ["0-1: none, rest: kvzip(keep=0.25)", "pyramid | kvzip(keep=0.25)", "kvzip(keep=0.25)"]
+)
+def test_kvzip_spends_its_budget_on_its_own_sites(method: str) -> None:
+    model, prompt = make_tiny("llama", layers=4), make_prompt(300, 1)
+    model.compile(backend="vericache", options={"compressor": method, "window": 4, "inductor": False})
+    model.generate(**prompt, max_new_tokens=4, do_sample=False)
+    state = state_of(list(model.parameters()))
+    assert state is not None
+    assert state.latest is not None
+    sequence = state.latest.session.newest
+    assert sequence is not None
+    assert sequence.draft is not None
+    shares = [layer.regions[0].nbytes / 256 / layer.regions[0].covered for layer in sequence.draft.layers]
+    own = shares[2:] if method.startswith("0") else shares
+    assert shares[0] == 1 or not method.startswith("0")
+    assert sum(own) / len(own) == pytest.approx(0.25, abs=0.02)
+
+
 def test_read_reads_the_full_cache(told: Told) -> None:
     for b, pad in enumerate(told.pads):
         facts, keys, _ = told.of(1, b)
@@ -227,7 +288,7 @@ def test_ids_that_nobody_knows_are_said_to_be_missing(told: Told, caplog: pytest
     _tell_unknown.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(row, "ids", row.ids[:5])
-        telling = Telling(told.sequence, *state.latest.session.last, Rotations(), frozenset({"ids"}))
+        telling = Telling(told.sequence, *state.latest.session.last, Rotations(), SamKV(separator=5))
         assert [telling.of(layer, 0, row.pad, 20).ids for layer in range(3)] == [None] * 3
     assert caplog.text.count("which they were is not known") == 1
 

@@ -50,7 +50,7 @@ class Facts:
     repeated: Tensor | None = None
     """`repeated`: [K, S], float32, the most attention that each token drew while the model repeated its context."""
     everywhere: tuple[Tensor, ...] = ()
-    """`repeated` of every site of the row that is compressed, this one's too."""
+    """`repeated` of every site of the row that has the same method, this one's too."""
     read: Read | None = None
     """`read`: reads the full KV, during draft too."""
     ids: Sequence[int] | None = None

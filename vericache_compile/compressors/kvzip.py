@@ -46,6 +46,11 @@ class KVzip(AdaKV):
         if not isinstance(self.per_layer, bool):
             raise OptionError(f"per_layer={self.per_layer!r}", f"compressor {self.name!r}", "give True or False")
 
+    @property
+    def wants(self) -> frozenset[str]:
+        """What other sites leave, unless each has a budget of its own."""
+        return super().wants - ({"shared"} if self.per_layer else set())
+
     def share(self, keys: Tensor, values: Tensor, queries: Tensor | None, covered: int) -> Tensor:
         """Places, ascending, in the flattened [K, C], of those that stay of the first C = `covered` tokens."""
         repeated = self.facts.repeated
