@@ -53,15 +53,15 @@ def make_start(sequence: Sequence, device: torch.device) -> Start:
 
 
 def usable_draft(
-    draft: DraftKV | None, start: Start, compressor: Compressor, plan: DecodePlan, counts: Counts
+    draft: DraftKV | None, start: Start, compressor: Compressor, plan: DecodePlan, counts: Counts, drafts: bool
 ) -> DraftKV | None:
     """A draft cache as far as it can still be used: not another compressor's, of other windows or paddings, cut into,
-    or due to be refreshed."""
+    or, where the round drafts, due to be refreshed."""
     if draft is None or draft.compressor is not compressor or draft.reaches != reaches_of(plan):
         return None
     if not draft.valid(start.columns) or draft.pads != start.pads:
         return None
-    if 0 < compressor.refresh <= draft.age(start.columns):
+    if drafts and 0 < compressor.refresh <= draft.age(start.columns):
         counts.refreshes += 1
         return None
     return draft
@@ -101,9 +101,11 @@ def prepare_draft(
 
 def next_steps(sequence: Sequence, window: int) -> int:
     """How many tokens to draft: as many as the caller has been taking."""
-    served = max(row.served for row in sequence.rows)
-    longest = 0 if sequence.pace.resting else window - 1
-    sequence.horizon = next_horizon(served, sequence.horizon, longest) if sequence.horizon else longest
+    served, pace = max(row.served for row in sequence.rows), sequence.pace
+    pace.count(sum(row.served for row in sequence.rows) / len(sequence.rows))
+    longest = 0 if pace.resting else window - 1
+    first = min(longest, 1) if pace.failed else longest
+    sequence.horizon = next_horizon(served, sequence.horizon, longest) if sequence.horizon else first
     for row in sequence.rows:
         row.served = 0
     return sequence.horizon

@@ -1,6 +1,9 @@
 """What a sequence's own rounds tell: whether drafting pays, which is turned off while it does not and tried again
 later, and how much of full KV comes while a round drafts.
 
+What a round gained is what its caller took, which the next one knows: drafts that verify accepted and the caller threw
+away (it samples, or a stopping rule of its own ends the text) gain nothing.
+
 Rows do not depend on how many tokens were drafted: a round without drafts is one verified token. It may take less than
 one that verifies a window, so where it is close a few are tried.
 """
@@ -14,7 +17,10 @@ from typing import NamedTuple
 ROUNDS = 8
 """Rounds of drafting that are looked at, and that must have been seen before it is turned off."""
 REST = 64
-"""Rounds without drafts before drafting is tried again."""
+"""Rounds without drafts before drafting is tried again: twice as many after each try that failed."""
+LONGEST_REST = 1024
+WRONG = 5
+"""Rounds that gained nothing by their drafts, after which no more are seen."""
 ENOUGH = 5
 """Rounds that say how long drafting takes: the first two also compile and record kernels."""
 MARGIN = 1.05
@@ -26,13 +32,13 @@ TRIES = 3
 
 
 class Seen(NamedTuple):
-    """One round with drafts."""
+    """One round."""
 
     drafted: int
-    kept: float
-    """Rows kept, averaged over the batch."""
     draft_seconds: float
     verify_seconds: float
+    compress_seconds: float = 0.0
+    """What it took to compress anew, or to compress more in; the first time apart, which is over."""
     transfer_seconds: float = 0.0
     """Of the link bringing full KV in. Under drafting some of it is hidden; verifying alone, none."""
     transfer_bytes: int = 0
@@ -44,26 +50,44 @@ class Seen(NamedTuple):
 
 
 class Pace:
-    """The latest rounds of one sequence."""
+    """The latest rounds of one sequence. Each is noted when it ends, and counted when its caller wants the next."""
 
     def __init__(self) -> None:
         self.seen: deque[Seen] = deque(maxlen=ROUNDS)
+        self.took: deque[float] = deque(maxlen=ROUNDS)
+        """Rows that the caller took of each, averaged over the batch."""
         self.alone: deque[float] = deque(maxlen=ROUNDS)
         """Seconds of rounds without drafts."""
         self.resting = 0
         """Rounds still to come without drafts."""
+        self.failed = 0
+        """How often drafting has been turned off since it last paid."""
+        self._last: Seen | None = None
 
     def note(self, seen: Seen) -> None:
-        """Count one round."""
+        """A round has ended."""
         if self.resting:
             self.resting -= 1
             self.alone.append(seen.verify_seconds)
         elif seen.drafted:
-            self.seen.append(seen)
-            if len(self.seen) == ROUNDS and not self.pays():
-                self.resting = REST
-                self.seen.clear()
-            elif len(self.seen) == ROUNDS and not self.alone and not self.pays(CLOSE):
+            self._last = seen
+
+    def count(self, took: float) -> None:
+        """The caller took so many rows since the last round, and wants another."""
+        last, self._last = self._last, None
+        if last is None:
+            return
+        self.seen.append(last)
+        self.took.append(took)
+        wrong = len(self.took) >= WRONG and max(self.took) <= 1
+        if wrong or (len(self.seen) == ROUNDS and not self.pays()):
+            self.resting = min(REST << self.failed, LONGEST_REST)
+            self.failed += 1
+            self.seen.clear()
+            self.took.clear()
+        elif len(self.seen) == ROUNDS:
+            self.failed = 0
+            if not self.alone and not self.pays(CLOSE):
                 self.resting = TRIES
 
     def bytes_while_drafting(self) -> int:
@@ -79,5 +103,6 @@ class Pace:
         By the median round: some also compile kernels, or record what later ones replay.
         """
         drafting = len(self.seen) * median(each.draft_seconds + each.verify_seconds for each in self.seen)
+        drafting += sum(each.compress_seconds for each in self.seen)
         alone = median(self.alone) if self.alone else min(each.alone_seconds for each in self.seen)
-        return drafting <= margin * alone * sum(each.kept for each in self.seen)
+        return drafting <= margin * alone * sum(self.took)

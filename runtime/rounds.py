@@ -59,16 +59,17 @@ def run_round(
     device = inputs[plan.captured.roles.weights[0]].device
     before = (counts.compress_seconds, counts.drafted, counts.accepted)
     recalled = sequence.full.recalled
-    called = time.perf_counter()
+    called, made_before = time.perf_counter(), sequence.draft is not None
+    paid = counts.compress_seconds + counts.repeat_seconds
+    horizon = next_steps(sequence, plan.window)
     start = make_start(sequence, device)
     sequence.full.reserve(max(start.columns) + plan.window, device)
     verify = bind_weights(plan.verify, inputs, casts)
-    sequence.draft = usable_draft(sequence.draft, start, compressor, plan, counts)
+    sequence.draft = usable_draft(sequence.draft, start, compressor, plan, counts, bool(horizon))
     if "repeated" in compressor.wants:
         repeat_once(sequence, plan, verify, ring, counts, device)
     telling = Telling(sequence, plan, inputs, rotations, compressor)
     draft = prepare_draft(sequence, start, compressor, plan.window, counts, telling)
-    horizon = next_steps(sequence, plan.window)
     low = bind_weights(plan.draft, inputs, casts)
     where = (start.columns, start.pads, reaches_of(plan))
     comes = sequence.pace.bytes_while_drafting()
@@ -98,7 +99,8 @@ def run_round(
     traffic, spans = coming.traffic()
     counts.add_transfers(traffic, spans)
     counts.recalled += sequence.full.recalled - recalled
-    sequence.pace.note(Seen(horizon, 1 + stood / len(sequence.rows), *took, traffic.seconds, traffic.nbytes))
+    again = counts.compress_seconds + counts.repeat_seconds - paid if made_before else 0.0
+    sequence.pace.note(Seen(horizon, *took, again, traffic.seconds, traffic.nbytes))
     counts.rested += not horizon
     made = Round(called, compressing, launched, *took, len(sequence.rows), int(more), int(stood), traffic)
     counts.latest.append(made)

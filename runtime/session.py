@@ -136,7 +136,7 @@ class Session:
             for row in sequence.rows:
                 row.truncate(columns)
         self._note_fed(plan, inputs, sequence.number, columns)
-        sequence.asked = None
+        sequence.asked = sequence.repeated = None
         sequence.full.reserve(columns + count, device)
         pads = self._padding(sequence, roles, inputs)
         draft, starts = sequence.draft, [columns] * batch

@@ -337,6 +337,27 @@ def test_drafts_that_never_pay_are_turned_off(monkeypatch: pytest.MonkeyPatch) -
     assert stats(model)["rounds_without_drafts"] > 40
 
 
+def test_drafts_that_the_caller_throws_away_are_turned_off() -> None:
+    """Right drafts, of a caller that always goes on with the second best token: most rounds are without."""
+    model, ids = make_tiny("llama"), make_prompt(60)["input_ids"]
+    plain = make_tiny("llama")
+
+    def second_best(model: Any) -> Tensor:
+        cache, fed, rows = DynamicCache(config=model.config), ids, []
+        with torch.no_grad():
+            for _ in range(80):
+                rows.append(model(fed, past_key_values=cache).logits[:, -1])
+                fed = rows[-1].topk(2).indices[:, 1:]
+        return torch.cat(rows)
+
+    expected = second_best(plain)
+    model.compile(backend="vericache", options={"compressor": "none", **EAGER})
+    torch.testing.assert_close(second_best(model), expected)
+    found = stats(model)
+    assert found["rounds_without_drafts"] > 50
+    assert found["drafted"] <= 40
+
+
 @pytest.mark.parametrize("placement", ["host", "disk"])
 def test_many_sequences_leave_nothing_behind(placement: str, tmp_path: Path) -> None:
     """Two hundred: threads, files and memory are as many as after the first ones."""
