@@ -27,7 +27,7 @@ import transformers
 from decode import load, machine
 from frontier import DEFAULT, markdown, plot, table
 from rich.console import Console
-from settings import choose, of_paper
+from settings import TRIED, choose, most_within, of_paper, spell
 from torch.fx import GraphModule
 
 from vericache_compile import calibrate, demo_model_path
@@ -136,10 +136,21 @@ class Bench:
     def streaming_at(self, fraction: float, prompt: str) -> dict[str, Any]:
         """`streaming` at the keep that takes this fraction of the full cache's bytes, tail included."""
         known = self.measure("streaming(keep=0.2)", prompt)
-        tail = known["bytes_per_token"] / known["full_bytes_per_token"] - 0.2
-        keep = min(max(round(50 * (fraction - tail)), 1), 50) / 50
+        tail = (known["bytes_per_token"] / known["full_bytes_per_token"] - 0.2) / 0.8  # exact; the rest is kept by 0.2
+        keep = min(max(round(100 * (fraction - tail) / (1 - tail)), 1), 100) / 100
         made = self.measure(f"streaming(keep={keep})", prompt)
         return {name: made[name] for name in ("compressor", "bytes_per_token", "tokens_per_round")}
+
+    def try_settings(self, name: str, share: float) -> str:
+        """The setting of a method whose bytes depend on the data, by those that it takes on the first prompt."""
+        (cache, _), ids = next(iter(self.caches.values())), next(iter(self.prompts.values()))
+        sizes = dict[str, float]()
+        for setting in (spell(name, each) for each in TRIED[name]):
+            self.switch.options = self.switch.options | {"compressor": setting}
+            self.generate(ids, 2, past_key_values=copy.deepcopy(cache))
+            full = sum(site.bytes_per_token for site in self.made.sites)
+            sizes[setting] = self.made.session.footprint.draft / self.made.session.footprint.tokens / full
+        return most_within(sizes, share)
 
     def _measure(self, compressor: str, prompt: str) -> dict[str, Any]:
         ids, plain = self.prompts[prompt], self.plain[prompt]
@@ -205,7 +216,11 @@ def measure_all(arguments: argparse.Namespace, report: dict[str, Any], folder: P
             compressor = of_paper(name, file)
         else:
             tail = (CHUNK + 2 * WINDOW) / (TOKENS + arguments.new)
-            compressor = choose(name, share, bench.made.sites, file, tail)
+            compressor = (
+                bench.try_settings(name, share)
+                if name in TRIED
+                else choose(name, share, bench.made.sites, TOKENS, file, tail)
+            )
         at = share if share == DEFAULT else f"{share:.0%} of the bytes"
         for prompt in arguments.prompts:
             if (method, share, prompt) not in done:

@@ -19,8 +19,14 @@ FIXED: Mapping[str, Mapping[str, Any]] = {"cskv": {"bits": 4}, "qpruningkv": {"b
 """Where a method has two such parameters, one is held."""
 TOGETHER: Mapping[str, str] = {"spark": "value_channels"}
 """Where a method has two such parameters, the one that goes with the first."""
-UNESTIMATED = ("packkv", "refreekv")
-"""Methods whose bytes depend on the data."""
+TRIED: Mapping[str, tuple[Mapping[str, Any], ...]] = {
+    "packkv": tuple(
+        {"key_step": key, "value_step": value}
+        for key, value in ((0.05, 0.05), (0.07, 0.07), (0.07, 0.14), (0.1, 0.1), (0.1, 0.2), (0.2, 0.4), (0.3, 0.6))
+    ),
+    "refreekv": tuple({"threshold": each} for each in (0.01, 0.03, 0.1, 0.2, 0.3, 0.5)),
+}
+"""Settings of methods whose bytes depend on the data: these are measured."""
 PAPERS: Mapping[str, Mapping[str, Any]] = {
     "adakv": {"floor": 0.5},  # floor_alpha of its code
     "cskv": {"rank": 0.2},
@@ -69,22 +75,29 @@ def fraction_of(setting: str) -> float:
     return made
 
 
-def choose(name: str, share: float, sites: tuple[Site, ...], calibration: str | None = None, tail: float = 0.0) -> str:
-    """The setting that takes the most bytes up to `share` of the full cache's (give or take a hundredth of it).
+def choose(
+    name: str, share: float, sites: tuple[Site, ...], tokens: int, calibration: str | None = None, tail: float = 0.0
+) -> str:
+    """The setting that takes as much of the full cache's bytes as `most_within` says, by estimate for so many tokens.
 
-    The exact tail takes the fraction `tail` besides. Where all settings take more, the one that takes fewest; where all
-    take as many, the one that reads this share in a step.
+    The exact tail takes the fraction `tail` besides. Where all settings take as many bytes, the one that reads this
+    share in a step.
     """
-    if name in UNESTIMATED:
-        return name
     full = sum(site.bytes_per_token for site in sites)
     sizes: dict[str, float] = {}
     for each in settings(name, calibration):
         try:
-            sizes[each] = compressed_bytes(parse(each, {}), sites) / full + tail
+            method = parse(each, {})
+            sizes[each] = (compressed_bytes(method, sites, tokens) + method.shared_nbytes / tokens) / full + tail
         except OptionError:  # bits that it, or its calibration, does not have; or all layers shared
             continue
     if len(sizes) > 1 and len(set(sizes.values())) == 1:  # a method that reads less, but holds as much
         return min(sizes, key=lambda each: abs(fraction_of(each) + tail - share))
+    return most_within(sizes, share)
+
+
+def most_within(sizes: Mapping[str, float], share: float) -> str:
+    """Of settings that take these shares, the one that takes most up to `share` (give or take a hundredth of it);
+    where all take more, the one that takes least."""
     within = {each: size for each, size in sizes.items() if size <= 1.01 * share}
     return max(within, key=lambda each: within[each]) if within else min(sizes, key=lambda each: sizes[each])

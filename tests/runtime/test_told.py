@@ -22,6 +22,7 @@ from vericache_compile.compressors.snapkv import SnapKV
 from vericache_compile.model_state import state_of
 from vericache_compile.runtime import drafting, repeat
 from vericache_compile.runtime.drawn import attention_drawn
+from vericache_compile.runtime.pace import Pace
 from vericache_compile.runtime.rotations import Rotations
 from vericache_compile.runtime.sequences import Sequence
 from vericache_compile.runtime.told import Telling, _tell_unknown
@@ -208,6 +209,7 @@ def test_a_method_that_chooses_anew_is_asked_by_as_many_queries_each_time(count:
     model.compile(backend=switch)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(table._registered, "asked", Asked)
+        patch.setattr(Pace, "note", lambda *_: None)  # nothing is chosen anew while drafting rests
         switch.options = {"compressor": f"asked(keep=0.5, window={count}, refresh=9)", "window": 4, "inductor": False}
         asked.clear()
         model.generate(**make_prompt(TOKENS, 1), max_new_tokens=NEW, do_sample=False)
