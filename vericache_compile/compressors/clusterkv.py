@@ -19,10 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vericache_compile.compressors.base import Compressor
 from vericache_compile.compressors.dense import budget, check_count, check_keep
-from vericache_compile.compressors.none import NoCompression
-from vericache_compile.compressors.recall import IndexedKV, Recalled, group_mean, newest
+from vericache_compile.compressors.recall import IndexedKV, Indexer, Recalled, group_mean, newest
 
 SCRATCH: Final = 2**24
 """Products of tokens and centroids that are computed at once; for a moment there are twice as many."""
@@ -31,11 +29,7 @@ SCRATCH: Final = 2**24
 class ClusteredKV(IndexedKV):
     """Centroids [K, N, D] and the cluster of every token [K, C], int32, of [0, covered)."""
 
-    def __init__(
-        self, index: tuple[Tensor, ...], latest: Tensor, recalled: Recalled, covered: int, method: ClusterKV
-    ) -> None:
-        super().__init__(index, latest, recalled, covered)
-        self.method = method
+    method: ClusterKV
 
     @property
     def slots(self) -> int:
@@ -61,7 +55,7 @@ class ClusteredKV(IndexedKV):
 
 
 @dataclass(frozen=True)
-class ClusterKV(Compressor):
+class ClusterKV(Indexer):
     """Read the fraction `keep` of the tokens, by clusters, chosen anew at every step."""
 
     name: ClassVar[str] = "clusterkv"
@@ -84,15 +78,6 @@ class ClusterKV(Compressor):
         check_keep(self.keep, self.name)
         for option, least in (("tokens", 1), ("sinks", 0), ("whole", 0), ("iterations", 0)):
             check_count(option, getattr(self, option), least, self.name)
-
-    @property
-    def queries(self) -> int:
-        """The newest, for a region that is read without one."""
-        return 1
-
-    def for_layer(self, layer: int, layers: int) -> Compressor:
-        """Itself, but for the first layers."""
-        return NoCompression() if layer < self.whole else self
 
     def compress(self, keys: Tensor, values: Tensor, queries: Tensor | None) -> ClusteredKV:
         """Cluster keys [K, S, D] and values [K, S, Dv]; queries [H, w, D]. Covers all."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable
-from typing import ClassVar, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -67,8 +67,6 @@ class Quantizer(Compressor):
 
     residual: int = 0
     """Least number of recent tokens left to the tail."""
-
-    needs: ClassVar[tuple[str, ...]] = ()
 
     @property
     def multiple(self) -> int:

@@ -16,10 +16,8 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from vericache_compile.compressors.base import Compressor
 from vericache_compile.compressors.dense import budget, check_count, check_keep
-from vericache_compile.compressors.none import NoCompression
-from vericache_compile.compressors.recall import IndexedKV, Recalled, newest
+from vericache_compile.compressors.recall import IndexedKV, Indexer, Recalled, newest
 from vericache_compile.compressors.scorer import top_tokens
 
 LEAST = 3
@@ -29,11 +27,7 @@ LEAST = 3
 class PagedKV(IndexedKV):
     """Bounds (low, high) [K, P, D] of every page of [0, covered)."""
 
-    def __init__(
-        self, index: tuple[Tensor, ...], latest: Tensor, recalled: Recalled, covered: int, method: Quest
-    ) -> None:
-        super().__init__(index, latest, recalled, covered)
-        self.method = method
+    method: Quest
 
     @property
     def slots(self) -> int:
@@ -63,7 +57,7 @@ class PagedKV(IndexedKV):
 
 
 @dataclass(frozen=True)
-class Quest(Compressor):
+class Quest(Indexer):
     """Read the fraction `keep` of the pages, chosen anew at every step."""
 
     name: ClassVar[str] = "quest"
@@ -82,15 +76,6 @@ class Quest(Compressor):
         check_keep(self.keep, self.name)
         check_count("page", self.page, 1, self.name)
         check_count("whole", self.whole, 0, self.name)
-
-    @property
-    def queries(self) -> int:
-        """The newest, for a region that is read without one."""
-        return 1
-
-    def for_layer(self, layer: int, layers: int) -> Compressor:
-        """Itself, but for the first layers."""
-        return NoCompression() if layer < self.whole else self
 
     def compress(self, keys: Tensor, values: Tensor, queries: Tensor | None) -> PagedKV:
         """Index the whole pages of keys [K, S, D] and values [K, S, Dv]; queries [H, w, D]."""

@@ -12,8 +12,9 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from vericache_compile.compressors.base import CompressedKV
+from vericache_compile.compressors.base import CompressedKV, Compressor
 from vericache_compile.compressors.facts import Facts, Read, reader_of
+from vericache_compile.compressors.none import NoCompression
 
 
 class Recalled:
@@ -43,9 +44,11 @@ class Recalled:
 class IndexedKV(CompressedKV):
     """An index over the tokens [0, covered); of these a draft step reads `slots`."""
 
-    def __init__(self, index: tuple[Tensor, ...], latest: Tensor, recalled: Recalled, covered: int) -> None:
+    def __init__(
+        self, index: tuple[Tensor, ...], latest: Tensor, recalled: Recalled, covered: int, method: Indexer
+    ) -> None:
         """`latest` [H, D] is the newest query: what `materialize` chooses by."""
-        self.index, self.latest, self.covered = index, latest, covered
+        self.index, self.latest, self.covered, self.method = index, latest, covered, method
         self.recalled, self.own = recalled, recalled.own
 
     @property
@@ -64,6 +67,22 @@ class IndexedKV(CompressedKV):
     def materialize(self) -> tuple[Tensor, Tensor]:
         """What the newest query that it was made with reads."""
         return self.select(self.latest)
+
+
+class Indexer(Compressor):
+    """A method whose regions are indexes, but for the first layers, which read everything."""
+
+    whole: int
+    """So many first layers."""
+
+    @property
+    def queries(self) -> int:
+        """The newest, for a region that is read without one."""
+        return 1
+
+    def for_layer(self, layer: int, layers: int) -> Compressor:
+        """Itself, but for the first layers."""
+        return NoCompression() if layer < self.whole else self
 
 
 def newest(queries: Tensor | None, name: str) -> Tensor:
