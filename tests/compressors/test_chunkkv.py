@@ -76,6 +76,14 @@ def test_adjacent_layers_share_the_choice_of_the_first(random_row: Row) -> None:
     assert len(shared) == 2
 
 
+def test_layers_are_told_of_each_other_only_where_they_share(random_row: Row) -> None:
+    assert ChunkKV().wants == {"queries"}
+    assert ChunkKV(reuse=2).wants == {"queries", "shared"}
+    shared: dict[object, Tensor] = {}
+    ChunkKV().knowing(Facts(shared=shared)).compress(*random_row(200))
+    assert not shared
+
+
 @pytest.mark.parametrize("wrong", [{"keep": 0.0}, {"window": 0}, {"chunk": 0}, {"chunk": 33}, {"reuse": 0}])
 def test_values_out_of_range_are_option_errors(wrong: dict[str, float]) -> None:
     with pytest.raises(OptionError, match=next(iter(wrong))):

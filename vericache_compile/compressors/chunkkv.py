@@ -42,6 +42,11 @@ class ChunkKV(WindowScorer):
             fix = f"give at most window={self.window}"
             raise OptionError(f"chunk={self.chunk}", f"compressor {self.name!r}", fix)
 
+    @property
+    def wants(self) -> frozenset[str]:
+        """What layers share only where some do."""
+        return super().wants - ({"shared"} if self.reuse == 1 else set())
+
     def covers(self, tokens: int) -> int:
         """The whole chunks before the window."""
         return self.covers_more(super().covers(tokens))
@@ -53,7 +58,7 @@ class ChunkKV(WindowScorer):
     def choose(self, keys: Tensor, values: Tensor, queries: Tensor | None, covered: int) -> Tensor:
         """Indices [K, N]: its own, or those of its group's first layer."""
         shared = self.facts.shared
-        if shared is None or self.reuse == 1:
+        if shared is None:
             return super().choose(keys, values, queries, covered)
         group = (self, self.facts.layer // self.reuse, covered)
         if group not in shared:
