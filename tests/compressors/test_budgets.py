@@ -87,6 +87,8 @@ def test_tokens_are_plain_ones(heads: int) -> None:
         ("pyramid", "is a budget", "a method after it"),
         ("pyramid | kivi", "'kivi' has no budget to spread", "pyramid | snapkv"),
         ("pyramid | pyramidkv", "'pyramidkv' spreads its budget itself", "pyramidkv alone"),
+        ("pyramid | chunkkv(reuse=4)", "reuse=4: layers that share", "leave out reuse"),
+        ("pyramid | chunkkv(reuse=2) | kivi", "reuse=2: layers that share", "leave out reuse"),
         ("ada | chunkkv", "'chunkkv' cannot share its budget out", "ada | snapkv"),
         ("ada | snapkv | kivi", "'chain' cannot share its budget out", "ada | snapkv"),
         ("pyramid(beta=0.5) | snapkv", "beta=0.5", "from 1 up"),

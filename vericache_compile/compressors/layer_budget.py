@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vericache_compile.compressors.around import Around
 from vericache_compile.compressors.base import CompressedKV, Compressor
+from vericache_compile.compressors.chunkkv import ChunkKV
 from vericache_compile.compressors.dense import is_number
 from vericache_compile.errors import OptionError
 from vericache_compile.plan import Site
@@ -74,7 +75,7 @@ def check_beta(beta: float, method: str) -> None:
 
 
 def keep_of(method: Compressor) -> float:
-    """The fraction that a method keeps; raises OptionError for one that keeps none, or spreads it itself."""
+    """The fraction that a method keeps; raises OptionError for one that has none to spread."""
     if isinstance(method, Around) and not isinstance(method, Pyramid) and "keep" not in method.parameters:
         return keep_of(method.inner)
     where = "a compressor after pyramid |"
@@ -85,6 +86,9 @@ def keep_of(method: Compressor) -> float:
     if vars(method.for_layer(0, 2)).get("keep", keep) != keep:
         fix = "write pyramid | snapkv(keep=0.2), or pyramidkv alone"
         raise OptionError(f"{method.name!r} spreads its budget itself", where, fix)
+    if isinstance(method, ChunkKV) and method.reuse > 1:
+        found = f"reuse={method.reuse}: layers that share a choice have one budget"
+        raise OptionError(found, where, "leave out reuse, or leave out pyramid")
     return keep
 
 
