@@ -31,6 +31,7 @@ from vericache_compile.errors import OptionError
         (" lagkv( lag = 64 ) ", {}, LagKV(lag=64)),
         ("snapkv(keep=0.5) | kivi(bits=2)", {}, Chain(SnapKV(keep=0.5), Kivi(bits=2))),
         ("streaming|kivi", {"keep": 0.3, "bits": 2}, Chain(Streaming(keep=0.3), Kivi(bits=2))),
+        ("none | kivi(residual=16)", {"bits": 2}, Kivi(bits=2, residual=16)),
     ],
 )
 def test_methods_and_compositions(text: str, options: dict[str, float], expected: Compressor) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from vericache_compile.compressors.around import Around
 from vericache_compile.compressors.base import CompressedKV, Compressor
 from vericache_compile.compressors.facts import KINDS, Facts
+from vericache_compile.compressors.none import NoCompression
 from vericache_compile.compressors.quantizer import QuantizedKV, Quantizer
 from vericache_compile.compressors.scorer import Chooser
 from vericache_compile.errors import OptionError
@@ -92,8 +93,13 @@ class Chain(Around):
         return ChainKV(held, keys[:, groups:].clone(), values[:, groups:].clone(), covered, self)
 
 
-def make_chain(first: Compressor, second: Compressor) -> Chain:
-    """The chain of both; raises OptionError unless the first drops tokens and the second quantises."""
+def make_chain(first: Compressor, second: Compressor) -> Compressor:
+    """The chain of both, or the second alone after `none`.
+
+    Raises OptionError unless the first drops tokens and the second quantises.
+    """
+    if isinstance(first, NoCompression):
+        return second
     fix = "write one that drops tokens | one that quantises, as in snapkv(keep=0.5) | kivi(bits=4)"
     if not isinstance(first, Chooser):
         found = f"{first.name!r} does not keep the same number of tokens, as they were, in all heads"
