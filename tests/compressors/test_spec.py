@@ -19,6 +19,7 @@ from vericache_compile.compressors.spec import options_of, parse
 from vericache_compile.compressors.streaming import Streaming
 from vericache_compile.config import make_config
 from vericache_compile.errors import OptionError
+from vericache_compile.plan import Site
 
 
 @pytest.mark.parametrize(
@@ -46,6 +47,14 @@ def test_a_choice_per_layer() -> None:
     expected = [NoCompression(), NoCompression(), chain, Streaming(keep=0.5, sinks=2), chain]
     assert [made.for_layer(layer, 5) for layer in range(5)] == expected
     assert made.queries == 32
+
+
+@pytest.mark.parametrize("text", ["2: none, rest: snapkv", "0: none, 7-9: knorm, rest: snapkv"])
+def test_an_entry_names_sites_of_the_model(text: str) -> None:
+    sites = [Site(layer, 4, 2, 16, 16, 0.25, torch.float32, None) for layer in range(2)]
+    with pytest.raises(OptionError, match=r"no site [27][\s\S]*its 2 sites"):
+        parse(text, {}).check_model(sites, [])
+    parse("0-7: none, 1: knorm, rest: snapkv", {}).check_model(sites, [])
 
 
 def test_a_composition_wants_what_its_methods_want() -> None:

@@ -57,9 +57,12 @@ class PerLayer(Compressor):
         return chosen.for_layer(layer, layers)
 
     def check_model(self, sites: Sequence[Site], parameters: Iterable[Sequence[int]]) -> None:
-        """Ask every method."""
+        """Ask every method; raises OptionError where an entry names no site of the model."""
         shapes = list(parameters)
-        for _, method in self.entries:
+        for named, method in self.entries:
+            if named is not None and named.start >= len(sites):
+                fix = f"name some of its {len(sites)} sites, which are counted from 0"
+                raise OptionError(f"the model has no site {named.start}", "a compressor per layer", fix)
             method.check_model(sites, shapes)
 
     def compress(self, keys: Tensor, values: Tensor, queries: Tensor | None) -> CompressedKV:
