@@ -68,6 +68,26 @@ def test_bytes_are_the_fraction_kept(random_row: Row) -> None:
     assert region.nbytes == pytest.approx(0.2 * 2 * 1000 * 128 * 4, rel=0.02)
 
 
+@pytest.mark.parametrize(("covered", "sketched"), [(0, 0), (1, 0), (2, 0), (4, 0), (5, 0), (6, 5), (8, 7), (32, 28)])
+def test_a_run_takes_no_more_than_its_tokens(random_row: Row, covered: int, sketched: int) -> None:
+    """Five tokens' worth at least where there is a sketch of three rows; fewer stay as they are."""
+    keys, values, queries = random_row(32 + covered)
+    region = KVReviver().compress(keys, values, queries)
+    assert (region.covered, region.counts) == (covered, (sketched,))
+    assert region.nbytes == (covered if not sketched else max(5, covered // 4)) * 2 * (16 + 12) * 4
+    if not sketched:
+        assert torch.equal(region.materialize()[0], keys[:, :covered])
+        assert torch.equal(region.extend(keys[:, :3], values[:, :3], queries).materialize()[1][:, -3:], values[:, :3])
+
+
+@pytest.mark.parametrize("keep", [1.0, 0.9999])
+def test_keeping_all_makes_no_sketch(random_row: Row, keep: float) -> None:
+    keys, values, queries = random_row(1032)
+    region = KVReviver(keep=keep).compress(keys, values, queries)
+    assert region.nbytes == 1000 * 2 * (16 + 12) * 4
+    assert torch.equal(region.materialize()[1], values[:, :1000])
+
+
 def test_another_seed_hashes_otherwise() -> None:
     first, second = (KVReviver(seed=seed).hashes(100, 10, torch.device("cpu")) for seed in (0, 1))
     assert not torch.equal(first[0], second[0])

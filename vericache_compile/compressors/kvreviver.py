@@ -6,7 +6,7 @@ mean over r of sign_r(j) bucket_r[h_r(j)]. Attention runs over all tokens, so me
 of it is public; the choices made are: candidates are those that the last queries attend to most; keys and values are
 sketched less their mean; and what is read back is shrunk by 1 / (1 + (E - 1) / (r w)), E tokens in r rows of w
 buckets, since the others in a bucket are noise of so much more variance. Each run of tokens that joins gets a sketch
-of its own.
+of its own. A run of so few tokens that one candidate and a sketch take no less than they do stays as it is.
 
 Shapes: H query heads, K KV heads, S tokens, C tokens covered, E of them sketched, N candidates, r rows, w buckets,
 D head size, Dv value head size.
@@ -15,6 +15,7 @@ D head size, Dv value head size.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 from typing import ClassVar, NamedTuple, Self
 
 import torch
@@ -47,8 +48,8 @@ class Run(NamedTuple):
     keys: Tensor
     """Candidates [K, N, D]."""
     values: Tensor
-    key_sketch: Sketch
-    value_sketch: Sketch
+    sketches: tuple[Sketch, ...]
+    """Of keys and of values; none where all tokens are candidates."""
 
 
 class RevivedKV(CompressedKV):
@@ -67,20 +68,24 @@ class RevivedKV(CompressedKV):
     @property
     def nbytes(self) -> int:
         """Bytes of candidates and sketches."""
-        return sum(x.nbytes for run in self.runs for x in (*run[:2], *run.key_sketch, *run.value_sketch))
+        return sum(x.nbytes for run in self.runs for x in (run.keys, run.values, *chain(*run.sketches)))
 
     def materialize(self) -> tuple[Tensor, Tensor]:
         """Keys [K, covered, D] and values [K, covered, Dv]: per run the candidates, then the others, revived."""
         keys, values = [], []
         for run, count in zip(self.runs, self.counts, strict=True):
-            keys += [run.keys, self.method.revive(run.key_sketch, count)]
-            values += [run.values, self.method.revive(run.value_sketch, count)]
+            revived = [self.method.revive(sketch, count) for sketch in run.sketches]
+            keys += [run.keys, *revived[:1]]
+            values += [run.values, *revived[1:]]
         return torch.cat(keys, dim=1), torch.cat(values, dim=1)
 
     def extend(self, keys: Tensor, values: Tensor, queries: Tensor | None) -> Self:
         """Also cover keys [K, S, D] and values [K, S, Dv], as a run of their own."""
         run, count = self.method.store(keys, values, queries, keys.shape[1])
-        kept = tuple(Run(x.keys.clone(), x.values.clone(), *map(_copy, x[2:])) for x in self.runs)
+        kept = tuple(
+            Run(x.keys.clone(), x.values.clone(), tuple(Sketch(*map(torch.clone, each)) for each in x.sketches))
+            for x in self.runs
+        )
         return type(self)((*kept, run), (*self.counts, count), self.method)
 
 
@@ -124,22 +129,23 @@ class KVReviver(Compressor):
     def store(self, keys: Tensor, values: Tensor, queries: Tensor | None, covered: int) -> tuple[Run, int]:
         """The first `covered` tokens of keys [K, S, D] and values [K, S, Dv] as a run, and how many are sketched."""
         assert queries is not None, f"{self.name} scores tokens by the last queries: pass them"
-        width = 0 if self.keep == 1 else max(int(self.vague * budget(self.keep, covered)) // self.rows, min(covered, 1))
-        exact = covered if not width else min(max(budget(self.keep, covered) - self.rows * width, 1), covered)
-        if exact == covered:
-            order = torch.arange(covered, device=keys.device).expand(keys.shape[0], -1)
-        else:
-            scores = mean_attention(keys, queries[:, -self.window :], keys.shape[1] - covered)
-            order = _best_first(scores, exact)
+        slots = budget(self.keep, covered)
+        width = max(int(self.vague * slots) // self.rows, 1)
+        exact = max(slots - self.rows * width, 1)
+        if exact + self.rows * width + 1 >= covered:  # with the mean it takes no less than the tokens
+            whole = [x[:, :covered].clone(memory_format=torch.contiguous_format) for x in (keys, values)]
+            return Run(whole[0], whole[1], ()), 0
+        scores = mean_attention(keys, queries[:, -self.window :], keys.shape[1] - covered)
+        order = _best_first(scores, exact)
         chosen, others = order[:, :exact], order[:, exact:]
-        sketches = [self.sketch(take_tokens(x, others), max(width, 1)) for x in (keys, values)]
-        return Run(take_tokens(keys, chosen), take_tokens(values, chosen), *sketches), covered - exact
+        sketches = tuple(self.sketch(take_tokens(x, others), width) for x in (keys, values))
+        return Run(take_tokens(keys, chosen), take_tokens(values, chosen), sketches), covered - exact
 
     def sketch(self, x: Tensor, width: int) -> Sketch:
-        """The sketch of tokens x [K, E, D], in rows of `width` buckets."""
+        """The sketch of tokens x [K, E, D], E >= 1, in rows of `width` buckets."""
         kv_heads, count, size = x.shape
         bucket, sign = self.hashes(count, width, x.device)
-        mean = x.float().mean(dim=1, keepdim=True) if count else x.new_zeros(kv_heads, 1, size, dtype=torch.float32)
+        mean = x.float().mean(dim=1, keepdim=True)
         signed = (x.float() - mean).unsqueeze(1) * sign.unsqueeze(-1)
         index = bucket[None, :, :, None].expand(kv_heads, -1, -1, size)
         empty = torch.zeros(kv_heads, self.rows, width, size, dtype=torch.float32, device=x.device)
@@ -151,7 +157,7 @@ class KVReviver(Compressor):
         bucket, sign = self.hashes(count, width, sketch.mean.device)
         index = bucket[None, :, :, None].expand(kv_heads, -1, -1, size)
         read = (sketch.buckets.float().gather(2, index) * sign.unsqueeze(-1)).mean(dim=1)
-        shrunk = read / (1 + max(count - 1, 0) / (rows * width))
+        shrunk = read / (1 + (count - 1) / (rows * width))
         return (shrunk + sketch.mean.float()).to(sketch.mean.dtype)
 
     def hashes(self, count: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -172,7 +178,3 @@ def _best_first(scores: Tensor, exact: int) -> Tensor:
     best = top_tokens(scores, exact)
     rank = torch.ones_like(scores, dtype=torch.int64).scatter_(1, best, 0)
     return rank.argsort(dim=1, stable=True)
-
-
-def _copy(sketch: Sketch) -> Sketch:
-    return Sketch(sketch.buckets.clone(), sketch.mean.clone())
