@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint
 from typing import ClassVar
 
@@ -28,6 +28,16 @@ class Newest(WindowScorer):
         return keys.new_ones(keys.shape[0], covered).cumsum(dim=1)
 
 
+@dataclass(frozen=True)
+class Listed(Newest):
+    """Parameters whose defaults are made, or missing."""
+
+    name: ClassVar[str] = "listed"
+
+    levels: list[int] = field(default_factory=lambda: [2, 4])
+    path: str = field(kw_only=True)
+
+
 @pytest.fixture(autouse=True)
 def nothing_stays(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(table, "_registered", {})
@@ -46,6 +56,11 @@ def test_a_registered_method_is_found() -> None:
     assert parse("newest(keep=0.5, window=3)", {}) == Newest(keep=0.5, window=3)
     assert "newest" in table.method_names()
     table.register(Newest)
+
+
+def test_defaults_that_are_made_are_listed() -> None:
+    own = {"levels": [2, 4], "path": None}
+    assert table.all_parameters(Listed) == {"keep": 0.2, "refresh": 0, "window": 32, **own}
 
 
 def test_a_name_belongs_to_one_method() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from importlib.metadata import EntryPoint, entry_points
 from types import MappingProxyType
 from typing import Final, TypeVar
@@ -138,10 +138,10 @@ def make_with_all(name: str, **parameters: object) -> Compressor:
 
 
 def all_parameters(method: type[Compressor]) -> dict[str, object]:
-    """A method's parameters with their defaults."""
+    """A method's parameters with their defaults, None where there is none."""
     if not is_dataclass(method):
         return dict.fromkeys(method.parameters)
-    return {field.name: field.default for field in fields(method) if field.init}
+    return {field.name: _default_of(field) for field in fields(method) if field.init}
 
 
 def suggest(found: str, names: list[str]) -> str:
@@ -159,6 +159,12 @@ def _build(method: type[Compressor], parameters: Mapping[str, object], taken: tu
             where = f"compressor {method.name!r}"
             raise OptionError(f"{parameter}={value!r}", where, suggest(parameter, list(taken)))
     return method(**parameters)
+
+
+def _default_of(field: Field[object]) -> object:
+    if field.default_factory is not MISSING:
+        return field.default_factory()
+    return None if field.default is MISSING else field.default
 
 
 def _entry_points() -> Iterator[EntryPoint]:
