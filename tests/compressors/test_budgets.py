@@ -94,7 +94,9 @@ def test_tokens_are_plain_ones(heads: int) -> None:
         ("pyramid(beta=0.5) | snapkv", "beta=0.5", "from 1 up"),
         ("pyramid(bet=2) | snapkv", "bet=2", "did you mean 'beta'"),
         ("ada(floor=2) | snapkv", "floor=2", r"\[0, 1\]"),
-        ("snapkv | pyramid", "'pyramid'", "choose from"),
+        ("snapkv | pyramid(beta=2)", "'pyramid(beta=2)' is a budget", r"before the method, as in pyramid \|"),
+        ("pyramd | snapkv", "compressor='pyramd'", "did you mean 'pyramid'"),
+        ("adda(floor=0) | snapkv", "compressor='adda'", "did you mean 'ada'"),
         ("snapkv | kivi | kivi", "snapkv | kivi | kivi", "any budgets, then one method"),
     ],
 )

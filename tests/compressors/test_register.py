@@ -71,6 +71,17 @@ def test_a_name_belongs_to_one_method() -> None:
         table.register(Mine)
 
 
+@pytest.mark.parametrize("name", ["pyramid", "ada", "rest", "my-method", "4bit", "two words", ""])
+def test_a_name_that_cannot_be_written_is_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    mine = type("Mine", (Newest,), {"name": name})
+    with pytest.raises(OptionError, match=f"the name {name!r} .*`compressor`[\\s\\S]*Mine[\\s\\S]*fix: choose"):
+        table.register(mine)
+    assert not table._registered
+    offer(monkeypatch, name, "no_such_module:Method")
+    with pytest.raises(OptionError, match=f"the name {name!r} .*`compressor`[\\s\\S]*entry point"):
+        table.find_method(name)
+
+
 def test_an_entry_point_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     offer(monkeypatch, "snapkv2", "vericache_compile.compressors.snapkv:SnapKV")
     assert "snapkv2" in table.method_names()

@@ -25,7 +25,7 @@ from vericache_compile.compressors.rotatekv import hadamard
 from vericache_compile.compressors.snapkv import SnapKV
 from vericache_compile.compressors.spec import parse
 from vericache_compile.compressors.streaming import Streaming
-from vericache_compile.compressors.table import COMPRESSORS, make_compressor
+from vericache_compile.compressors.table import BUDGETS, COMPRESSORS, make_compressor
 from vericache_compile.compressors.turboquant import codebook, rotation
 from vericache_compile.errors import OptionError
 from vericache_compile.testing import check_refusals, check_region, check_whole, random_row, storages
@@ -58,7 +58,7 @@ def test_an_unknown_name_is_told_the_nearest_and_all() -> None:
     with pytest.raises(OptionError) as caught:
         make_compressor("snapvk")
     assert caught.value.found == "compressor='snapvk'"
-    assert caught.value.fix == f"did you mean 'snapkv'? choose from: {', '.join(COMPRESSORS)}"
+    assert caught.value.fix == f"did you mean 'snapkv'? choose from: {', '.join([*COMPRESSORS, *BUDGETS])}"
     with pytest.raises(OptionError, match=r"fix: choose from: none"):
         make_compressor("zzzz")
 

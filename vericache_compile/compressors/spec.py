@@ -13,22 +13,25 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable, Iterator, Mapping
-from inspect import signature
+from collections.abc import Iterator, Mapping
 
 from vericache_compile.compressors.base import Compressor
 from vericache_compile.compressors.chain import make_chain
-from vericache_compile.compressors.head_budget import Ada
-from vericache_compile.compressors.layer_budget import Pyramid
 from vericache_compile.compressors.per_layer import PerLayer
-from vericache_compile.compressors.table import find_method, make_compressor, make_with_all, suggest
+from vericache_compile.compressors.table import (
+    BUDGETS,
+    NAME,
+    budget_parameters,
+    find_method,
+    make_compressor,
+    make_with_all,
+    suggest,
+)
 from vericache_compile.errors import OptionError
 
 METHOD = re.compile(r"\s*(?P<name>\w+)\s*(?:\((?P<inside>[^()]*)\))?\s*")
 SITES = re.compile(r"\s*(?:(?P<rest>rest)|(?P<first>\d+)(?:\s*-\s*(?P<last>\d+))?)\s*:(?P<text>.*)", re.DOTALL)
 FORM = "write name, name(parameter=value, ...), one | another, or 0-1: one, rest: another"
-BUDGETS: Mapping[str, Callable[..., Compressor]] = {"pyramid": Pyramid, "ada": Ada}
-"""What may stand before a method and say how its budget is spread."""
 
 
 def parse(text: str, options: Mapping[str, object]) -> Compressor:
@@ -52,7 +55,7 @@ def parse(text: str, options: Mapping[str, object]) -> Compressor:
 
 def options_of(text: str) -> set[str]:
     """The backend's options that some method in `text` takes; raises OptionError for an unknown method."""
-    names = (match.group(1) for match in re.finditer(r"([A-Za-z_]\w*)(?=\s*(?:\(|\||,|$))", _outside(text)))
+    names = (match.group(1) for match in re.finditer(rf"({NAME})(?=\s*(?:\(|\||,|$))", _outside(text)))
     return {option for name in names if name not in BUDGETS for option in find_method(name).parameters}
 
 
@@ -95,17 +98,20 @@ def _spread(text: str, method: Compressor) -> Compressor:
     found = METHOD.fullmatch(text)
     assert found is not None, "its name was read"
     budget, given = BUDGETS[found["name"]], dict(_parse_parameters(found["inside"] or "", text.strip()))
-    known = list(signature(budget).parameters)[1:]
+    known = list(budget_parameters(budget))
     for parameter, value in given.items():
         if parameter not in known:
             raise OptionError(f"{parameter}={value!r}", f"budget {found['name']!r}", suggest(parameter, known))
-    return budget(method, **given)
+    return budget(**{budget.around: method, **given})
 
 
 def _parse_method(text: str, options: Mapping[str, object]) -> Compressor:
     found = METHOD.fullmatch(text)
     if found is None:
         raise OptionError(f"{text.strip()!r}", "a compressor", FORM)
+    if found["name"] in BUDGETS:
+        fix = f"write it before the method, as in {found['name']} | snapkv(keep=0.2)"
+        raise OptionError(f"{text.strip()!r} is a budget", "a compressor after |", fix)
     given = dict(_parse_parameters(found["inside"] or "", text.strip()))
     taken = find_method(found["name"]).parameters
     return make_with_all(found["name"], **{k: v for k, v in options.items() if k in taken} | given)

@@ -1,12 +1,13 @@
 """Every compression method by its name: ours, those of other packages, those that a program registers.
 
 A package offers a method as an entry point of the group `vericache_compressors`, whose name is the method's; a
-program decorates its class with `register`. A name belongs to one method, and ours come first.
+program decorates its class with `register`. A name belongs to one method, and ours come first; budgets' names are none.
 """
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
 from importlib.metadata import EntryPoint, entry_points
@@ -14,6 +15,7 @@ from types import MappingProxyType
 from typing import Final, TypeVar
 
 from vericache_compile.compressors.adakv import AdaKV
+from vericache_compile.compressors.around import Around
 from vericache_compile.compressors.base import Compressor
 from vericache_compile.compressors.chunkkv import ChunkKV
 from vericache_compile.compressors.clusterkv import ClusterKV
@@ -22,6 +24,7 @@ from vericache_compile.compressors.expected_attention import ExpectedAttention
 from vericache_compile.compressors.fp8 import Fp8
 from vericache_compile.compressors.gear import Gear
 from vericache_compile.compressors.h2o import H2O
+from vericache_compile.compressors.head_budget import Ada
 from vericache_compile.compressors.int8 import Int8
 from vericache_compile.compressors.keydiff import KeyDiff
 from vericache_compile.compressors.kivi import Kivi
@@ -31,6 +34,7 @@ from vericache_compile.compressors.kvreviver import KVReviver
 from vericache_compile.compressors.kvsharer import KVSharer
 from vericache_compile.compressors.kvzip import KVzip
 from vericache_compile.compressors.lagkv import LagKV
+from vericache_compile.compressors.layer_budget import Pyramid
 from vericache_compile.compressors.none import NoCompression
 from vericache_compile.compressors.packkv import PackKV
 from vericache_compile.compressors.pyramidkv import PyramidKV
@@ -87,6 +91,9 @@ COMPRESSORS: Final[Mapping[str, type[Compressor]]] = MappingProxyType(
     }
 )
 """Our own methods."""
+BUDGETS: Final[Mapping[str, type[Around]]] = MappingProxyType({"pyramid": Pyramid, "ada": Ada})
+"""What may stand before a method and say how its budget is spread."""
+NAME: Final = r"[A-Za-z_]\w*"
 _registered: dict[str, type[Compressor]] = {}
 
 Method = TypeVar("Method", bound=type[Compressor])
@@ -96,9 +103,10 @@ def register(method: Method) -> Method:
     """Class decorator: make a method known by its `name`, for the life of the process.
 
     Registering a class of the same module and name again replaces it, so a notebook cell can be run twice.
-    Raises OptionError where the name is ours or another class's.
+    Raises OptionError where the name is ours or another class's, or cannot stand in `compressor`.
     """
     where = f"{method.__module__}.{method.__qualname__}"
+    _check_name(method.name, where)
     taken = COMPRESSORS.get(method.name) or _registered.get(method.name)
     if taken is not None and f"{taken.__module__}.{taken.__qualname__}" != where:
         raise OptionError(f"the name {method.name!r} is taken by {taken.__qualname__}", where, "choose another name")
@@ -119,7 +127,7 @@ def find_method(name: str) -> type[Compressor]:
     for point in _entry_points():
         if point.name == name:
             return _load(point)
-    raise OptionError(f"compressor={name!r}", "the compressor's name", suggest(name, method_names()))
+    raise OptionError(f"compressor={name!r}", "the compressor's name", suggest(name, [*method_names(), *BUDGETS]))
 
 
 def make_compressor(name: str, **parameters: object) -> Compressor:
@@ -144,6 +152,11 @@ def all_parameters(method: type[Compressor]) -> dict[str, object]:
     return {field.name: _default_of(field) for field in fields(method) if field.init}
 
 
+def budget_parameters(budget: type[Around]) -> dict[str, object]:
+    """A budget's parameters with their defaults, without the method that it stands before."""
+    return {name: default for name, default in all_parameters(budget).items() if name != budget.around}
+
+
 def suggest(found: str, names: list[str]) -> str:
     """What to write instead: the nearest of `names`, and all of them."""
     if not names:
@@ -161,6 +174,14 @@ def _build(method: type[Compressor], parameters: Mapping[str, object], taken: tu
     return method(**parameters)
 
 
+def _check_name(name: str, where: str) -> None:
+    if name in (*BUDGETS, "rest"):
+        raise OptionError(f"the name {name!r} stands for something else in `compressor`", where, "choose another name")
+    if not re.fullmatch(NAME, name):
+        fix = "choose one of letters, digits and _, without a digit in front"
+        raise OptionError(f"the name {name!r} cannot stand in `compressor`", where, fix)
+
+
 def _default_of(field: Field[object]) -> object:
     if field.default_factory is not MISSING:
         return field.default_factory()
@@ -173,6 +194,7 @@ def _entry_points() -> Iterator[EntryPoint]:
 
 def _load(point: EntryPoint) -> type[Compressor]:
     where = f"entry point {point.name!r} = {point.value!r} of group {GROUP}"
+    _check_name(point.name, where)
     try:
         method = point.load()
     except (ImportError, AttributeError) as error:
