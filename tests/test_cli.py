@@ -276,6 +276,7 @@ def test_compressors_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compressors"]) == 0
     shown = capsys.readouterr().out
     assert all(name in shown for name in COMPRESSORS)
+    assert "budgets, before a method and |: pyramid(beta=20.0), ada(floor=0.2)" in shown
 
 
 @pytest.mark.parametrize(

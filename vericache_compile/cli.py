@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if reason is None:
             raise
         print(f"vericache: {reason}", file=sys.stderr)
-        result, code = {"error": {"found": reason.found, "where": reason.where, "fix": reason.fix}}, 2
+        result, code = {"error": reason.parts}, 2
     if args.json:
         print(json.dumps(result, indent=2, default=str))
     return code

@@ -99,22 +99,35 @@ def bench(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
 
 
 def compressors(args: argparse.Namespace) -> tuple[list[dict[str, Any]], int]:
-    """List the compression methods: ours, those of other packages, those that this process registered."""
-    from vericache_compile.compressors.table import all_parameters, find_method, method_names
+    """List the compression methods: ours, those of other packages, those that this process registered.
 
-    found = []
-    for name in method_names():
-        method = find_method(name)
-        parameters = all_parameters(method)
-        needs = list(method.needs)
-        found.append({"name": name, "parameters": parameters, "needs": needs, "paper": method.paper})
+    A package's that cannot be used has an `error`, told below the table like what may stand before a method.
+    """
+    from vericache_compile.compressors.table import BUDGETS, all_methods, all_parameters, budget_parameters
+
+    methods, found = all_methods(), list[dict[str, Any]]()
+    for name, method in methods.items():
+        if isinstance(method, VericacheError):
+            found.append({"name": name, "parameters": {}, "needs": [], "paper": "", "error": method.parts})
+        else:
+            parameters, needs = all_parameters(method), list(method.needs)
+            found.append({"name": name, "parameters": parameters, "needs": needs, "paper": method.paper})
     print_columns("vericache compressors", ("name", "parameters", "needs", "paper"), map(_method_row, found))
+    for name, method in methods.items():
+        if isinstance(method, VericacheError):
+            print(f"{name}: {method}")
+    budgets = (f"{name}({_spell(budget_parameters(budget))})" for name, budget in BUDGETS.items())
+    print(f"budgets, before a method and |: {', '.join(budgets)}")
     return found, 0
 
 
 def _method_row(method: Mapping[str, Any]) -> tuple[str, str, str, str]:
-    parameters = ", ".join(f"{name}={default}" for name, default in method["parameters"].items())
-    return method["name"], parameters, ", ".join(method["needs"]), method["paper"]
+    shown = "error, see below" if "error" in method else _spell(method["parameters"])
+    return method["name"], shown, ", ".join(method["needs"]), method["paper"]
+
+
+def _spell(parameters: Mapping[str, object]) -> str:
+    return ", ".join(f"{name}={default}" for name, default in parameters.items())
 
 
 def _prepare(args: argparse.Namespace) -> tuple[Any, Any, dict[str, Any], dict[str, Any]]:

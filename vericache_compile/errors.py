@@ -8,6 +8,11 @@ class VericacheError(Exception):
         self.found, self.where, self.fix = found, where, fix
         super().__init__(f"{found}\n  where: {where}\n  fix: {fix}")
 
+    @property
+    def parts(self) -> dict[str, str]:
+        """As `--json` prints them."""
+        return {"found": self.found, "where": self.where, "fix": self.fix}
+
 
 class OptionError(VericacheError, ValueError):
     """An option is unknown or out of range."""

@@ -191,7 +191,7 @@ def _no_decode(model: str) -> UnsupportedGraph:
 
 
 def _row(number: int | None, reason: UnsupportedGraph) -> dict[str, Any]:
-    return {"graph": number, "found": reason.found, "where": reason.where, "fix": reason.fix}
+    return {"graph": number, **reason.parts}
 
 
 def _distinct(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from vericache_compile.compressors.learned import Learner
 from vericache_compile.compressors.observed import observe
 from vericache_compile.compressors.rotation import Rotation
 from vericache_compile.compressors.spec import parse
-from vericache_compile.compressors.table import find_method, method_names
+from vericache_compile.compressors.table import all_methods
 from vericache_compile.errors import OptionError, VericacheError
 from vericache_compile.model_state import state_of
 from vericache_compile.optimized_module import calls_compiled
@@ -71,8 +71,9 @@ def learner(compressor: str) -> Learner:
     """The method, with its parameters, that is to be calibrated; raises OptionError where it learns nothing."""
     method = parse(compressor, {})
     if not isinstance(method, Learner):
-        known = ", ".join(name for name in method_names() if issubclass(find_method(name), Learner))
-        raise OptionError(f"{compressor!r} learns nothing", "the compressor to calibrate", f"choose from: {known}")
+        known = [name for name, each in all_methods().items() if isinstance(each, type) and issubclass(each, Learner)]
+        fix = f"choose from: {', '.join(known)}"
+        raise OptionError(f"{compressor!r} learns nothing", "the compressor to calibrate", fix)
     return method
 
 

@@ -60,12 +60,13 @@ def print_table(title: str, rows: Mapping[str, Any], file: TextIO | None = None)
 def print_columns(title: str, names: Sequence[str], rows: Iterable[Sequence[str]], file: TextIO | None = None) -> None:
     """A table with named columns, the first of which is never broken."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(*names, title=title, title_justify="left")
     table.columns[0].no_wrap = True
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     Console(file=file).print(table)
 
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
 from torch import Tensor
 
+from vericache_compile.cli import main
 from vericache_compile.compressors import table
 from vericache_compile.compressors.scorer import WindowScorer
 from vericache_compile.compressors.snapkv import SnapKV
 from vericache_compile.compressors.spec import parse
 from vericache_compile.errors import OptionError
+from vericache_compile.learning import learner
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,35 @@ def test_a_broken_entry_point_is_an_option_error(monkeypatch: pytest.MonkeyPatch
     assert table.find_method("knorm").name == "knorm"
     with pytest.raises(OptionError, match="entry point 'broken'"):
         table.find_method("broken")
+
+
+def test_a_package_that_fails_when_it_is_imported_is_an_option_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "vericache_test_failing.py").write_text("raise RuntimeError('no such device')")
+    monkeypatch.syspath_prepend(tmp_path)
+    offer(monkeypatch, "failing", "vericache_test_failing:Method")
+    with pytest.raises(OptionError, match="it cannot be loaded: no such device"):
+        table.find_method("failing")
+
+
+def test_a_broken_entry_point_leaves_the_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are listed, and what is said of another method is said of it."""
+    offer(monkeypatch, "broken", "no_such_module:Method[/bold]")
+    assert main(["compressors", "--json"]) == 0
+    out, shown = capsys.readouterr()
+    *listed, broken = json.loads(out)
+    assert [method["name"] for method in listed] == list(table.COMPRESSORS)
+    assert not any("error" in method for method in listed)
+    assert broken["name"] == "broken"
+    assert "entry point 'broken'" in broken["error"]["where"]
+    assert "error, see below" in shown
+    assert "\nbroken: it cannot be loaded: No module named 'no_such_module'\n  where: entry point 'broken'" in shown
+    with pytest.raises(OptionError, match="'snapkv' learns nothing") as caught:
+        learner("snapkv")
+    assert caught.value.fix == "choose from: kvquant, recalkv, cskv, kvsharer"
 
 
 def test_ours_come_first(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,6 +130,11 @@ def find_method(name: str) -> type[Compressor]:
     raise OptionError(f"compressor={name!r}", "the compressor's name", suggest(name, [*method_names(), *BUDGETS]))
 
 
+def all_methods() -> dict[str, type[Compressor] | OptionError]:
+    """Every method by its name, or why an entry point gives none."""
+    return {name: _found_or_not(name) for name in method_names()}
+
+
 def make_compressor(name: str, **parameters: object) -> Compressor:
     """The method `name` with the options of the backend that it takes (those in its class's `parameters`).
 
@@ -174,6 +179,13 @@ def _build(method: type[Compressor], parameters: Mapping[str, object], taken: tu
     return method(**parameters)
 
 
+def _found_or_not(name: str) -> type[Compressor] | OptionError:
+    try:
+        return find_method(name)
+    except OptionError as error:
+        return error
+
+
 def _check_name(name: str, where: str) -> None:
     if name in (*BUDGETS, "rest"):
         raise OptionError(f"the name {name!r} stands for something else in `compressor`", where, "choose another name")
@@ -197,7 +209,7 @@ def _load(point: EntryPoint) -> type[Compressor]:
     _check_name(point.name, where)
     try:
         method = point.load()
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # whatever another package's module does when it is imported
         raise OptionError(f"it cannot be loaded: {error}", where, "repair or remove the package") from error
     if not (isinstance(method, type) and issubclass(method, Compressor) and method.name == point.name):
         fix = f"let it name a Compressor class whose name is {point.name!r}"
