@@ -91,7 +91,7 @@ def test_rows_are_bit_equal_on_a_link_of_streams(dtype: torch.dtype, monkeypatch
         assert stats(model)["bytes"]["transferred"]
 
 
-@pytest.mark.parametrize("compressor", ["snapkv", "adakv", "streaming", "h2o"])
+@pytest.mark.parametrize("compressor", ["snapkv", "adakv", "streaming", "h2o", "chunkkv"])
 def test_what_drafts_hold_as_it_was_cached_does_not_come_in_again(
     compressor: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
