@@ -20,7 +20,7 @@ WHY = {
     "keydiff": BY_THE_CODE,
     "kivi": "in 2 bits, as in its paper, every number is off; in 4 it is better than `streaming`.",
     "kvquant": BY_THE_CODE,
-    "kvsharer": "a layer that reads another one's cache is wrong within the first few tokens here, and it takes more bytes.",
+    "kvsharer": "a layer that reads another one's cache is wrong after a few tokens here, and it takes more bytes.",
     "kvzip": "its scores favour no token for being new; `streaming` keeps just those.",
     "lagkv": "each chunk keeps the same share, whatever is in it.",
     "packkv": BY_THE_CODE,
