@@ -14,7 +14,7 @@ D head size, Dv value head size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import ClassVar, NamedTuple, Self
 
@@ -107,12 +107,15 @@ class KVReviver(Compressor):
     rows: int = 3
     """Of the sketch (r)."""
     seed: int = 0
+    refresh: int = field(default=0, kw_only=True, repr=False)
+    """Choose and sketch all anew after so many tokens; 0: never."""
 
     def __post_init__(self) -> None:
         check_keep(self.keep, self.name)
         for option, least in (("window", 1), ("rows", 1)):
             check_count(option, getattr(self, option), least, self.name)
         check_seed(self.seed, self.name)
+        check_count("refresh", self.refresh, 0, self.name)
         if not isinstance(self.vague, float) or not 0 < self.vague < 1:
             raise OptionError(f"vague={self.vague!r}", f"compressor {self.name!r}", "give a share in (0, 1)")
 

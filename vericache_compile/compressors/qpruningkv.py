@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from vericache_compile.compressors.chain import Chain
-from vericache_compile.compressors.dense import check_keep
+from vericache_compile.compressors.dense import check_count, check_keep
 from vericache_compile.compressors.kivi import Kivi
 from vericache_compile.compressors.quantizer import Quantizer
 from vericache_compile.compressors.scorer import Chooser
@@ -30,9 +30,12 @@ class QPruningKV(Chain):
     quantise: Quantizer = field(init=False, repr=False)
     keep: float = 0.5
     bits: int = 4
+    refresh: int = field(default=0, kw_only=True, repr=False)
+    """Choose anew among all tokens after so many tokens; 0: never."""
 
     def __post_init__(self) -> None:
         check_keep(self.keep, self.name)
+        check_count("refresh", self.refresh, 0, self.name)
         if isinstance(self.bits, bool) or self.bits not in (2, 4):
             raise OptionError(f"bits={self.bits!r}", f"compressor {self.name!r}", "give 2 or 4")
         object.__setattr__(self, "drop", SnapKV(keep=self.keep))

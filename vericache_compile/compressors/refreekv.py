@@ -13,7 +13,7 @@ Shapes: H query heads, K KV heads, S tokens, N slots kept, D head size, w querie
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -41,6 +41,8 @@ class ReFreeKV(Chooser):
     """First tokens, which are ranked before the newest."""
     whole: int = 2
     """So many first layers keep everything."""
+    refresh: int = field(default=0, kw_only=True, repr=False)
+    """Rank all anew after so many tokens; 0: never."""
 
     def __post_init__(self) -> None:
         if not is_number(self.threshold) or not 0 <= self.threshold < 1:
@@ -48,6 +50,7 @@ class ReFreeKV(Chooser):
             raise OptionError(f"threshold={self.threshold!r}", f"compressor {self.name!r}", fix)
         check_count("sinks", self.sinks, 0, self.name)
         check_count("whole", self.whole, 0, self.name)
+        check_count("refresh", self.refresh, 0, self.name)
 
     @property
     def queries(self) -> int:

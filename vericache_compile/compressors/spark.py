@@ -14,7 +14,7 @@ Shapes: K KV heads, S tokens, D head size, Dv value head size, n kept of a token
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -51,10 +51,13 @@ class SparK(Fitted):
     window: int = 32
     """Last queries that weigh channels."""
     sinks: int = 0
+    refresh: int = field(default=0, kw_only=True, repr=False)
+    """Weigh all channels anew after so many tokens; 0: never."""
 
     def __post_init__(self) -> None:
         check_count("window", self.window, 1, self.name)
         check_count("sinks", self.sinks, 0, self.name)
+        check_count("refresh", self.refresh, 0, self.name)
         for option in ("channels", "value_channels"):
             if not is_number(share := getattr(self, option)) or not 0 < share <= 1:
                 fix = "give the fraction to keep, in (0, 1]"
