@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from vericache_compile.compressors.adakv import AdaKV
 from vericache_compile.compressors.base import Compressor
 from vericache_compile.compressors.layer_budget import pyramid_share
 from vericache_compile.compressors.pyramidkv import PyramidKV
+from vericache_compile.compressors.snapkv import SnapKV
 from vericache_compile.compressors.spec import parse
 from vericache_compile.plan import Site
 from vericache_compile.runtime.attention import attend_compressed
@@ -108,3 +110,15 @@ def test_a_site_has_the_method_that_was_written_for_it(full: FullKV) -> None:
     for held in draft.layers[1:]:
         assert held.packed
         assert [region.slots for region in held.regions] == [30, 28, 5]
+
+
+def test_scores_are_on_the_models_own_scale(make_sites: Sites, fill: Fill) -> None:
+    """SnapKV over a model that scales its products by another number than D^-0.5: as it chooses by that attention."""
+    scale, chosen = 1.5, []
+    for site_scale, factor in ((scale, 1.0), (0.25, 4 * scale)):  # 0.25 = 16^-0.5
+        sites = [replace(site, scale=site_scale) for site in make_sites(1)]
+        full = FullKV(sites, 1)
+        fill(full, 0, 300)
+        queries = [[None if q is None else q * factor for q in row[:1]] for row in queries_of(full)]
+        chosen.append(compress(SnapKV(keep=0.2), full, [0], [300], queries, 50).layers[0].regions[0].materialize()[0])
+    assert torch.equal(*chosen)
