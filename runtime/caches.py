@@ -21,7 +21,7 @@ from vericache_compile.kernels.block_attention import BLOCK
 from vericache_compile.kernels.write_token import write_token
 from vericache_compile.plan import Site, Tier
 from vericache_compile.runtime.attention import Visible
-from vericache_compile.runtime.remainder import Remainder
+from vericache_compile.runtime.remainder import Newest, Remainder
 
 if TYPE_CHECKING:
     from vericache_compile.runtime.draft_step import DraftStep
@@ -30,6 +30,8 @@ GROWTH = 1024
 """Columns added when a full cache is out of room."""
 Remainders = list[Remainder | None]
 """What regions of one site leave out, per row; None where full KV comes whole."""
+Tips = list[Newest | None]
+"""The newest tokens that regions of one site hold as they were cached, per row."""
 
 Reaches = Sequence[int | None]
 """Per site the columns that a token attends to, None for all; empty where it is all at every site."""
@@ -167,6 +169,8 @@ class DraftLayer:
     """Whether regions are kept packed and materialised at each use; else they live in `keys` and `values`."""
     remainders: Remainders
     """What each row's region leaves out of full KV, where that lives in host memory."""
+    tips: Tips
+    """What each row's region holds of full KV at its end, where that lives outside the device."""
     capacity: int
     """Tokens that a tail gathers, at most; buffers may have room for more, for regions that grow in place."""
     reach: int | None = None
@@ -246,7 +250,7 @@ class DraftLayer:
     @cached_property
     def exact_from(self) -> list[int]:
         """Column from which on each row lies here as it is in full KV: the end of its region, then its tail."""
-        exact = [0 if self.packed else region.exact for region in self.regions]
+        exact = [0 if self.packed or tip is None else tip.count for tip in self.tips]
         return [start - count for start, count in zip(self.starts, exact, strict=True)]
 
     @cached_property

@@ -5,9 +5,11 @@ Shapes: B batch, K KV heads, D head size, E value head size.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -18,11 +20,12 @@ from vericache_compile.compressors.dense import DenseKV
 from vericache_compile.compressors.facts import Facts
 from vericache_compile.compressors.none import NoCompression
 from vericache_compile.plan import Site
-from vericache_compile.runtime.caches import DraftKV, DraftLayer, FullKV, Reaches, Remainders, keys_and_values
-from vericache_compile.runtime.remainder import carry_over, set_apart
+from vericache_compile.runtime.caches import DraftKV, DraftLayer, FullKV, Reaches, Remainders, Tips, keys_and_values
+from vericache_compile.runtime.remainder import carry_over, check_newest, set_apart
 from vericache_compile.runtime.sliding import OutOfWindow
 from vericache_compile.runtime.tiers import PagedKV
 
+log = logging.getLogger(__name__)
 EXACT = 32
 """Newest tokens that stay in the exact tail when older ones are compressed in."""
 CHUNK = 128
@@ -61,6 +64,8 @@ class Early:
     regions: Regions = field(default_factory=list)
     remainders: list[Remainders] = field(default_factory=list)
     """What they leave out, per site and row."""
+    tips: list[Tips] = field(default_factory=list)
+    """What they hold at their ends, per site and row."""
 
 
 Tell = Callable[[int, int, int, int], Facts]
@@ -125,13 +130,13 @@ def compress(
             layers.append(_place_window(site, exact, pads, columns, room, reach))
             continue
         own = _method(compressor, layer, full.sites, reaches)
-        ready, left = None, None
+        ready, left, tips = None, None, None
         if (
             early is not None
             and layer not in placed
             and own.donor == compressor.for_layer(layer, len(full.sites)).donor
         ):
-            ready, left = early.regions[layer], early.remainders[layer]
+            ready, left, tips = early.regions[layer], early.remainders[layer], early.tips[layer]
         begin = 0 if ready is None else min(p + r.covered for p, r in zip(pads, ready, strict=True))
         exact = Columns(*full.read(layer, begin, max(columns)), [begin] * full.batch)
         if ready is not None:
@@ -141,10 +146,11 @@ def compress(
             regions = compress_site(own, exact, site, spans, queries[layer], made, tell)
         if layer in placed and not _keeps_all(regions):
             regions, whole = _keep_all(exact, list(zip(pads, columns, strict=True))), True
-        if left is None:
+        if left is None or tips is None:
             left = leave_out(full, site, exact, regions, pads, apart)
-        layers.append(_place(site, regions, pads, exact, columns, room, left))
-    _check(layers)
+            tips = hold_newest(full, exact, regions, pads, pads)
+        layers.append(_place(site, regions, pads, exact, columns, room, left, tips))
+    _check(layers, compressor)
     return DraftKV(compressor, layers, columns, pads, whole)
 
 
@@ -161,13 +167,39 @@ def leave_out(
     ]
 
 
-def _check(layers: Sequence[DraftLayer]) -> None:
-    """Forget what was left out by regions that hold something else than tokens as they were cached; the host waits."""
-    found = [(layer, b, each) for layer in layers for b, each in enumerate(layer.remainders) if each is not None]
-    sure = torch.stack([each.sure for *_, each in found]).tolist() if found else []
-    for (layer, b, _), well in zip(found, sure, strict=True):
-        if not well:
-            layer.remainders[b] = None
+def hold_newest(
+    full: FullKV, exact: Columns, regions: Sequence[CompressedKV], pads: Sequence[int], begins: Sequence[int]
+) -> Tips:
+    """What each row's region holds at its end, where full KV comes from elsewhere; `exact` is known from column
+    begins[b] on."""
+    if full.resident:
+        return [None] * len(regions)
+    return [
+        check_newest(*exact.row(b, begin, pad + region.covered), region)
+        for b, (region, pad, begin) in enumerate(zip(regions, pads, begins, strict=True))
+    ]
+
+
+def _check(layers: Sequence[DraftLayer], compressor: Compressor) -> None:
+    """Forget what was left out by regions that hold something else than tokens as they were cached, and what they say
+    of their newest; the host waits."""
+    claims = [each for layer in layers for each in (*layer.remainders, *layer.tips) if each is not None]
+    sure = iter(torch.stack([each.sure for each in claims]).tolist() if claims else [])
+    for layer in layers:
+        layer.remainders = [each if each is not None and next(sure) else None for each in layer.remainders]
+        said = [tip is not None for tip in layer.tips]
+        layer.tips = [tip if tip is not None and next(sure) else None for tip in layer.tips]
+        if said != [tip is not None for tip in layer.tips]:
+            _tell_inexact(str(compressor))
+
+
+@cache
+def _tell_inexact(method: str) -> None:
+    log.warning(
+        "vericache: regions do not hold their newest tokens as they were cached, as they say: these come over the link "
+        "too\n  where: compressor %s\n  fix: correct `exact` of its regions, or leave it out",
+        method,
+    )
 
 
 def extend(
@@ -192,6 +224,7 @@ def extend(
             continue
         donor = _method(compressor, layer, full.sites, reaches).donor
         regions: list[CompressedKV] = []
+        known: Sequence[int] = held.exact_from
         for b, (region, start, column) in enumerate(zip(held.regions, held.starts, columns, strict=True)):
             end = max(start, column - EXACT)
             k, v = exact.row(b, start, end)
@@ -207,10 +240,11 @@ def extend(
             regions.append(region)
         if layer in placed and not _keeps_all(regions):
             exact, draft.whole = Columns(*full.read(layer, 0, max(columns)), [0] * full.batch), True
-            regions = _keep_all(exact, list(zip(pads, columns, strict=True)))
+            regions, known = _keep_all(exact, list(zip(pads, columns, strict=True))), pads
         left = list(map(carry_over, held.remainders, held.regions, regions))
-        layers[layer] = _place(site, regions, pads, exact, columns, room, left, held)
-    _check(layers)
+        tips = hold_newest(full, exact, regions, pads, known)
+        layers[layer] = _place(site, regions, pads, exact, columns, room, left, tips, held)
+    _check(layers, compressor)
 
 
 def _keeps_all(regions: Sequence[CompressedKV]) -> bool:
@@ -262,7 +296,8 @@ def _place_window(
     starts = _window_starts(pads, columns, reach)
     k, v = exact.keys[0], exact.values[0]
     regions: list[CompressedKV] = [OutOfWindow.like(k, v, start - pad) for start, pad in zip(starts, pads, strict=True)]
-    made = _place(site, regions, pads, exact, columns, room, [None] * len(regions), before)
+    nothing = [None] * len(regions)
+    made = _place(site, regions, pads, exact, columns, room, [*nothing], [*nothing], before)
     made.reach = reach
     return made
 
@@ -280,6 +315,7 @@ def _place(
     columns: Sequence[int],
     room: int,
     remainders: Remainders,
+    tips: Tips,
     before: DraftLayer | None = None,
 ) -> DraftLayer:
     """A site's draft cache: unpacked regions moved into its buffer, and tails filled with what is exact.
@@ -299,7 +335,7 @@ def _place(
         spare = EXACT + slots // SPARE if exact.keys.is_cuda and not packed else 0
         keys, values = keys_and_values(site, (*exact.keys.shape[:2], needed + spare), exact.keys)
     capacity = longest + room - max(needed - keys.shape[2], 0)
-    made = DraftLayer(regions, slots, starts, keys, values, packed, remainders, capacity)
+    made = DraftLayer(regions, slots, starts, keys, values, packed, remainders, tips, capacity)
     for b, (region, (k, v)) in enumerate(zip(regions, tails, strict=True)):
         if not packed and isinstance(region, DenseKV):
             own = slice(slots - region.slots, slots)

@@ -2,7 +2,8 @@
 
 A method that drops tokens keeps the others as they were cached (`CompressedKV.as_cached`). Which ones is found by
 comparing bits, so no method can say it wrong. On the device the two are put together in the order of the cache, so that
-attention gives the same bits as over full KV that came whole.
+attention gives the same bits as over full KV that came whole. What a method says of its newest tokens
+(`CompressedKV.exact`) is compared too.
 
 Shapes: K KV heads, S tokens of a region, N slots of its fullest head, M tokens left out by its emptiest, D head size.
 """
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from vericache_compile.compressors.base import CompressedKV
+from vericache_compile.compressors.dense import DenseKV
 from vericache_compile.kernels import launch
 from vericache_compile.kernels.interleave import count_before, interleave, interleave_reference, take
 from vericache_compile.plan import Site
@@ -73,6 +75,31 @@ class Remainder:
             interleave(*parts, self.before, self.firsts)
         else:
             interleave_reference(*parts, self.firsts)
+
+
+@dataclass(frozen=True)
+class Newest:
+    """So many of a region's last tokens that its last slots hold as they were cached."""
+
+    count: int
+    sure: Tensor
+    """A bool on the device: whether that is true to the bit. If not, none of them counts."""
+
+
+def check_newest(keys: Tensor, values: Tensor, region: CompressedKV) -> Newest | None:
+    """What a region says of its newest tokens, which are the last of the keys [K, S, D] and values [K, S, E].
+
+    None where it says nothing, or is kept packed. Not sure where it says more than there is. The host waits for
+    nothing.
+    """
+    count = region.exact
+    if not count or not isinstance(region, DenseKV):
+        return None
+    if not 0 < count <= min(region.slots, keys.shape[1]):
+        return Newest(count, torch.zeros((), dtype=torch.bool, device=keys.device))
+    pairs = zip((keys, values), region.materialize(), strict=True)
+    same = [(_bits(full[:, -count:]) == _bits(own[:, -count:])).all() for full, own in pairs]
+    return Newest(count, same[0] & same[1])
 
 
 def set_apart(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vericache_compile.latent import absorb
 from vericache_compile.runtime.caches import whole_types
-from vericache_compile.runtime.compression import Columns, Early, compress_site, leave_out
+from vericache_compile.runtime.compression import Columns, Early, compress_site, hold_newest, leave_out
 from vericache_compile.runtime.sequences import Sequence, followed
 from vericache_compile.runtime.sliding import OutOfWindow
 
@@ -71,6 +71,7 @@ class Store:
             rows = zip(k, v, early.pads, strict=True)
             early.regions.append([OutOfWindow.like(own_k, own_v, k.shape[2] - pad) for own_k, own_v, pad in rows])
             early.remainders.append([None] * k.shape[0])
+            early.tips.append([None] * k.shape[0])
             return
         own = early.compressor.for_layer(layer, len(sites))
         spans = [(pad, k.shape[2]) for pad in early.pads]
@@ -78,4 +79,6 @@ class Store:
         exact = Columns(k, v, [0] * k.shape[0])
         made = compress_site(own, exact, sites[layer], spans, asked, early.regions)
         early.regions.append(made)
-        early.remainders.append(leave_out(self.sequence.full, sites[layer], exact, made, early.pads, early.apart))
+        full, pads = self.sequence.full, early.pads
+        early.remainders.append(leave_out(full, sites[layer], exact, made, pads, early.apart))
+        early.tips.append(hold_newest(full, exact, made, pads, pads))

@@ -11,8 +11,9 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import streams
@@ -25,7 +26,10 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from vericache_compile import stats
-from vericache_compile.runtime import drafting
+from vericache_compile.compressors import table
+from vericache_compile.compressors.base import Compressor
+from vericache_compile.compressors.dense import DenseKV
+from vericache_compile.runtime import compression, drafting
 from vericache_compile.runtime.caches import BLOCK
 from vericache_compile.runtime.pace import Pace
 from vericache_compile.runtime.ring import Ring, aligned
@@ -125,6 +129,67 @@ def test_what_draft_steps_choose_comes_from_where_full_kv_lives(
         accepted.append((made["rounds"], made["accepted"]))
         assert bool(made["bytes"]["recalled"]) == (placement != "device")
     assert accepted[0] == accepted[1] == accepted[2]
+
+
+class BoastfulKV(DenseKV):
+    """Says that it holds all its tokens as they were cached."""
+
+    lie = ""
+
+    @property
+    def exact(self) -> int:
+        """All, whatever it holds."""
+        return self.covered
+
+    def extend(self, keys: Tensor, values: Tensor, queries: Tensor | None) -> BoastfulKV:
+        """Of what joins the half, where that is the lie."""
+        factor = 0.5 if self.lie in ("all halved", "later ones halved") else 1.0
+        made = BoastfulKV(
+            torch.cat([self.keys, keys * factor], 1),
+            torch.cat([self.values, values * factor], 1),
+            self.covered + keys.shape[1],
+        )
+        made.lie = self.lie
+        return made
+
+
+@dataclass(frozen=True)
+class Boastful(Compressor):
+    """A method whose regions are not what they say."""
+
+    name: ClassVar[str] = "boastful"
+    parameters: ClassVar[tuple[str, ...]] = ("lie",)
+
+    lie: str = "all halved"
+
+    def compress(self, keys: Tensor, values: Tensor, queries: Tensor | None) -> BoastfulKV:
+        """Half of each number, or half of the tokens, or all as it is."""
+        covered = keys.shape[1]
+        if self.lie == "all halved":
+            keys, values = keys * 0.5, values * 0.5
+        elif self.lie == "more than it holds":
+            keys, values = keys[:, covered // 2 :], values[:, covered // 2 :]
+        made = BoastfulKV(*(x.clone(memory_format=torch.contiguous_format) for x in (keys, values)), covered)
+        made.lie = self.lie
+        return made
+
+
+@pytest.mark.parametrize("placement", ["host", "disk"])
+@pytest.mark.parametrize("lie", ["all halved", "later ones halved", "more than it holds"])
+def test_a_method_that_is_wrong_about_what_it_holds_costs_no_bit(
+    lie: str, placement: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What it says is compared, when regions are made and when tokens join them; said once."""
+    monkeypatch.setattr(drafting, "CHUNK", 12)
+    monkeypatch.setitem(table._registered, "boastful", Boastful)
+    compression._tell_inexact.cache_clear()
+    (model, switch), inputs = shared("llama", "what drafts hold"), make_prompt(500, 3)
+    first = logits_of(model, switch, inputs, 60, **EAGER)
+    how = {"placement": placement, "staging_mb": 0.001, "compressor": f"boastful(lie='{lie}')"}
+    for _ in range(2):
+        assert torch.equal(first, logits_of(model, switch, inputs, 60, **how, **EAGER))
+    [told] = [r.getMessage() for r in caplog.records if "as they say" in r.getMessage()]
+    assert all(part in told for part in ("where: compressor Boastful", lie, "fix: correct `exact`"))
 
 
 @settings(max_examples=8, deadline=None)
