@@ -179,7 +179,8 @@ class PagedKV(FullKV):
     def select(self, rows: Sequence[int], columns: int) -> PagedKV:
         """The first `columns` columns of the given rows (repeats allowed); whole pages are shared until written."""
         copy = PagedKV(self.sites, len(rows), self.tier, self.folder, self.link)
-        copy.page, copy.columns, copy.device, copy._files = self.page, self.columns, self.device, self._files
+        copy.page, copy.columns, copy.device = self.page, self.columns, self.device
+        copy._files, copy._full_disk = self._files, self._full_disk
         self.link.synchronize()
         whole = columns // self.page if self.page else 0
         for layer, held in enumerate(self.pages):
