@@ -18,6 +18,7 @@ from torch.fx import GraphModule
 
 from vericache_compile.errors import PageLost
 from vericache_compile.plan import CapturedPlan
+from vericache_compile.runtime.caches import zeros_for
 from vericache_compile.runtime.sequences import Sequence
 
 log = logging.getLogger(__name__)
@@ -45,6 +46,27 @@ class Known(NamedTuple):
     """Tokens from there on."""
 
 
+class Masks:
+    """Copies of masks [B, C] of one call after another: those that go on from the one before share a buffer with it."""
+
+    def __init__(self) -> None:
+        self._buffer = self._longest = torch.empty(0, 0)
+
+    def copy(self, mask: Tensor) -> Tensor:
+        """A view [B, C] that is never written to again."""
+        held, columns = self._longest, mask.shape[1]
+        common = min(held.shape[1], columns)
+        typed = (held.dtype, held.device) == (mask.dtype, mask.device)
+        alike = typed and torch.equal(held[:, :common], mask[:, :common])
+        if alike and common == columns:
+            return held[:, :columns]
+        if not alike or columns > self._buffer.shape[1]:
+            self._buffer, common = zeros_for((mask.shape[0], 2 * columns), mask), 0
+        self._buffer[:, common:columns] = mask[:, common:]
+        self._longest = self._buffer[:, :columns]
+        return self._longest
+
+
 @dataclass(frozen=True)
 class Call:
     """One call that ran as captured: `count` columns from `column` on."""
@@ -53,7 +75,9 @@ class Call:
     module: GraphModule
     """That of the plan's which ran."""
     inputs: list[Any]
-    """Cache tensors as shapes without data."""
+    """Cache tensors as shapes without data; the mask a part of `masks`."""
+    masks: Masks
+    """Shared with the calls before."""
     column: int
     count: int
     """Those of its columns that still stand: fewer where the cache was cropped into it."""
@@ -66,6 +90,11 @@ class Call:
     origin: tuple[int, ...]
     """Of the batch of the call before, the rows that these go on from."""
 
+    @property
+    def given(self) -> list[Any]:
+        """The inputs to run it with: a mask side by side."""
+        return [x.contiguous() if i == self.plan.roles.mask else x for i, x in enumerate(self.inputs)]
+
 
 def record(
     sequence: Sequence, plan: CapturedPlan, module: GraphModule, inputs: Rows[Any], column: int, count: int
@@ -74,9 +103,12 @@ def record(
     to later, and of all whose changes nobody counts."""
     past = {index for site in plan.sites for index in site.past or ()}
     weights, watched, kept = set(plan.roles.weights), [], list(inputs)
+    masks = sequence.calls[-1].masks if sequence.calls else Masks()
     for index, value in enumerate(inputs):
         if index in past:
             kept[index] = value.new_zeros(()).expand(value.shape)
+        elif index == plan.roles.mask:
+            kept[index] = masks.copy(value)
         elif isinstance(value, Tensor):
             small = value.dim() <= 2 and not value.is_floating_point()
             if index in weights or not (small or value.is_inference()):
@@ -87,7 +119,7 @@ def record(
     before, batch = _known(sequence, column), len(sequence.rows)
     origin = tuple(sequence.origin if sequence.calls else range(batch))
     version = version_of(kept, watched)
-    sequence.calls.append(Call(plan, module, kept, column, count, tuple(watched), version, before, origin))
+    sequence.calls.append(Call(plan, module, kept, masks, column, count, tuple(watched), version, before, origin))
     sequence.origin = range(batch)
 
 

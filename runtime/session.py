@@ -275,7 +275,7 @@ class Session:
         def run_call(replica: Sequence, call: Call) -> None:
             replica.draft = None  # its tail need not have room for the call
             pads, shown = [row.pad for row in replica.rows], columns_shown(call.plan, call.inputs)
-            call.module(Store(replica, call.column, 0, pads, shown), *call.inputs)
+            call.module(Store(replica, call.column, 0, pads, shown), *call.given)
 
         def verify(replica: Sequence, tokens: Tensor) -> None:
             self._run_round(replica, tokens, Counts())

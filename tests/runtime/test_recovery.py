@@ -20,7 +20,9 @@ from vericache_compile import stats
 from vericache_compile.api import _compilation
 from vericache_compile.errors import GhostError, PageLost
 from vericache_compile.plan import Tier
+from vericache_compile.runtime.caches import bytes_of
 from vericache_compile.runtime.pages import FilePage
+from vericache_compile.runtime.recovery import Masks
 from vericache_compile.runtime.tiers import PagedKV
 
 OPTIONS = {"placement": "disk", "staging_mb": 0.001, "window": 8, "inductor": False}
@@ -73,6 +75,46 @@ def test_a_lost_page_comes_back_to_the_bit(batch: int, caplog: pytest.LogCapture
     assert torch.equal(ours, expected)
     assert caplog.text.count("computed again from its tokens") == 1
     assert stats(model)["placement"] == "host"
+
+
+def test_steps_that_run_as_captured_come_back_and_keep_no_mask_each() -> None:
+    """A mask with holes: rows are right after a loss, and what is noted of a step is the same at any length."""
+    model, prompt = make_tiny("llama", layers=2), make_prompt(600, 2)
+    prompt["attention_mask"][0, 5:9] = 0
+    model.compile(backend="vericache", options=OPTIONS)
+    held = []
+
+    def note(step: int) -> None:
+        if step in (20, 40, 80):
+            sequence = _compilation(model)[1].session.newest
+            assert sequence is not None
+            assert len(sequence.calls) == step
+            held.append(bytes_of(*(call.inputs[call.plan.roles.mask or 0] for call in sequence.calls)))
+
+    expected = decode(model, prompt, 90, note)
+    assert held[0] == held[1] == held[2] <= 2 * 2 * 600 * 8
+
+    def lose(step: int) -> None:
+        if step == 80:
+            damage(newest(model), layer=1, row=1, index=0)
+
+    assert torch.equal(decode(model, prompt, 90, lose), expected)
+    assert stats(model)["placement"] == "host"
+
+
+def test_masks_are_as_they_were_whatever_came_after() -> None:
+    """Longer ones, shorter ones, others, of two sequences that go on from one; not all in buffers of their own."""
+    masks, given, kept = Masks(), [], []
+    for columns in (300, 301, 500, 700, 650, 701, 702):
+        for hole in (5, 5, 640):
+            mask = torch.ones(2, columns, dtype=torch.int64)
+            mask[1, hole : hole + 3] = 0
+            given.append(mask.clone())
+            kept.append(masks.copy(mask))
+            mask.zero_()
+    assert all(map(torch.equal, given, kept))
+    grown = [masks.copy(torch.ones(2, columns)) for columns in range(1, 400)]
+    assert bytes_of(*grown) < 4 * bytes_of(torch.ones(2, 400))
 
 
 def test_the_caller_may_write_to_what_it_has_handed_over() -> None:
