@@ -7,6 +7,7 @@ import gc
 import logging
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -53,36 +54,80 @@ def same(ours: list[Tensor], theirs: list[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-@pytest.mark.parametrize("tier", TIERS)
-@settings(max_examples=25, deadline=None)
-@given(data=st.data())
-def test_pages_hold_what_a_resident_cache_holds(make_sites: Sites, tier: Tier, data: st.DataObject) -> None:
-    """Appends at each row's own column, overwriting what was rejected, then any range, whatever went to files."""
-    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
-    sites = make_sites(value_size=24, dtype=dtype)
-    batch = data.draw(st.integers(1, 3))
-    ours, theirs = make(sites, batch, tier), FullKV(sites, batch)
-    lengths = [0] * batch
-    for seed in range(data.draw(st.integers(1, 5))):
-        count = data.draw(st.integers(1, 400))
-        kept = data.draw(st.lists(st.integers(0, count), min_size=batch, max_size=batch))
+@dataclass
+class Twins:
+    """A sequence in pages and the same on the device, and how long each of its rows is."""
+
+    ours: PagedKV
+    theirs: FullKV
+    lengths: list[int]
+
+    def append(self, count: int, kept: list[int], seed: int) -> None:
+        """`count` columns behind each row's own, of which so many stay; the rest is overwritten later."""
         generator = torch.Generator().manual_seed(seed)
-        for full in (ours, theirs):
-            full.reserve(max(lengths) + count, CPU)
-        for site in sites:
+        for full in (self.ours, self.theirs):
+            full.reserve(max(self.lengths) + count, CPU)
+        for site in self.ours.sites:
             k, v = (
-                torch.randn(batch, 2, count, size, generator=generator).to(dtype)
+                torch.randn(len(kept), 2, count, size, generator=generator).to(site.dtype)
                 for size in (site.head_size, site.value_size)
             )
-            for full in (ours, theirs):
-                full.append(site.layer, k, v, lengths)
-        lengths = [length + more for length, more in zip(lengths, kept, strict=True)]
-        for site in sites:
-            ours.settle(site.layer, lengths)
-    whole = min(lengths)
-    begin = data.draw(st.integers(0, whole))
-    assert same(contents(ours, begin, whole), contents(theirs, begin, whole))
-    assert bool(files_of(ours)) == (tier is Tier.DISK and max(lengths) >= 256)
+            for full in (self.ours, self.theirs):
+                full.append(site.layer, k, v, self.lengths)
+        self.lengths = [length + more for length, more in zip(self.lengths, kept, strict=True)]
+        for site in self.ours.sites:
+            self.ours.settle(site.layer, self.lengths)
+
+    def select(self, rows: list[int], columns: int) -> Twins:
+        """A fork."""
+        lengths = [min(self.lengths[row], columns) for row in rows]
+        return Twins(self.ours.select(rows, columns), self.theirs.select(rows, columns), lengths)
+
+    def check(self, begin: int, end: int) -> None:
+        """Columns [begin, end), of each row as far as it goes."""
+        for site in self.ours.sites:
+            pairs = list(
+                zip(self.ours.read(site.layer, begin, end), self.theirs.read(site.layer, begin, end), strict=True)
+            )
+            for b, length in enumerate(self.lengths):
+                own = slice(0, max(length - begin, 0))
+                assert all(torch.equal(ours[b, :, own], theirs[b, :, own]) for ours, theirs in pairs)
+            kept = [page for b, row in enumerate(self.ours.pages[site.layer]) for page in row[: self.lengths[b] // 256]]
+            assert all(isinstance(page, FilePage) == (self.ours.tier is Tier.DISK) for page in kept)
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_pages_hold_what_a_resident_cache_holds(make_sites: Sites, tier: Tier, data: st.DataObject) -> None:
+    """Sequences side by side: appends at each row's own column, crops, forks that go on; then any range of each row,
+    whatever went to files."""
+    sites = make_sites(value_size=24, dtype=data.draw(st.sampled_from([torch.float32, torch.bfloat16])))
+    home, held = Home(tier, None, None, Link()), list[Twins]()
+    for seed in range(data.draw(st.integers(2, 8))):
+        known = [each for each in held if max(each.lengths)]
+        what = data.draw(st.sampled_from(["new", "append", "append", "crop", "fork"] if known else ["new"]))
+        one = data.draw(st.sampled_from(known)) if known else None
+        if what == "crop" and one is not None:
+            to = data.draw(st.integers(0, max(one.lengths)))
+            one.lengths = [min(length, to) for length in one.lengths]
+            continue
+        if what == "fork" and one is not None:
+            rows = data.draw(st.lists(st.integers(0, len(one.lengths) - 1), min_size=1, max_size=3))
+            one = one.select(rows, data.draw(st.integers(1, max(one.lengths))))
+            held.append(one)
+        elif what == "new" or one is None:
+            batch = data.draw(st.integers(1, 3))
+            ours = home.make(sites, batch, 0, CPU)
+            assert isinstance(ours, PagedKV)
+            one = Twins(ours, FullKV(sites, batch), [0] * batch)
+            held.append(one)
+        count, batch = data.draw(st.integers(1, 400)), len(one.lengths)
+        one.append(count, data.draw(st.lists(st.integers(0, count), min_size=batch, max_size=batch)), seed)
+    for each in held:
+        begin, end = sorted(data.draw(st.integers(0, max(each.lengths))) for _ in range(2))
+        each.check(begin, end)
+        each.check(0, max(each.lengths))
 
 
 @pytest.mark.parametrize(
