@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import signal
 import subprocess
 import sys
 import threading
@@ -172,18 +173,25 @@ def test_a_link_that_nobody_holds_ends_its_thread() -> None:
 
 
 def test_a_program_that_is_interrupted_ends() -> None:
-    """Ctrl-C while a transfer is under way."""
+    """Ctrl-C while it waits for a transfer that has no end."""
     program = """
-import time
+import signal, time
 from vericache_compile.runtime.transfers import Link
+signal.signal(signal.SIGINT, signal.default_int_handler)
 def slow():
+    print("under way", flush=True)
     while True:
         time.sleep(0.01)
         yield 1
-link = Link()
-link.submit(slow())
-raise KeyboardInterrupt
+Link().submit(slow()).result()
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
-    assert "KeyboardInterrupt" in done.stderr
-    assert done.returncode != 0
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        assert running.stdout is not None
+        assert running.stdout.readline() == b"under way\n"
+        running.send_signal(signal.SIGINT)
+        try:
+            _, err = running.communicate(timeout=60)
+        finally:
+            running.kill()
+    assert b"KeyboardInterrupt" in err
+    assert running.returncode == -signal.SIGINT
