@@ -36,7 +36,7 @@ class ReFreeKV(Chooser):
     needs: ClassVar[tuple[str, ...]] = ("queries", "layers", "count")
 
     threshold: float = 0.01
-    """Fraction of the norm that may be lost, in [0, 1)."""
+    """Fraction of the norm that may be lost, in [0, 1); with 0 everything is kept."""
     sinks: int = 4
     """First tokens, which are ranked before the newest."""
     whole: int = 2
@@ -62,9 +62,9 @@ class ReFreeKV(Chooser):
         """No first tokens among those that join later."""
         return type(self)(self.threshold, 0, self.whole)
 
-    def for_layer(self, layer: int, layers: int) -> Chooser:
+    def for_layer(self, layer: int, layers: int) -> ReFreeKV:
         """Itself, but for the first layers, which keep everything."""
-        return _Whole(self.threshold, self.sinks, self.whole) if layer < self.whole else self
+        return type(self)(0.0, self.sinks, self.whole) if layer < self.whole else self
 
     def newest(self, kept: int, tokens: int) -> int:
         """All but the sinks, which are ranked first."""
@@ -72,6 +72,8 @@ class ReFreeKV(Chooser):
 
     def choose(self, keys: Tensor, values: Tensor, queries: Tensor | None, covered: int) -> Tensor:
         """Indices [K, N], the same for all K, by the last of queries [H, w, D]; waits for the count N."""
+        if self.threshold == 0:  # norms in float32 are whole before all tokens are in
+            return torch.arange(covered, device=keys.device).expand(keys.shape[0], -1)
         assert queries is not None
         positions = torch.arange(covered, device=keys.device)
         order = torch.cat([positions[: self.sinks], positions[self.sinks :].flip(0)])
@@ -81,14 +83,6 @@ class ReFreeKV(Chooser):
         short = int((~(lost <= self.threshold)).sum())  # not `>`: what is not a number keeps everything
         kept: Tensor = order[: short + 1].sort().values
         return kept.expand(keys.shape[0], -1)
-
-
-class _Whole(ReFreeKV):
-    """The first layers."""
-
-    def choose(self, keys: Tensor, values: Tensor, queries: Tensor | None, covered: int) -> Tensor:
-        """All indices [K, C]."""
-        return torch.arange(covered, device=keys.device).expand(keys.shape[0], -1)
 
 
 def _attention(keys: Tensor, query: Tensor) -> Tensor:
