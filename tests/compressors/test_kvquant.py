@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from models import make_prompt, make_tiny
+from noted import note_gradients
 from torch import Tensor
 
 from vericache_compile.compressors.kivi import Kivi
@@ -94,6 +96,39 @@ def test_the_codebook_is_lloyds(random_row: Row) -> None:
         means = torch.stack([(numbers * mass)[cell == i].sum() / mass[cell == i].sum() for i in range(4)])
         torch.testing.assert_close(means, levels, atol=5e-3, rtol=0)
     assert not torch.allclose(k_means(x, None, 4), levels)
+
+
+def naive_levels(numbers: list[float], weights: list[float], count: int) -> list[float]:
+    """Weighted k-means in one dimension, 20 turns from quantiles."""
+    ordered = sorted(numbers)
+    levels = [ordered[(2 * i + 1) * len(ordered) // (2 * count)] for i in range(count)]
+    for _ in range(20):
+        mass, moment = [0.0] * count, [0.0] * count
+        for number, weight in zip(numbers, weights, strict=True):
+            own = min(range(count), key=lambda i, x=number: abs(x - levels[i]))  # type: ignore[misc]
+            mass[own] += weight
+            moment[own] += weight * number
+        levels = [m / w if w else level for m, w, level in zip(moment, mass, levels, strict=True)]
+    return levels
+
+
+def test_what_is_learned_weighs_numbers_by_squared_gradients() -> None:
+    model, ids = make_tiny("llama"), make_prompt(48)["input_ids"].view(2, 24)
+    learned = KVQuant(bits=2).learn(model, ids, ())
+    for layer, (keys, values, key_slopes, value_slopes) in enumerate(note_gradients(model, ids)):
+        low, high = keys.amin(1, keepdim=True), keys.amax(1, keepdim=True)  # 1 % of 48 tokens is none
+        scaled = ((2 * keys - low - high) / (high - low)).flatten().tolist()
+        expected = naive_levels(scaled, key_slopes.square().flatten().tolist(), 4)
+        assert learned[f"{layer}.key_levels"].tolist() == pytest.approx(expected, abs=1e-4)
+        scaled = []
+        for numbers in values.transpose(0, 1).flatten(1).tolist():  # of 32 numbers one is apart
+            middle = sum(numbers) / len(numbers)
+            (apart,) = farthest(numbers, middle, 1)
+            rest = [*numbers[:apart], *numbers[apart + 1 :]]
+            low_, high_ = min(rest), max(rest)
+            scaled += [min(max((2 * x - low_ - high_) / (high_ - low_), -1), 1) for x in numbers]
+        weights = value_slopes.square().transpose(0, 1).flatten().tolist()
+        assert learned[f"{layer}.value_levels"].tolist() == pytest.approx(naive_levels(scaled, weights, 4), abs=1e-4)
 
 
 def test_numbers_that_pile_up_are_read_better_than_in_even_steps() -> None:

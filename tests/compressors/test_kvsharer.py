@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from models import Switch, make_prompt, make_tiny
+from noted import NotingCache
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from vericache_compile import stats
@@ -31,6 +33,41 @@ def test_the_least_alike_come_first() -> None:
     assert by_distance(means) == [(2, 0), (2, 1), (1, 0)]
     means[2] = (torch.zeros(4, 3), torch.zeros(4, 3))
     assert by_distance(means) == [(1, 0)]
+
+
+def naive_pairs(model: PreTrainedModel, ids: Tensor, wanted: int, least: float) -> list[list[int]]:
+    """[borrower, lender] by tokens ids [N, T]: the farthest first, each kept if last hidden states stay near."""
+
+    def run(lenders: dict[int, int]) -> tuple[Tensor, list[Tensor]]:
+        cache = NotingCache(lenders)
+        with torch.no_grad():
+            states = model.model(ids, past_key_values=cache).last_hidden_state
+        return states, [torch.cat([keys.mean(0).flatten(), values.mean(0).flatten()]) for keys, values in cache.noted]
+
+    own, means = run({})
+    candidates = [(later, earlier) for later in range(len(means)) for earlier in range(later)]
+    pairs: dict[int, int] = {}
+    for later, earlier in sorted(candidates, key=lambda pair: -float(torch.dist(means[pair[0]], means[pair[1]]))):
+        borrows, lends = set(pairs), set(pairs.values())
+        if len(pairs) == wanted or later in borrows | lends or earlier in borrows:
+            continue
+        states, _ = run({**pairs, later: earlier})
+        cosines = [
+            float(a @ b / (a.norm() * b.norm())) for a, b in zip(states.view(-1, 64), own.view(-1, 64), strict=True)
+        ]
+        if sum(cosines) / len(cosines) > least:
+            pairs[later] = earlier
+    return [list(pair) for pair in pairs.items()]
+
+
+@pytest.mark.parametrize(("least", "layers"), [(0.5, 6), (0.9, 6), (0.91, 4)])
+def test_what_is_learned_equals_the_naive_loop(least: float, layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the cosine refuses pairs that would be taken without it."""
+    monkeypatch.setattr("vericache_compile.compressors.kvsharer.COSINE", least)
+    model, ids = make_tiny("llama", layers=layers), make_prompt(48)["input_ids"].view(2, 24)
+    expected = naive_pairs(model, ids, layers // 2, least)
+    assert KVSharer(share=0.5).learn(model, ids, ())["pairs"].tolist() == expected
+    assert expected != naive_pairs(model, ids, layers // 2, -1.1)
 
 
 def _full(layers: int, tokens: int) -> caches.FullKV:

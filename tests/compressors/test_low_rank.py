@@ -6,9 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from models import make_prompt, make_tiny
+from noted import note_gradients
 from test_kivi import naive_keys, naive_values
 from torch import Tensor
 
+from vericache_compile.calibration import Calibration
 from vericache_compile.compressors.cskv import CSKV
 from vericache_compile.compressors.facts import Facts
 from vericache_compile.compressors.low_rank import Bases, LowRank, rank_of
@@ -116,6 +119,22 @@ def test_ranks_follow_fisher_information_and_keep_their_mean() -> None:
     assert shares.min() == 0.25
     torch.testing.assert_close(allot(torch.ones(3, 2), 0.3), torch.full((3, 2), 0.3, dtype=torch.float64))
     assert allot(torch.tensor([[0.0, 1.0]]), 0.4).isfinite().all()
+
+
+def test_keys_and_values_have_each_their_own_rank() -> None:
+    """Fisher information 1, 1, 1 and 3, on average half: shares of a third, and of all for the last layer's values."""
+    whole = {"1.order": torch.arange(2), "1.keys": torch.eye(64)[None], "1.values": torch.eye(64)[None]}
+    held = Calibration("", "recalkv", {}, "", {"fisher": torch.tensor([[1.0, 1.0], [1.0, 3.0]]), **whole})
+    assert ReCalKV(rank=0.5).shares(held, 1) == pytest.approx((1 / 3, 1))
+    fit = Bases(*ReCalKV(rank=0.5).given(held, 1, 2))
+    assert (fit.keys.shape, fit.values.shape) == ((1, 64, 24), (1, 64, 64))
+
+
+def test_fisher_information_is_the_squares_of_gradients() -> None:
+    """Of keys first, then of values, layer by layer."""
+    model, ids = make_tiny("llama", layers=3), make_prompt(48)["input_ids"].view(2, 24)
+    naive = [[float(part.square().sum()) for part in layer[2:]] for layer in note_gradients(model, ids)]
+    torch.testing.assert_close(ReCalKV().learn(model, ids, ())["fisher"], torch.tensor(naive), rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("bits", [2, 4])
