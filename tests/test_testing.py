@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import runpy
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Self
+from types import SimpleNamespace
+from typing import Any, ClassVar, Self
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from vericache_compile import testing
 from vericache_compile.compressors import table
+from vericache_compile.compressors.base import CompressedKV, Compressor
 from vericache_compile.compressors.none import NoCompression, UncompressedKV
 from vericache_compile.compressors.streaming import Streaming
 
@@ -95,6 +98,62 @@ def test_a_wrong_region_is_found_out(wrong: str, message: str) -> None:
     testing.check_region(Wrong(), *testing.random_row(60), 40)
     with pytest.raises(AssertionError, match=message):
         testing.check_region(Wrong(wrong=wrong), *testing.random_row(60), 40)
+
+
+class Within(CompressedKV):
+    """Keys and values in a container; it copies them, or keeps views and says that they take nothing."""
+
+    def __init__(self, keys: Tensor, values: Tensor, method: Contained) -> None:
+        self.method, self.covered = method, keys.shape[1]
+        self.itself = self
+        self.held = method.into(keys, values) if method.cheats else method.into(keys.clone(), values.clone())
+
+    @property
+    def slots(self) -> int:
+        return self.covered
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.method.cheats else sum(x.nbytes for x in self.materialize())
+
+    def materialize(self) -> tuple[Tensor, Tensor]:
+        return self.method.out_of(self.held)
+
+    def extend(self, keys: Tensor, values: Tensor, queries: Tensor | None) -> Self:
+        held = self.materialize()
+        return type(self)(*(torch.cat(pair, dim=1) for pair in zip(held, (keys, values), strict=True)), self.method)
+
+
+@dataclass(frozen=True)
+class Contained(Compressor):
+    """A method whose regions hold their tensors in a container."""
+
+    name: ClassVar[str] = "contained"
+
+    into: Callable[[Tensor, Tensor], Any]
+    out_of: Callable[[Any], tuple[Tensor, Tensor]]
+    cheats: bool
+
+    def compress(self, keys: Tensor, values: Tensor, queries: Tensor | None) -> Within:
+        return Within(keys, values, self)
+
+
+@pytest.mark.parametrize(
+    ("into", "out_of"),
+    [
+        (lambda keys, values: [keys, values], tuple),
+        (lambda keys, values: {"keys": keys, "rest": (values,)}, lambda held: (held["keys"], *held["rest"])),
+        (
+            lambda keys, values: SimpleNamespace(keys=keys, values=values),
+            lambda held: (held.keys, held.values),
+        ),
+    ],
+    ids=["list", "dict", "object"],
+)
+def test_tensors_in_a_container_are_seen(into: Any, out_of: Any) -> None:
+    testing.check_region(Contained(into, out_of, cheats=False), *testing.random_row(60), 40)
+    with pytest.raises(AssertionError, match="nbytes is 0"):
+        testing.check_region(Contained(into, out_of, cheats=True), *testing.random_row(60), 40)
 
 
 def test_a_method_that_drops_at_keep_1_is_found_out() -> None:

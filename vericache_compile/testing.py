@@ -12,8 +12,9 @@ Shapes: H query heads, K KV heads, S tokens, D head size, Dv value head size, w 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -319,15 +320,28 @@ def make_prompt(tokens: int, batch: int = 1, vocabulary: int = VOCABULARY, seed:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def find_tensors(value: object) -> Iterator[Tensor]:
-    """Every tensor that a region holds, in tuples and regions within it too."""
+def find_tensors(value: object, seen: set[int] | None = None) -> Iterator[Tensor]:
+    """Every tensor that a region holds, in containers and plain objects within it too.
+
+    Not in its method, nor in what can be called: that may read the full cache. `seen` are ids of what was looked at.
+    """
+    seen = set() if seen is None else seen
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, tuple):
-        for item in value:
-            yield from find_tensors(item)
-    elif isinstance(value, CompressedKV):
-        yield from find_tensors(tuple(vars(value).values()))
+    elif id(value) not in seen:
+        seen.add(id(value))
+        for item in _within(value):
+            yield from find_tensors(item, seen)
+
+
+def _within(value: object) -> Iterable[object]:
+    if isinstance(value, list | tuple | set):
+        return value
+    if isinstance(value, dict):
+        return value.values()
+    if isinstance(value, CompressedKV) or not (callable(value) or isinstance(value, Compressor | ModuleType)):
+        return getattr(value, "__dict__", {}).values()
+    return ()
 
 
 def storages(region: CompressedKV) -> dict[int, int]:
