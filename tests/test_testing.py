@@ -18,6 +18,7 @@ from vericache_compile.compressors import table
 from vericache_compile.compressors.base import CompressedKV, Compressor
 from vericache_compile.compressors.none import NoCompression, UncompressedKV
 from vericache_compile.compressors.streaming import Streaming
+from vericache_compile.errors import OptionError
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "custom_compressor.py"
 TestEveryOther = runpy.run_path(str(EXAMPLE))["TestEveryOther"]
@@ -172,6 +173,49 @@ def test_a_method_that_takes_anything_is_found_out(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(table._registered, "lenient", Lenient)
     with pytest.raises(AssertionError, match="takes"):
         testing.check_refusals("lenient")
+
+
+@dataclass(frozen=True)
+class Ranged(NoCompression):
+    """A method of one number; `takes` and `says` are how it refuses others."""
+
+    name: ClassVar[str] = "ranged"
+    takes: ClassVar[Callable[[Any], bool]]
+    says: ClassVar[str]
+
+    share: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.share is not None and not type(self).takes(self.share):
+            raise OptionError(f"share={self.share!r}", "compressor 'ranged'", self.says)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and value == value
+
+
+@pytest.mark.parametrize(
+    ("takes", "says", "message"),
+    [
+        (lambda value: _is_number(value) and 0 <= value <= 1, "give a fraction from 0 to 1", None),
+        (_is_number, "give a number", None),
+        (lambda value: _is_number(value) and 0 <= value <= 1, "give another", "does not say what it takes"),
+        (lambda value: value != "half", "give a number", "takes share=nan"),
+        (lambda value: value is True or _is_number(value), "give a number", "takes share=True"),
+    ],
+)
+def test_a_range_that_is_not_kept_or_not_said_is_found_out(
+    takes: Any, says: str, message: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A number without bounds need not say any."""
+    monkeypatch.setitem(table._registered, "ranged", Ranged)
+    monkeypatch.setattr(Ranged, "takes", staticmethod(takes), raising=False)
+    monkeypatch.setattr(Ranged, "says", says, raising=False)
+    if message is None:
+        testing.check_refusals("ranged")
+        return
+    with pytest.raises(AssertionError, match=message):
+        testing.check_refusals("ranged")
 
 
 def test_a_changed_token_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:

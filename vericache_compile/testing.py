@@ -12,7 +12,10 @@ Shapes: H query heads, K KV heads, S tokens, D head size, Dv value head size, w 
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import fields, is_dataclass, replace
 from functools import cache
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -40,6 +43,10 @@ EXACT = 4
 """The newest of them, which stay."""
 ROWS = ((0, 0), (1, 3), (5, 0), (40, 90), (300, 1), (300, 300))
 """Tokens compressed, and tokens that join."""
+NO_NUMBERS = (math.nan, True, "half")
+"""What no numeric parameter takes."""
+NUMBERS = (-1, 0, 2**64 + 1)
+"""A parameter that refuses one of these has a range."""
 
 
 def compressor_suite(*texts: str) -> type:
@@ -177,28 +184,56 @@ def check_whole(method: Compressor, keys: Tensor, values: Tensor, queries: Tenso
 
 
 def check_refusals(text: str) -> None:
-    """Options that a method does not take, and values that make no sense, raise OptionError."""
-    taken = parse(text, {}).parameters
-    wrong: list[dict[str, object]] = [{"no_such_option": 1}]
-    wrong += [{"keep": value} for value in (0, -0.5, 1.5, True, "half")]
-    wrong += [{"bits": value} for value in (0, -4, True, "four")]
-    for option in wrong:
-        ((name, value),) = option.items()
-        if name in taken and name in text:
+    """Options that a method does not take, and values that make no sense, raise OptionError, which says what does.
+
+    Where the method is a dataclass, so for every parameter that is a number.
+    """
+    made: Any = parse(text, {})
+    wrong: list[tuple[str, object]] = [("no_such_option", 1)]
+    wrong += [("keep", value) for value in (0, -0.5, 1.5, True, "half")]
+    wrong += [("bits", value) for value in (0, -4, True, "four")]
+    for name, value in wrong:
+        taken = name in made.parameters
+        if taken and name in text:
             continue  # it says its own
-        refusal = _refusal(text, option)
-        assert refusal is not None, f"{text!r} takes {option}"
-        assert f"{name}={value!r}" in refusal.found, f"{text!r} refuses {option}, and names {refusal.found}"
-        ranged = any(letter.isdigit() for letter in refusal.fix)
-        assert ranged or name not in taken, f"{text!r} refuses {option}, and does not say what it takes"
+        fix = _refused(text, name, value, lambda option: parse(text, option))
+        assert fix is not None, f"{text!r} takes {name}={value!r}"
+        assert _is_ranged(fix) or not taken, f"{text!r} refuses {name}={value!r}, and does not say what it takes"
+    for name in _numeric(made):
+        senseless, outside = (
+            [_refused(text, name, value, lambda option: replace(made, **option)) for value in values]
+            for values in (NO_NUMBERS, NUMBERS)
+        )
+        for value, fix in zip(NO_NUMBERS, senseless, strict=True):
+            assert fix is not None, f"{text!r} takes {name}={value!r}"
+        said = [fix for fix in senseless + outside if fix is not None]
+        ranged = outside == [None] * len(NUMBERS) or all(map(_is_ranged, said))
+        assert ranged, f"{text!r} refuses a {name}, and does not say what it takes: {said}"
 
 
-def _refusal(text: str, option: dict[str, object]) -> OptionError | None:
+def _numeric(method: Any) -> Iterator[str]:
+    """Names of the parameters that are numbers."""
+    for field in fields(method) if is_dataclass(method) else ():
+        value = getattr(method, field.name)
+        may_be = value is None and re.fullmatch(r"(int|float) \| None", str(field.type))
+        if field.init and (may_be or type(value) in (int, float)):
+            yield field.name
+
+
+def _refused(text: str, name: str, value: object, make: Callable[[dict[str, object]], object]) -> str | None:
+    """What the OptionError says to do that making the method so raises; None where it is made."""
     try:
-        parse(text, option)
+        make({name: value})
     except OptionError as error:
-        return error
-    return None
+        found, fix = error.found, error.fix
+    else:
+        return None
+    assert f"{name}={value!r}" in found, f"{text!r} refuses {name}={value!r}, and names {found}"
+    return fix
+
+
+def _is_ranged(fix: str) -> bool:
+    return any(letter.isdigit() for letter in fix)
 
 
 def check_tokens(text: str, kv_heads: int, *, tokens: int, batch: int, count: int) -> None:
