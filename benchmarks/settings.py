@@ -22,7 +22,7 @@ TOGETHER: Mapping[str, str] = {"spark": "value_channels"}
 TRIED: Mapping[str, tuple[Mapping[str, Any], ...]] = {
     "packkv": tuple(
         {"key_step": key, "value_step": value}
-        for key, value in ((0.05, 0.05), (0.07, 0.07), (0.07, 0.14), (0.1, 0.1), (0.1, 0.2), (0.2, 0.4), (0.3, 0.6))
+        for key, value in ((0.07, 0.07), (0.07, 0.14), (0.1, 0.1), (0.1, 0.2), (0.15, 0.3), (0.2, 0.4), (0.3, 0.6))
     ),
     "refreekv": tuple({"threshold": each} for each in (0.01, 0.03, 0.1, 0.2, 0.3, 0.5)),
 }

@@ -17,9 +17,9 @@ PROBES = (1024, 16384)
 """Tokens compressed to measure a method's bytes per token: more of them where it covers none of a few."""
 
 
-def compressed_bytes(compressor: Compressor, sites: Sequence[Site]) -> float:
-    """Bytes per token that the compressor takes at all sites together, measured on a region of zeros."""
-    return sum(draft for draft, _ in _per_token(compressor, sites))
+def compressed_bytes(compressor: Compressor, sites: Sequence[Site], tokens: int = PROBES[0]) -> float:
+    """Bytes per token that the compressor takes at all sites together, measured on a region of so many zeros."""
+    return sum(draft for draft, _ in _per_token(compressor, sites, (tokens, *PROBES)))
 
 
 def bytes_read(compressor: Compressor, sites: Sequence[Site], tokens: int) -> tuple[float, float]:
@@ -40,7 +40,9 @@ def bytes_reloaded(compressor: Compressor, sites: Sequence[Site], tokens: int) -
     return tokens * sum(left for _, left in _per_token(compressor, sites))
 
 
-def _per_token(compressor: Compressor, sites: Sequence[Site]) -> list[tuple[float, float]]:
+def _per_token(
+    compressor: Compressor, sites: Sequence[Site], probes: Sequence[int] = PROBES
+) -> list[tuple[float, float]]:
     """Per site and token: bytes of draft's cache, and bytes of full KV that it does not hold as they were cached.
 
     Sliding windows are kept as they are, and so is a site that would borrow from one of another shape.
@@ -56,13 +58,13 @@ def _per_token(compressor: Compressor, sites: Sequence[Site]) -> list[tuple[floa
             found.append((0.0, full) if sites[method.donor].shape == site.shape else (full, 0.0))
         else:
             if shape not in measured:
-                measured[shape] = _measure(method, site)
+                measured[shape] = _measure(method, site, probes)
             found.append(measured[shape])
     return found
 
 
-def _measure(method: Compressor, site: Site) -> tuple[float, float]:
-    region, full = _probe(method, site), float(site.bytes_per_token)
+def _measure(method: Compressor, site: Site, probes: Sequence[int]) -> tuple[float, float]:
+    region, full = _probe(method, site, probes), float(site.bytes_per_token)
     if region is None:
         return full, 0.0
     own = region.keys.nbytes if site.latent and isinstance(region, DenseKV) else region.nbytes
@@ -70,9 +72,9 @@ def _measure(method: Compressor, site: Site) -> tuple[float, float]:
     return own / region.covered, full * (1 - sum(kept) / (len(kept) * region.covered))
 
 
-def _probe(method: Compressor, site: Site) -> CompressedKV | None:
+def _probe(method: Compressor, site: Site, probes: Sequence[int]) -> CompressedKV | None:
     """A region of zeros; None where all stays in the exact tail."""
-    for tokens in PROBES:
+    for tokens in probes:
         keys = torch.zeros(site.kv_heads, tokens, site.head_size, dtype=site.dtype)
         values = torch.zeros(site.kv_heads, tokens, site.value_size, dtype=site.dtype)
         queries = torch.zeros(site.heads, 32, site.head_size, dtype=site.dtype)

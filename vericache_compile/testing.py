@@ -272,11 +272,15 @@ def check_long_output(text: str, *, tokens: int, batch: int, count: int) -> None
 
 @contextmanager
 def _joins() -> Iterator[list[tuple[Compressor, list[int]]]]:
-    """The compressor, and how many tokens of the first row each site covers, after each time that tokens join."""
+    """The compressor, and how many tokens of the first row each site covers, after each time that tokens join.
+
+    Drafting never rests meanwhile: nothing is compressed anew while it does.
+    """
     from unittest.mock import patch
 
     from vericache_compile.runtime import drafting
     from vericache_compile.runtime.compression import extend
+    from vericache_compile.runtime.pace import Pace
 
     joins: list[tuple[Compressor, list[int]]] = []
 
@@ -284,7 +288,7 @@ def _joins() -> Iterator[list[tuple[Compressor, list[int]]]]:
         extend(draft, *args)
         joins.append((draft.compressor, [layer.regions[0].covered for layer in draft.layers]))
 
-    with patch.object(drafting, "extend", noted):
+    with patch.object(drafting, "extend", noted), patch.object(Pace, "note"):
         yield joins
 
 
