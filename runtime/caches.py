@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from vericache_compile.runtime.draft_step import DraftStep
 
 GROWTH = 1024
-"""Columns added when a full cache is out of room."""
+"""The most columns that a full cache grows by at once."""
 Remainders = list[Remainder | None]
 """What regions of one site leave out, per row; None where full KV comes whole."""
 Tips = list[Newest | None]
@@ -37,16 +37,28 @@ Reaches = Sequence[int | None]
 """Per site the columns that a token attends to, None for all; empty where it is all at every site."""
 
 
+def room_for(columns: int) -> int:
+    """Columns that a full cache for so many has, however it came to them: whole blocks, of long ones up to a sixteenth
+    more.
+
+    Growing copies what is held. While that is short, its copies are small beside the weights that a round reads; where
+    it is long they come seldom: a cache is read and written per GROWTH tokens, and read whole by each round.
+    """
+    step = min(max(1 << max(columns.bit_length() - 5, 0), BLOCK), GROWTH)
+    return -(-columns // step) * step
+
+
 def whole_types(device: torch.device) -> AbstractContextManager[object]:
     """Without autocast, whose products would have another type than what they are made of: methods store and read
     numbers in that of the cache."""
     return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
 
-def zeros_for(shape: Sequence[int], like: Tensor) -> Tensor:
-    """Zeros of the type and device of `like`, that can be written in any mode."""
+def zeros_for(shape: Sequence[int], like: Tensor, *, zeroed: bool = True) -> Tensor:
+    """Zeros, or anything, of the type and device of `like`, that can be written in any mode."""
+    make = torch.zeros if zeroed else torch.empty
     with torch.inference_mode(False):
-        return torch.zeros(tuple(shape), dtype=like.dtype, device=like.device)
+        return make(tuple(shape), dtype=like.dtype, device=like.device)
 
 
 def storages(*tensors: Tensor) -> dict[int, int]:
@@ -59,10 +71,11 @@ def bytes_of(*tensors: Tensor) -> int:
     return sum(storages(*tensors).values())
 
 
-def keys_and_values(site: Site, shape: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]:
-    """Zeroed keys [*shape, D] and values [*shape, E] of a site: at a latent one these are a part of the keys."""
-    keys = zeros_for((*shape, site.head_size), like)
-    return keys, keys[..., : site.value_size] if site.latent else zeros_for((*shape, site.value_size), like)
+def keys_and_values(site: Site, shape: Sequence[int], like: Tensor, *, zeroed: bool = True) -> tuple[Tensor, Tensor]:
+    """Keys [*shape, D] and values [*shape, E] of a site: at a latent one these are a part of the keys."""
+    sizes = (site.head_size, site.value_size)[: site.sides]
+    made = [zeros_for((*shape, size), like, zeroed=zeroed) for size in sizes]
+    return made[0], made[-1][..., : site.value_size]
 
 
 def write_columns(target: Tensor, source: Tensor, columns: Sequence[int]) -> None:
@@ -114,11 +127,12 @@ class FullKV:
         """Make room for at least `columns` columns; what is held is kept."""
         if columns <= self.columns:
             return
-        room = -(-(columns + (GROWTH if self.keys else BLOCK)) // BLOCK) * BLOCK
+        room = room_for(columns)
         for layer, site in enumerate(self.sites):
             like = torch.empty(0, dtype=site.dtype, device=device)
-            made = keys_and_values(site, (self.batch, site.kv_heads, room), like)
+            made = keys_and_values(site, (self.batch, site.kv_heads, room), like, zeroed=False)
             for held, grown in zip((self.keys, self.values), made, strict=True):
+                grown[:, :, self.columns :] = 0
                 if self.columns:
                     grown[:, :, : self.columns] = held[layer]
                     held[layer] = grown

@@ -137,7 +137,7 @@ class Session:
                 row.truncate(columns)
         self._note_fed(plan, inputs, sequence.number, columns)
         sequence.asked = sequence.repeated = None
-        sequence.full.reserve(columns + count, device)
+        sequence.full.reserve(columns + count + 1, device)  # the next token's too: after whole blocks it would copy all
         pads = self._padding(sequence, roles, inputs)
         draft, starts = sequence.draft, [columns] * batch
         if draft is not None and (not draft.valid(starts) or draft.pads != pads or draft.room(starts) < count):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vericache_compile.kernels.block_attention import BLOCK
 from vericache_compile.plan import Site, Tier
-from vericache_compile.runtime.caches import GROWTH, FullKV
+from vericache_compile.runtime.caches import GROWTH, FullKV, room_for
 from vericache_compile.runtime.pages import (
     FilePage,
     HostPage,
@@ -118,7 +118,7 @@ class PagedKV(FullKV):
             if self.tier is Tier.DISK:
                 check_folder(self.folder)
         if columns > self.columns:
-            self.columns = -(-(columns + (GROWTH if self.columns else BLOCK)) // BLOCK) * BLOCK
+            self.columns = room_for(columns)
 
     def append(self, layer: int, k: Tensor, v: Tensor, columns: Sequence[int]) -> None:
         """Write k [B, K, T, D] and v [B, K, T, E] from column columns[b] on."""

@@ -20,7 +20,7 @@ from vericache_compile.compressors.snapkv import SnapKV
 from vericache_compile.compressors.streaming import Streaming
 from vericache_compile.plan import Site
 from vericache_compile.runtime.attention import BLOCK, Visible
-from vericache_compile.runtime.caches import DraftKV, DraftLayer, FullKV
+from vericache_compile.runtime.caches import GROWTH, DraftKV, DraftLayer, FullKV, room_for
 from vericache_compile.runtime.compression import EXACT, compress, extend
 from vericache_compile.runtime.sliding import OutOfWindow
 
@@ -73,9 +73,18 @@ def test_room_is_whole_blocks(make_sites: Sites) -> None:
     assert (full.columns, full.nbytes) == (0, 0)
     for columns in (1, BLOCK, BLOCK + 1, 5 * BLOCK + 3):
         full.reserve(columns, CPU)
-        assert full.columns >= columns
+        assert columns <= full.columns < columns + BLOCK
         assert full.columns % BLOCK == 0
         assert all(x.shape[2] == full.columns for x in (*full.keys, *full.values))
+
+
+def test_room_does_not_depend_on_how_it_came_to_be() -> None:
+    rooms = [room_for(columns) for columns in range(1, 40_000)]
+    for columns, room in enumerate(rooms, 1):
+        assert 0 <= room - columns < max(BLOCK, min(columns / 16, GROWTH))
+        assert room % BLOCK == 0
+        assert room_for(room) == room
+    assert rooms == sorted(rooms)
 
 
 def test_nothing_is_allocated_when_there_is_room(make_sites: Sites) -> None:
@@ -158,6 +167,7 @@ class Made:
     def write(self, count: int) -> None:
         """The next `count` tokens of every row, as verify writes them: to the full cache and to the tail."""
         for layer, (k, v) in enumerate(tokens_of(self.full, count)):
+            self.full.reserve(max(self.columns) + count, CPU)
             self.full.append(layer, k, v, self.columns)
             self.draft.layers[layer].write(k, v, self.columns)
         self.columns = [column + count for column in self.columns]

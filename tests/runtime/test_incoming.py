@@ -27,7 +27,7 @@ def full(make_sites: Sites, fill: Fill) -> FullKV:
     """Two rows on the device: the reference."""
     made = FullKV(make_sites(count=4, value_size=24), 2)
     fill(made, 0, 500)
-    made.reserve(504, torch.device("cpu"))
+    made.reserve(600, torch.device("cpu"))
     return made
 
 
@@ -36,7 +36,7 @@ def paged(full: FullKV, fill: Fill) -> PagedKV:
     """The same in host memory."""
     made = PagedKV(full.sites, 2, Tier.HOST, None, Link())
     fill(made, 0, 500)
-    made.reserve(504, torch.device("cpu"))
+    made.reserve(600, torch.device("cpu"))
     return made
 
 
