@@ -30,13 +30,11 @@ from torch.fx.node import map_arg
 
 from vericache_compile.ops import HEADS_MM, LINEAR, ROWS, has_onednn, keeps_rows_apart
 from vericache_compile.passes.program import Program
-from vericache_compile.plan import Cast
+from vericache_compile.plan import FEW, Cast
 
 aten = torch.ops.aten
 TURNS = (aten.t.default, aten.permute.default, aten.transpose.int)
 """Views that swap the axes of a matrix; views that change nothing were dropped when the variant was traced."""
-FEW = {"cpu": 8}
-"""Up to how many rows of draft become reductions, by device: 1 where none is given."""
 
 
 def spell_products(program: Program, *, inductor: bool, draft_dtype: torch.dtype | None) -> int:
@@ -47,7 +45,7 @@ def spell_products(program: Program, *, inductor: bool, draft_dtype: torch.dtype
         for node in list(module.graph.find_nodes(op="call_function", target=LINEAR)):
             fake = node.args[0].meta["val"]
             few = inductor and fake.shape[:-1].numel() <= FEW.get(fake.device.type, 1)
-            dtype = draft_dtype if few or draft_dtype is not torch.int8 else _wider(fake.device)
+            dtype = dtype_read(draft_dtype, fake.device, few=few)
             spelling = _Spelling(module.graph, node, copies, dtype if mode == "draft" else None)
             if mode == "draft" and few:
                 spelling.rewrite(spelling.reductions)
@@ -64,8 +62,10 @@ def spell_products(program: Program, *, inductor: bool, draft_dtype: torch.dtype
     return count
 
 
-def _wider(device: torch.device) -> torch.dtype | None:
-    """The type that is read where int8 does not pay; None for the weight's own."""
+def dtype_read(draft_dtype: torch.dtype | None, device: torch.device, *, few: bool) -> torch.dtype | None:
+    """The type that a draft of few rows, or of more, reads weights in: int8 pays for few. None for the weight's own."""
+    if few or draft_dtype is not torch.int8:
+        return draft_dtype
     return torch.bfloat16 if device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported() else None
 
 

@@ -7,10 +7,14 @@ Decoding is bound by reading memory: a step takes its bytes over the bandwidth, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from vericache_compile.kernels.block_attention import BLOCK
+from vericache_compile.plan import rounded
+from vericache_compile.runtime.caches import room_for
 from vericache_compile.runtime.compression import CHUNK
 
 GB = 1e9
@@ -27,31 +31,59 @@ class Machine:
 
 @dataclass(frozen=True)
 class Load:
-    """What is to be decoded: bytes of weights, and of KV per token of one sequence."""
+    """What is to be decoded: bytes of weights, and of KV per token of one sequence.
+
+    Layers with a sliding window read that alone and hold every column: what is read and what is held are apart.
+    """
 
     weights: float
     draft_weights: float
     """As draft reads them; those of the model itself count no second time in memory."""
     kv: float
+    """Read by a step, on average over the context; so is `draft_kv`."""
     draft_kv: float
-    sites: int
+    held_kv: float
+    site_kv: float
+    """Of `held_kv` the largest site's."""
     context: int
     batch: int = 1
     window: int = 16
     tokens_per_round: float = 14.0
     reload: float = 1.0
-    """Share of full KV that drafts do not hold as it was cached; where the ring is smaller than full KV no more than
-    that comes over the link, and one site's is put together beside the ring."""
+    """Share of full KV of layers without a window that drafts do not hold as it was cached; where the ring is smaller
+    than full KV no more than that comes over the link, and one site's is put together beside the ring."""
+    sliding_kv: float = 0.0
+    """Of `held_kv` that of layers with a window, which drafts hold: none of it comes over the link."""
+    spare: float = 0.0
+    """Bytes that a row's draft cache has room for besides."""
+    few: tuple[int, float] | None = None
+    """Rows up to which `draft_weights` are others, where the batch has more, and what they are then."""
+
+    def of(self, batch: int) -> Load:
+        """The same of fewer sequences."""
+        weights = self.few[1] if self.few is not None and batch <= self.few[0] else self.draft_weights
+        return replace(self, batch=batch, draft_weights=weights)
 
     @property
     def full(self) -> float:
-        """Bytes of full KV of all rows."""
+        """Bytes of full KV of all rows that a step reads."""
         return self.batch * self.context * self.kv
 
     @property
+    def brought(self) -> float:
+        """Bytes of full KV of all rows that would come over the link, did drafts hold none."""
+        return self.batch * self.context * (self.held_kv - self.sliding_kv)
+
+    @property
+    def columns(self) -> int:
+        """Columns allocated of each row: for the context, the window that verify writes beyond, and as much again where
+        one row may be ahead of another."""
+        return room_for(self.context + (1 if self.batch == 1 else 2) * self.window)
+
+    @property
     def full_held(self) -> float:
-        """Bytes of memory for it: in whole blocks, with half of one to spare."""
-        return self.batch * -(-(self.context + BLOCK // 2) // BLOCK) * BLOCK * self.kv
+        """Bytes of memory for full KV of all rows."""
+        return self.batch * self.columns * self.held_kv
 
     @property
     def compressed(self) -> float:
@@ -61,7 +93,7 @@ class Load:
     @property
     def compressed_held(self) -> float:
         """Bytes of memory for it and for the exact tail."""
-        return self.compressed + self.batch * (CHUNK + 2 * self.window) * self.kv
+        return self.compressed + self.batch * ((CHUNK + 2 * self.window) * self.held_kv + self.spare)
 
     @property
     def copies(self) -> float:
@@ -90,17 +122,18 @@ PLAIN, RESIDENT, SWAPPED = "off (plain decoding)", "resident verify", "swapped v
 def choices(load: Load, machine: Machine, staging_bytes: float | None = None) -> list[Choice]:
     """All ways to decode this load here, each with its arithmetic.
 
-    For the batch as it is and, where full KV of it does not fit, for the largest one that does.
+    For the batch as it is and, where that does not fit, for the largest one that does.
     """
-    made = [_plain(load, machine), _resident(load, machine), _swapped(load, machine, staging_bytes)]
-    fixed = load.weights + load.copies
-    for each in made[:2]:
-        per_row = (each.device_bytes - (fixed if each.name == RESIDENT else load.weights)) / load.batch
-        room = int((machine.device_bytes - (each.device_bytes - per_row * load.batch)) / per_row)
-        if not each.fits and 0 < room < load.batch:
-            smaller = replace(load, batch=room)
-            build = _plain if each.name == PLAIN else _resident
-            made.append(replace(build(smaller, machine), name=f"{each.name}, smaller batch"))
+    ways: tuple[Callable[[Load], Choice], ...] = (
+        partial(_plain, machine=machine),
+        partial(_resident, machine=machine),
+        partial(_swapped, machine=machine, staging_bytes=staging_bytes),
+    )
+    made = [way(load) for way in ways]
+    for way, each in zip(ways, tuple(made), strict=True):
+        fitting = 0 if each.fits else bisect_left(range(1, load.batch), True, key=lambda b: not way(load.of(b)).fits)
+        if fitting:
+            made.append(replace(way(load.of(fitting)), name=f"{each.name}, smaller batch"))
     return made
 
 
@@ -149,20 +182,25 @@ def _resident(load: Load, machine: Machine) -> Choice:
 
 def _swapped(load: Load, machine: Machine, staging_bytes: float | None) -> Choice:
     draft, verify, lines = _rounds(load, machine)
-    slot = load.full_held / load.sites
-    known, wanted = (
-        ring_bytes(nbytes, load.window, machine) if staging_bytes is None else staging_bytes
-        for nbytes in (load.draft_weights, load.draft_weights + load.compressed)
-    )
-    share, whole = (load.reload, slot) if known < load.full and load.reload < 1 else (1.0, 0.0)
-    held = min(max(wanted - whole, share * slot), share * load.full_held)
-    ring, first = held + whole, min(held, share * load.full)
-    early, late = (size / machine.link_gbps / GB for size in (first, share * load.full - first))
+    slot = load.batch * load.columns * load.site_kv
+    wanted = known = staging_bytes
+    if known is None or wanted is None:
+        known = ring_bytes(load.draft_weights, load.window, machine)
+        wanted = known + rounded(int(ring_bytes(load.compressed_held, load.window, machine)))
+    apart = known < load.batch * load.context * load.held_kv and load.reload < 1
+    share = load.reload if apart else 1.0
+    whole = slot if apart or load.sliding_kv else 0.0
+    comes = share * load.brought if apart else load.full_held - load.batch * load.columns * load.sliding_kv
+    comes += load.batch * BLOCK * load.sliding_kv  # a window begins within a block
+    held = max(min(wanted - whole, rounded(int(comes))), min(share * slot, comes))
+    ring, first = held + whole, min(held, share * load.brought)
+    early, late = (size / machine.link_gbps / GB for size in (first, share * load.brought - first))
     total = max(draft, early) + max(verify, late)
     needed = load.weights + load.copies + load.compressed_held + ring
+    part = "" if share == 1 else f"{share:.0%} of "
     lines += (
-        f"transfer = {'' if share == 1 else f'{share:.0%} of '}full KV {_gb(load.full)} / {machine.link_gbps:g} GB/s = "
-        f"{_ms(early + late)}, of which the ring of {_gb(ring)} lets {_ms(early)} go on under draft",
+        f"transfer = {part}full KV {_gb(load.brought)} / {machine.link_gbps:g} GB/s = {_ms(early + late)}, "
+        f"of which the ring of {_gb(ring)} lets {_ms(early)} go on under draft",
         f"round = max(draft, {_ms(early)}) + max(verify, {_ms(late)}) = {_ms(total)} for {load.tokens_per_round:g} "
         "tokens of each row",
     )

@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 import torch
 from models import VOCABULARY, make_tiny
-from transformers import DeepseekV3Config, LlamaConfig, Qwen2Config, T5Config
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    Qwen2Config,
+    T5Config,
+)
 
 from vericache_compile import stats
 from vericache_compile.cli import main
@@ -90,7 +97,9 @@ def test_sliding_windows_are_planned_as_they_are(tmp_path: Path, capsys: pytest.
     config.save_pretrained(tmp_path)
     words = ["--model", str(tmp_path), "--context", "1000", "--dtype", "float32", "--compressor", "none", "--json"]
     load = json.loads(plan(capsys, *words, *GPU))["load"]
-    assert load["kv"] == load["draft_kv"] == pytest.approx(1.1 * 2 * 2 * 32 * 4)
+    site = 2 * 2 * 32 * 4
+    assert load["kv"] == load["draft_kv"] == pytest.approx(1.1 * site)
+    assert (load["held_kv"], load["site_kv"], load["sliding_kv"]) == (2 * site, site, site)
 
 
 def test_a_latent_cache_is_planned_with_its_own_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -123,23 +132,80 @@ def test_wrong_input_is_said_in_three_parts(
     assert "fix: " in said
 
 
+def held_and_planned(
+    model: Any,
+    prompt: torch.Tensor,
+    new: int,
+    options: dict[str, Any],
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> tuple[dict[str, int], dict[str, Any]]:
+    """Bytes of KV that a call holds at its end, and the plan for it; drafts read the model's own weights."""
+    options = {**options, "window": 8, "draft_dtype": "same"}
+    model.config.save_pretrained(folder)
+    model.compile(backend="vericache", options={**options, "inductor": False})
+    model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new, do_sample=False)
+    batch, context = prompt.shape[0], prompt.shape[1] + new
+    words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    words += ["--model", str(folder), "--context", str(context), "--batch", str(batch), "--json", "--dtype", "float32"]
+    found = json.loads(plan(capsys, *words, *GPU[2:], "--device", "cpu"))
+    name = "swapped verify" if options["placement"] == "host" else "resident verify"
+    [chosen] = [each for each in found["choices"] if each["name"] == name]
+    chosen["beside"] = chosen["device_bytes"] - found["load"]["weights"]
+    return stats(model)["bytes"], chosen
+
+
+def prompt_of(batch: int, tokens: int) -> torch.Tensor:
+    return torch.randint(5, VOCABULARY, (batch, tokens), generator=torch.Generator().manual_seed(0))
+
+
 @pytest.mark.parametrize("staging", [64.0, 0.4])
 @pytest.mark.parametrize("method", [{"compressor": "snapkv", "keep": 0.25}, {"compressor": "int8"}])
 def test_what_is_planned_is_what_is_held(
     method: dict[str, Any], staging: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Bytes of KV on the device, within 5 %, of rounds whose drafts read the model's own weights."""
-    model, new = make_tiny("llama", layers=8), 40
-    model.config.save_pretrained(tmp_path)
-    options = {**method, "staging_mb": staging, "window": 8, "draft_dtype": "same"}
-    model.compile(backend="vericache", options={**options, "placement": "host", "inductor": False})
-    prompt = torch.randint(5, VOCABULARY, (3, 2000), generator=torch.Generator().manual_seed(0))
-    model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new, do_sample=False)
-    held = stats(model)["bytes"]
-    words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    words += ["--model", str(tmp_path), "--context", str(2000 + new), "--batch", "3", "--json", "--dtype", "float32"]
-    found = json.loads(plan(capsys, *words, *GPU[2:], "--device", "cpu"))
-    [swapped] = [each for each in found["choices"] if each["name"] == "swapped verify"]
-    planned = swapped["device_bytes"] - found["load"]["weights"]
+    """Bytes of KV on the device, within 5 %."""
+    options = {**method, "placement": "host", "staging_mb": staging}
+    held, swapped = held_and_planned(make_tiny("llama", layers=8), prompt_of(3, 1900), 40, options, tmp_path, capsys)
     assert (swapped["staging_bytes"] < held["full"]) is (staging < 1)
-    assert held["draft"] + held["staging"] == pytest.approx(planned, rel=0.05)
+    assert held["draft"] + held["staging"] == pytest.approx(swapped["beside"], rel=0.05)
+
+
+@pytest.mark.parametrize("placement", ["device", "host"])
+@pytest.mark.parametrize("new", [300, 1200])
+def test_a_cache_that_has_grown_is_no_larger_than_planned(
+    new: int, placement: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"compressor": "snapkv", "keep": 0.25, "placement": placement, "staging_mb": 64.0}
+    held, chosen = held_and_planned(make_tiny("llama"), prompt_of(1, 2000), new, options, tmp_path, capsys)
+    assert held["draft"] + held["staging"] + held["full_on_device"] == pytest.approx(chosen["beside"], rel=0.05)
+
+
+@pytest.mark.parametrize("placement", ["device", "host"])
+def test_windows_are_planned_with_every_column_that_is_held(
+    placement: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """While the window's first column crosses a block: then the most comes."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    kinds = ["sliding_attention"] * 5 + ["full_attention"]
+    config = Gemma3TextConfig(
+        vocab_size=VOCABULARY, num_hidden_layers=6, layer_types=kinds, sliding_window=64, head_dim=16, **sizes
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    options = {"compressor": "snapkv", "keep": 0.25, "placement": placement, "staging_mb": 64.0}
+    held, chosen = held_and_planned(model, prompt_of(1, 2080), 40, options, tmp_path, capsys)
+    assert held["draft"] + held["staging"] + held["full_on_device"] == pytest.approx(chosen["beside"], rel=0.05)
+
+
+def test_many_rows_are_not_planned_with_int8_weights(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """As `spell_products` has it: more than 8 rows read bfloat16, here the model's own."""
+    words = ["--model", model, "--context", "1000", "--draft-dtype", "int8", "--json", *GPU[2:], "--device", "cpu"]
+    load = {rows: json.loads(plan(capsys, *words, "--batch", str(rows)))["load"] for rows in (8, 9)}
+    assert load[8]["draft_weights"] == pytest.approx(load[8]["weights"] * 1.125 / 2)
+    assert load[8]["few"] is None
+    assert load[9]["draft_weights"] == load[9]["weights"]
+    assert load[9]["few"] == [8, load[8]["draft_weights"]]
+    eager = json.loads(plan(capsys, *words, "--batch", "1", "--no-inductor"))["load"]
+    assert eager["draft_weights"] == eager["weights"]

@@ -118,7 +118,7 @@ def _take(
             low = config.draft_dtype_on(inputs[parameters[0]].device)
             watching = first or make_observers(config, made.dumps_failed)
             window, inductor = config.window, config.inductor
-            staging = staging_of(config, inputs, parameters)
+            staging = staging_of(config, inputs, parameters, batch)
             buffers = {i: inputs[i] for i in buffered if not inputs[i].is_inference()}
             how = (values, low, staging, watching, buffers)
             try:
@@ -160,7 +160,7 @@ def _take(
     return run
 
 
-def staging_of(config: Config, inputs: Sequence[Any], parameters: Sequence[int]) -> Staging | None:
+def staging_of(config: Config, inputs: Sequence[Any], parameters: Sequence[int], batch: int) -> Staging | None:
     """The ring for full KV as long as these inputs'; None where full KV is on the device for good.
 
     Where its size is not given, as large as what comes over the link while a round drafts.
@@ -172,8 +172,8 @@ def staging_of(config: Config, inputs: Sequence[Any], parameters: Sequence[int])
     columns = max((x.shape[2] for x in inputs if isinstance(x, Tensor) and x.dim() == 4), default=0) + config.window
     if config.staging_mb is not None:
         return Staging(int(config.staging_mb * MIB), columns)
-    found, low = bandwidths(device), config.draft_dtype_on(device)
-    reads = sum(weight.numel() * bytes_per_weight(weight.dtype if low is None else low) for weight in weights)
+    found = bandwidths(device)
+    reads = sum(weight.numel() * bytes_per_weight(config, weight.dtype, device, batch) for weight in weights)
     machine = Machine(0, found.memory_gbps, config.link_gbps or found.link_gbps)
     per_byte = ring_bytes(1, config.window, machine)
     return Staging(int(per_byte * reads), columns, per_byte)

@@ -98,7 +98,9 @@ def make_parser() -> argparse.ArgumentParser:
     _finish(made, explain)
 
     made = commands.add_parser(
-        "plan", help="where full KV should live and what that gives, by arithmetic; runs nothing"
+        "plan",
+        help="where full KV should live and what that gives, by arithmetic; runs nothing",
+        epilog="Of a mixture of experts each step is taken to read all experts' weights: with few rows it is faster.",
     )
     _add_plan(made)
     _finish(made, plan)
@@ -160,7 +162,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="demo", metavar="demo|PATH|HUB_ID", help="its config.json is enough")
-    parser.add_argument("--context", type=positive, required=True, metavar="TOKENS", help="of each sequence")
+    parser.add_argument(
+        "--context", type=positive, required=True, metavar="TOKENS", help="of each sequence, new ones too"
+    )
     parser.add_argument("--batch", type=positive, default=1, help="sequences (default %(default)s)")
     _add_device(parser)
     machine = parser.add_argument_group("the machine", "Those not given are measured here, once.")

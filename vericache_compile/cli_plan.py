@@ -86,7 +86,9 @@ def find_load(args: argparse.Namespace, options: Config) -> Load:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from vericache_compile.estimate import bytes_per_weight, bytes_read, bytes_reloaded
+    from vericache_compile.estimate import bytes_in_place, bytes_per_weight, bytes_read, bytes_reloaded
+    from vericache_compile.plan import FEW
+    from vericache_compile.runtime.compression import EXACT, SPARE
     from vericache_compile.runtime.planner import Load
 
     device, path = _device(args), model_path(args)
@@ -103,18 +105,28 @@ def find_load(args: argparse.Namespace, options: Config) -> Load:
     sites = _sites(model, dtype)
     compressor = options.make_compressor()
     full, draft = bytes_read(compressor, sites, args.context)
-    low = options.draft_dtype_on(device)
+    held, sliding = (
+        sum(site.bytes_per_token for site in sites if every or site.window is not None) for every in (True, False)
+    )
+    reloaded = bytes_reloaded(compressor, sites, args.context)
+    in_place = bytes_in_place(compressor, sites) if device.type == "cuda" else 0.0
+    rows = (args.batch, min(args.batch, FEW.get(device.type, 1)))
+    read, few = (weights * bytes_per_weight(options, dtype, device, count) / dtype.itemsize for count in rows)
     return Load(
         weights=float(weights),
-        draft_weights=weights * (1.0 if low is None else bytes_per_weight(low) / dtype.itemsize),
+        draft_weights=read,
         kv=full / args.context,
         draft_kv=draft / args.context,
-        sites=len(sites),
+        held_kv=float(held),
+        site_kv=float(max(site.bytes_per_token for site in sites)),
         context=args.context,
         batch=args.batch,
         window=options.window,
         tokens_per_round=args.tokens_per_round or 0.875 * options.window,
-        reload=bytes_reloaded(compressor, sites, args.context) / full,
+        reload=reloaded / (args.context * (held - sliding)) if sliding < held else 1.0,
+        sliding_kv=float(sliding),
+        spare=args.context * in_place / SPARE + EXACT * held if in_place else 0.0,
+        few=None if few == read else (rows[1], few),
     )
 
 

@@ -10,8 +10,10 @@ from torch.fx import GraphModule, Node
 from vericache_compile.compressors.base import CompressedKV, Compressor
 from vericache_compile.compressors.dense import DenseKV
 from vericache_compile.compressors.facts import Facts, reader_of
+from vericache_compile.config import Config
 from vericache_compile.passes.program import example, placeholders
-from vericache_compile.plan import GROUP, Site
+from vericache_compile.passes.spell_products import dtype_read
+from vericache_compile.plan import FEW, GROUP, Site
 
 PROBES = (1024, 16384)
 """Tokens compressed to measure a method's bytes per token: more of them where it covers none of a few."""
@@ -19,14 +21,14 @@ PROBES = (1024, 16384)
 
 def compressed_bytes(compressor: Compressor, sites: Sequence[Site], tokens: int = PROBES[0]) -> float:
     """Bytes per token that the compressor takes at all sites together, measured on a region of so many zeros."""
-    return sum(draft for draft, _ in _per_token(compressor, sites, (tokens, *PROBES)))
+    return sum(draft for draft, _, _ in _per_token(compressor, sites, (tokens, *PROBES)))
 
 
 def bytes_read(compressor: Compressor, sites: Sequence[Site], tokens: int) -> tuple[float, float]:
     """Bytes of one sequence's KV that a full step and a draft step read over so many tokens, at all sites together."""
     columns = [site.columns_read(tokens) for site in sites]
     full = sum(site.bytes_per_token * read for site, read in zip(sites, columns, strict=True))
-    draft = sum(size * read for (size, _), read in zip(_per_token(compressor, sites), columns, strict=True))
+    draft = sum(size * read for (size, _, _), read in zip(_per_token(compressor, sites), columns, strict=True))
     return float(full), draft
 
 
@@ -37,25 +39,31 @@ def bytes_reloaded(compressor: Compressor, sites: Sequence[Site], tokens: int) -
     """
     if not compressor.is_lasting:
         return float(tokens * sum(site.bytes_per_token for site in sites if site.window is None))
-    return tokens * sum(left for _, left in _per_token(compressor, sites))
+    return tokens * sum(left for _, left, _ in _per_token(compressor, sites))
+
+
+def bytes_in_place(compressor: Compressor, sites: Sequence[Site]) -> float:
+    """Bytes per token of draft's caches of tokens kept whole, which lie in one buffer with the exact tail."""
+    return sum(whole for _, _, whole in _per_token(compressor, sites))
 
 
 def _per_token(
     compressor: Compressor, sites: Sequence[Site], probes: Sequence[int] = PROBES
-) -> list[tuple[float, float]]:
-    """Per site and token: bytes of draft's cache, and bytes of full KV that it does not hold as they were cached.
+) -> list[tuple[float, float, float]]:
+    """Per site and token: bytes of draft's cache, bytes of full KV that it does not hold as they were cached, and bytes
+    of draft's cache that lie in one buffer with the tail.
 
     Sliding windows are kept as they are, and so is a site that would borrow from one of another shape.
     """
-    measured: dict[tuple[object, ...], tuple[float, float]] = {}
-    found: list[tuple[float, float]] = []
+    measured: dict[tuple[object, ...], tuple[float, float, float]] = {}
+    found: list[tuple[float, float, float]] = []
     for site in sites:
         method, full = compressor.for_layer(site.layer, len(sites)), float(site.bytes_per_token)
         shape = (repr(method), site.heads, site.kv_heads, site.head_size, site.value_size)
         if site.window is not None:
-            found.append((full, 0.0))
+            found.append((full, 0.0, 0.0))
         elif method.donor is not None:
-            found.append((0.0, full) if sites[method.donor].shape == site.shape else (full, 0.0))
+            found.append((0.0, full, 0.0) if sites[method.donor].shape == site.shape else (full, 0.0, full))
         else:
             if shape not in measured:
                 measured[shape] = _measure(method, site, probes)
@@ -63,13 +71,13 @@ def _per_token(
     return found
 
 
-def _measure(method: Compressor, site: Site, probes: Sequence[int]) -> tuple[float, float]:
+def _measure(method: Compressor, site: Site, probes: Sequence[int]) -> tuple[float, float, float]:
     region, full = _probe(method, site, probes), float(site.bytes_per_token)
     if region is None:
-        return full, 0.0
-    own = region.keys.nbytes if site.latent and isinstance(region, DenseKV) else region.nbytes
-    kept = region.as_cached or (0,)
-    return own / region.covered, full * (1 - sum(kept) / (len(kept) * region.covered))
+        return full, 0.0, 0.0
+    kept, dense = region.as_cached or (0,), isinstance(region, DenseKV)
+    own = (region.keys.nbytes if site.latent and isinstance(region, DenseKV) else region.nbytes) / region.covered
+    return own, full * (1 - sum(kept) / (len(kept) * region.covered)), own if dense else 0.0
 
 
 def _probe(method: Compressor, site: Site, probes: Sequence[int]) -> CompressedKV | None:
@@ -85,9 +93,13 @@ def _probe(method: Compressor, site: Site, probes: Sequence[int]) -> CompressedK
     return None
 
 
-def bytes_per_weight(dtype: torch.dtype) -> float:
-    """Bytes of a weight as drafts read it, its share of an int8 copy's scale included."""
-    return dtype.itemsize + (0.0 if dtype.is_floating_point else torch.float32.itemsize / GROUP)
+def bytes_per_weight(config: Config, dtype: torch.dtype, device: torch.device, rows: int) -> float:
+    """Bytes of a weight as drafts of so many rows read it, its share of an int8 copy's scale included."""
+    few = config.inductor and rows <= FEW.get(device.type, 1)
+    low = dtype_read(config.draft_dtype_on(device), device, few=few)
+    if low is None or low.itemsize >= dtype.itemsize:
+        return dtype.itemsize
+    return low.itemsize + (0.0 if low.is_floating_point else torch.float32.itemsize / GROUP)
 
 
 GATHERS = (torch.ops.aten.embedding.default, torch.ops.aten.index.Tensor, torch.ops.aten.index_select.default)

@@ -159,7 +159,8 @@ def take(
     buffers, parameters = buffers_of(module, example_inputs), parameters_of(example_inputs)
     program = Program(copy_module(module), batch_of(module, example_inputs), config.window, scalars, buffers)
     low = config.draft_dtype_on(example_inputs[parameters[0]].device)
-    passes = pipeline.decode_passes(config.inductor, low, staging_of(config, example_inputs, parameters))
+    staging = staging_of(config, example_inputs, parameters, program.batch)
+    passes = pipeline.decode_passes(config.inductor, low, staging)
     pipeline.run_all(program, tuple(each for each in passes if getattr(each, "func", each) is not lower), observers)
     return program
 

@@ -12,6 +12,8 @@ from torch.fx import GraphModule
 
 GROUP = 32
 """Inputs of a weight that share the scale of their int8 codes."""
+FEW = {"cpu": 8}
+"""Up to how many rows of draft become reductions, by device: 1 where none is given."""
 Compiled = Callable[[list[Tensor]], Sequence[Tensor]]
 """A compiled segment."""
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from vericache_compile.plan import rounded
 from vericache_compile.runtime.planner import (
     PLAIN,
     RESIDENT,
@@ -19,7 +20,16 @@ from vericache_compile.runtime.planner import (
 )
 
 GPU = Machine(device_bytes=141e9, memory_gbps=4800, link_gbps=55)
-LLAMA = Load(weights=16e9, draft_weights=16e9, kv=131072, draft_kv=26214, sites=32, context=128_000, batch=7)
+LLAMA = Load(
+    weights=16e9,
+    draft_weights=16e9,
+    kv=131072,
+    draft_kv=26214,
+    held_kv=131072,
+    site_kv=4096,
+    context=128_000,
+    batch=7,
+)
 
 
 def by_name(load: Load, machine: Machine, staging: float | None = None) -> dict[str, Choice]:
@@ -55,12 +65,41 @@ def test_what_drafts_hold_does_not_come_over_the_link() -> None:
 
 
 def test_a_batch_that_does_not_fit_is_made_smaller() -> None:
-    found = by_name(replace(LLAMA, batch=20), GPU)
-    for name in (PLAIN, RESIDENT):
+    machine = replace(GPU, device_bytes=40e9)
+    found = by_name(replace(LLAMA, batch=32), machine)
+    for name in (PLAIN, RESIDENT, SWAPPED):
         smaller = found[f"{name}, smaller batch"]
         assert not found[name].fits
         assert smaller.fits
-        assert not by_name(replace(LLAMA, batch=smaller.batch + 1), GPU)[name].fits
+        assert not by_name(replace(LLAMA, batch=smaller.batch + 1), machine)[name].fits
+
+
+def test_only_a_smaller_batch_of_swapped_verify_may_fit() -> None:
+    best = choose(choices(replace(LLAMA, batch=32, reload=0.8), replace(GPU, device_bytes=30e9)))
+    assert best is not None
+    assert (best.name, best.batch) == (f"{SWAPPED}, smaller batch", 2)
+
+
+def test_fewer_rows_may_read_other_weights() -> None:
+    load = replace(LLAMA, batch=20, draft_weights=8e9, few=(8, 4e9))
+    found = by_name(load, replace(GPU, device_bytes=60e9))
+    smaller = found[f"{RESIDENT}, smaller batch"]
+    assert "15 x (weights 4 GB" in smaller.arithmetic[0]
+    assert (
+        smaller.device_bytes
+        == by_name(replace(load, batch=smaller.batch, draft_weights=4e9), GPU)[RESIDENT].device_bytes
+    )
+    assert "15 x (weights 8 GB" in found[RESIDENT].arithmetic[0]
+
+
+def test_windows_are_held_whole_and_do_not_come_over_the_link() -> None:
+    """Of 32 layers 24 read a window of 1,024 tokens."""
+    window = replace(LLAMA, kv=131072 * (8 + 24 * 1024 / 128_000) / 32, sliding_kv=131072 * 24 / 32)
+    assert window.full < 0.27 * LLAMA.full
+    assert window.full_held == LLAMA.full_held
+    swapped = by_name(window, GPU, 0)[SWAPPED]
+    assert swapped.staging_bytes == pytest.approx(2 * LLAMA.full_held / 32, rel=0.03), "one comes, one is put together"
+    assert f"transfer = full KV {LLAMA.full / 4e9:.3g} GB" in swapped.arithmetic[2]
 
 
 def test_nothing_fits() -> None:
@@ -70,7 +109,8 @@ def test_nothing_fits() -> None:
 @pytest.mark.parametrize("staging", [0.0, 1e9, 1e12])
 def test_a_ring_has_a_slot_at_least_and_the_whole_cache_at_most(staging: float) -> None:
     ring = by_name(LLAMA, GPU, staging)[SWAPPED].staging_bytes
-    assert LLAMA.full_held / LLAMA.sites <= ring <= LLAMA.full_held < 1.01 * LLAMA.full
+    assert LLAMA.full_held / 32 <= ring <= rounded(int(LLAMA.full_held))
+    assert LLAMA.full < LLAMA.full_held < 1.01 * LLAMA.full
 
 
 def test_more_ring_is_never_slower() -> None:
