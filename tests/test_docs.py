@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 from models import OLDER
 
+from vericache_compile.cli import main
 from vericache_compile.compressors.table import COMPRESSORS, all_parameters
 from vericache_compile.sweep import COLUMNS
 from vericache_compile.sweep_models import HYBRIDS, MODELS, attentions_of
@@ -37,6 +39,20 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert links
     assert all((page.parent / link).exists() for link in links)
     assert f"docs/compressors/{page.name}" in (ROOT / "README.md").read_text()
+
+
+def test_the_readmes_plan_is_what_the_command_prints(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for what it leaves out, which it says with dots."""
+    [block] = re.findall(
+        r"^```\n\$ vericache (plan .*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL
+    )
+    command, shown = re.split(r"(?<!\\)\n", block, maxsplit=1)
+    monkeypatch.setenv("COLUMNS", "112")
+    assert main(shlex.split(command.replace("\\\n", ""))) == 0
+    printed = "\n".join(line.rstrip() for line in capsys.readouterr().out.splitlines())
+    assert all(part.strip() in printed for part in shown.split("...\n")), printed
 
 
 @pytest.mark.skipif(OLDER, reason="the page is of a newer transformers, where other families have sdpa")
