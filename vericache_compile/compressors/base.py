@@ -43,7 +43,8 @@ class CompressedKV(ABC):
     def exact(self) -> int:
         """So many of its last tokens, [covered - exact, covered), lie in its last slots as they were cached.
 
-        In all heads: full KV need not bring them to the device again. 0 unless the method is certain of it.
+        In all heads: full KV need not bring them to the device again. It is compared bit by bit, and counts
+        only where it is true.
         """
         return 0
 
