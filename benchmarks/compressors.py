@@ -15,7 +15,7 @@ import json
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -28,10 +28,8 @@ from decode import load, machine
 from frontier import DEFAULT, markdown, plot, table
 from rich.console import Console
 from settings import TRIED, choose, most_within, of_paper, spell
-from torch.fx import GraphModule
 
 from vericache_compile import calibrate, demo_model_path
-from vericache_compile.backend import vericache
 from vericache_compile.compressors.learned import Learner
 from vericache_compile.compressors.table import find_method, method_names
 from vericache_compile.learning import rows_of
@@ -39,6 +37,7 @@ from vericache_compile.model_state import state_of
 from vericache_compile.runtime.compression import CHUNK
 from vericache_compile.runtime.drawn import Drawn
 from vericache_compile.runtime.pace import Pace
+from vericache_compile.testing import Switch
 
 TOKENS = 3000
 """Of each prompt, at most."""
@@ -49,24 +48,6 @@ READERS = ("expected_attention", "h2o", "kvzip")
 WARM_UP = 512
 WINDOW = 16
 WIDTH = 170
-
-
-class Switch:
-    """The backend under options that change between calls, so that Dynamo captures the model once for all methods."""
-
-    def __init__(self, options: dict[str, Any]) -> None:
-        self.options = options
-
-    def __call__(self, module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        made: dict[str, Callable[..., Any]] = {}
-
-        def call(*inputs: Any) -> Any:
-            key = json.dumps(self.options)
-            if key not in made:
-                made[key] = vericache(module, example_inputs, options=self.options)
-            return made[key](*inputs)
-
-        return call
 
 
 def prompts(tokenizer: Any) -> dict[str, torch.Tensor]:
@@ -94,7 +75,8 @@ class Bench:
     def __init__(self, names: Sequence[str], new: int, draft_dtype: str) -> None:
         self.new = new
         self.model = load()
-        self.switch = Switch({"compressor": PREFILL, "draft_dtype": draft_dtype})
+        self.switch = Switch()
+        self.switch.options = {"compressor": PREFILL, "draft_dtype": draft_dtype}
         found = prompts(transformers.AutoTokenizer.from_pretrained(demo_model_path()))
         self.prompts = {name: found[name] for name in names}
         self.plain = {name: self.generate(ids)[0, ids.shape[1] :].tolist() for name, ids in self.prompts.items()}
