@@ -108,6 +108,10 @@ class Repeated:
         """Row b's scores [K, n] of columns [begin, end), as far as they were there."""
         return self.scores[layer][b, :, begin : min(end, self.lengths[b])]
 
+    def cut(self, columns: int) -> Repeated:
+        """Those of the first columns, whatever text comes to stand after them."""
+        return Repeated(self.scores, [min(length, columns) for length in self.lengths])
+
     def select(self, rows: Sequence[int]) -> Repeated:
         """A copy of the given rows."""
         return Repeated([held[list(rows)] for held in self.scores], [self.lengths[r] for r in rows])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from models import Switch, make_prompt, make_tiny
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from vericache_compile import stats
 from vericache_compile.compressors import table
@@ -92,6 +92,15 @@ class Told:
         return self.facts[(time * len(self.weights) + layer) * BATCH + b]
 
 
+def newest(model: PreTrainedModel) -> Sequence:
+    """The sequence that ran last."""
+    state = state_of(list(model.parameters()))
+    assert state is not None
+    assert state.latest is not None
+    assert state.latest.session.newest is not None
+    return state.latest.session.newest
+
+
 @pytest.fixture(scope="module")
 def told() -> Iterator[Told]:
     with pytest.MonkeyPatch.context() as patch:
@@ -112,11 +121,7 @@ def told() -> Iterator[Told]:
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         with torch.no_grad():
             weights = plain(ids, attention_mask=mask, position_ids=positions, output_attentions=True).attentions
-        state = state_of(list(model.parameters()))
-        assert state is not None
-        assert state.latest is not None
-        sequence = state.latest.session.newest
-        assert sequence is not None
+        sequence = newest(model)
         yield Told(model, sequence, ids, pads, list(weights), list(SEEN))
 
 
@@ -224,16 +229,27 @@ def test_kvzip_spends_its_budget_on_its_own_sites(method: str) -> None:
     model, prompt = make_tiny("llama", layers=4), make_prompt(300, 1)
     model.compile(backend="vericache", options={"compressor": method, "window": 4, "inductor": False})
     model.generate(**prompt, max_new_tokens=4, do_sample=False)
-    state = state_of(list(model.parameters()))
-    assert state is not None
-    assert state.latest is not None
-    sequence = state.latest.session.newest
-    assert sequence is not None
+    sequence = newest(model)
     assert sequence.draft is not None
     shares = [layer.regions[0].nbytes / 256 / layer.regions[0].covered for layer in sequence.draft.layers]
     own = shares[2:] if method.startswith("0") else shares
     assert shares[0] == 1 or not method.startswith("0")
     assert sum(own) / len(own) == pytest.approx(0.25, abs=0.02)
+
+
+def test_what_was_repeated_stays_known_in_later_turns_and_not_beyond_a_cut() -> None:
+    """So that kvzip keeps what comes later, and repeats a context again whose end was another text."""
+    model, prompt = make_tiny("llama", layers=2), make_prompt(TOKENS, 1)
+    model.compile(backend="vericache", options={"compressor": "kvzip", "window": 4, "inductor": False})
+    cache = DynamicCache(config=model.config)
+    model.generate(**prompt, past_key_values=cache, max_new_tokens=4, do_sample=False)
+    for columns, known in ((None, TOKENS), (30, 30)):
+        if columns is not None:
+            cache.crop(columns - cache.get_seq_length())
+        with torch.no_grad():
+            model(prompt["input_ids"][:, :7], past_key_values=cache)
+        assert (repeated := newest(model).repeated) is not None
+        assert repeated.lengths == [known]
 
 
 def test_read_reads_the_full_cache(told: Told) -> None:
@@ -323,11 +339,7 @@ def test_where_keys_come_in_each_round_a_window_is_added_one_round_later() -> No
     options = {"compressor": "h2o", "window": 4, "inductor": False, "placement": "host"}
     model.compile(backend="vericache", options=options)
     model.generate(**prompt, max_new_tokens=NEW, do_sample=False)
-    state = state_of(list(model.parameters()))
-    assert state is not None
-    assert state.latest is not None
-    sequence = state.latest.session.newest
-    assert sequence is not None
+    sequence = newest(model)
     assert sequence.drawn is not None
     assert sequence.asked is not None
     pads = (prompt["attention_mask"] == 0).sum(1).tolist()
