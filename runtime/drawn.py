@@ -20,6 +20,8 @@ from vericache_compile.plan import Site
 
 AT_ONCE = 256
 """Queries whose weights are held at once."""
+AT_ONCE_ON_CPU = 64
+"""Few enough that a KV head's weights of some thousand columns stay in a core's cache."""
 
 
 class Drawn:
@@ -118,17 +120,23 @@ class Repeated:
 
 
 def attention_drawn(q: Tensor, keys: Tensor, scale: float) -> Tensor:
-    """Sums [K, C], float32, of the causal attention that q [H, T, D], of the last T tokens, pays to keys [K, C, D]."""
+    """Sums [K, C], float32, of the causal attention that q [H, T, D], of the last T tokens, pays to keys [K, C, D].
+
+    Where T > C the first T - C queries are of tokens that have no key here, such as padding: they pay nothing.
+    """
     kv_heads, columns, size = keys.shape
-    tokens = q.shape[1]
-    grouped = q.reshape(kv_heads, -1, tokens, size)
+    asking = q[:, max(q.shape[1] - columns, 0) :]
+    before = columns - asking.shape[1]
+    number, at_once = (torch.float32, AT_ONCE_ON_CPU) if q.device.type == "cpu" else (q.dtype, AT_ONCE)
+    grouped = (asking.float() * scale).to(number).reshape(kv_heads, -1, asking.shape[1], size)
+    keys = keys.to(number)
     sums = torch.zeros(kv_heads, columns, device=keys.device)
-    for begin in range(0, tokens, AT_ONCE):
-        own = torch.arange(begin, min(begin + AT_ONCE, tokens), device=keys.device) + columns - tokens
-        seen = max(min(begin + AT_ONCE, tokens) + columns - tokens, 0)  # what comes later is nobody's here
-        future = torch.arange(seen, device=keys.device) > own[:, None]
-        for head in range(kv_heads):  # one at a time: the weights are [G, T, C]
-            logits = grouped[head, :, begin : begin + AT_ONCE].float() * scale @ keys[head, :seen].float().T
-            weights = logits.masked_fill_(future, float("-inf")).softmax(dim=-1)
-            sums[head, :seen] += weights.nan_to_num_(0).sum(dim=(0, 1))  # a query of padding sees nothing
+    for begin in range(0, asking.shape[1], at_once):
+        count = min(at_once, asking.shape[1] - begin)
+        seen = before + begin + count
+        future = torch.ones(count, count, dtype=torch.bool, device=keys.device).triu_(1)
+        for head in range(kv_heads):  # one at a time: the weights are [G * count, seen]
+            logits = grouped[head, :, begin : begin + count].flatten(0, 1) @ keys[head, :seen].T
+            logits.view(-1, count, seen)[..., seen - count :].masked_fill_(future, float("-inf"))
+            sums[head, :seen] += logits.softmax(dim=-1, dtype=torch.float32).sum(dim=0)
     return sums
