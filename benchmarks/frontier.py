@@ -136,7 +136,7 @@ def markdown(reports: Sequence[Mapping[str, Any]]) -> str:
         "[Dropping](dropping.md) · [quantising](quantising.md) · [low rank and layers](low_rank_and_layers.md) · "
         "[sketches](sketch.md) · [mixed](mixed.md)",
         "`benchmarks/compressors.py --markdown` wrote this page. SmolLM2-135M in float32, greedy, W = 16, so at most "
-        "16 tokens per round; drafts in the model's own weights.",
+        "16 tokens per round; drafts in the model's own weights. Drafting does not rest here where it would not pay.",
         "bytes: of the draft cache with its tail, as a fraction of the full one's; of `quest` and `clusterkv` those of "
         "an index and of two whole layers: they read tokens from the full cache. compress: seconds, as a fraction of "
         "those for reading the prompt, with what a method has the model compute besides. alone: the token at which the "

@@ -184,7 +184,7 @@ def as_markdown(found: Iterable[Finding], inductor: bool) -> str:
         f"float32, {PROMPT_TOKENS} prompt tokens and {NEW_TOKENS} new ones, alone and in a batch of {BATCHES[-1]} "
         f"padded on the left, window {WINDOW}, segments {how}.\n\n"
         "Variant checks are those of `passes/check.py`, after each pass. Identical means the tokens of plain "
-        "`generate`. A model that is not taken runs as captured, with the reason. "
+        "`generate`. A model that is not taken runs under plain Inductor, with the reason. "
         f"Tokens per round are for batch 1, with drafts over the full cache ({WINDOW} is all there can be) and over "
         "`snapkv`'s; random weights say little of what real text gives.\n\n"
         f"{table}\n"
