@@ -222,14 +222,15 @@ def extend(
         if held.reach is not None:
             layers[layer] = _place_window(site, exact, pads, columns, room, held.reach, held)
             continue
-        donor = _method(compressor, layer, full.sites, reaches).donor
+        own = _method(compressor, layer, full.sites, reaches)
+        newest = max(EXACT, own.least_tail)
         regions: list[CompressedKV] = []
         known: Sequence[int] = held.exact_from
         for b, (region, start, column) in enumerate(zip(held.regions, held.starts, columns, strict=True)):
-            end = max(start, column - EXACT)
+            end = max(start, column - newest)
             k, v = exact.row(b, start, end)
-            if donor is not None:
-                region = BorrowedKV(layers[donor].regions[b])
+            if own.donor is not None:
+                region = BorrowedKV(layers[own.donor].regions[b])
             elif end > start:
                 asked = _asked(compressor, k, site, queries[layer][b])
                 if tell is None:

@@ -30,6 +30,14 @@ def test_bytes_are_a_share_of_the_full_cache(text: str, share: float) -> None:
     assert compressed_bytes(parse(text, {}), [SITE]) == pytest.approx(share * SITE.bytes_per_token, rel=0.02)
 
 
+def test_bytes_that_depend_on_the_data_are_not_those_of_zeros() -> None:
+    method = parse("packkv", {})
+    generator = torch.Generator().manual_seed(1)
+    keys, values = (torch.randn(SITE.kv_heads, 1024, 16, generator=generator) for _ in range(2))
+    region = method.compress(keys, values, None)
+    assert compressed_bytes(method, [SITE]) == pytest.approx(region.nbytes / region.covered, rel=0.05)
+
+
 def test_only_sites_of_one_shape_share() -> None:
     sites = [replace(SITE, layer=layer, value_size=size) for layer, size in enumerate((8, 16, 16, 16))]
     full = sum(site.bytes_per_token for site in sites)

@@ -20,7 +20,7 @@ PROBES = (1024, 16384)
 
 
 def compressed_bytes(compressor: Compressor, sites: Sequence[Site], tokens: int = PROBES[0]) -> float:
-    """Bytes per token that the compressor takes at all sites together, measured on a region of so many zeros."""
+    """Bytes per token that the compressor takes at all sites together, measured on a region of so many."""
     return sum(draft for draft, _, _ in _per_token(compressor, sites, (tokens, *PROBES)))
 
 
@@ -81,11 +81,15 @@ def _measure(method: Compressor, site: Site, probes: Sequence[int]) -> tuple[flo
 
 
 def _probe(method: Compressor, site: Site, probes: Sequence[int]) -> CompressedKV | None:
-    """A region of zeros; None where all stays in the exact tail."""
+    """A region of normal numbers, since bytes may depend on them; None where all stays in the exact tail."""
+    generator = torch.Generator().manual_seed(0)
+
+    def some(heads: int, tokens: int, size: int) -> torch.Tensor:
+        return torch.randn(heads, tokens, size, generator=generator).to(site.dtype)
+
     for tokens in probes:
-        keys = torch.zeros(site.kv_heads, tokens, site.head_size, dtype=site.dtype)
-        values = torch.zeros(site.kv_heads, tokens, site.value_size, dtype=site.dtype)
-        queries = torch.zeros(site.heads, 32, site.head_size, dtype=site.dtype)
+        keys, values = some(site.kv_heads, tokens, site.head_size), some(site.kv_heads, tokens, site.value_size)
+        queries = some(site.heads, 32, site.head_size)
         facts = Facts(read=reader_of(keys, values))
         region = method.knowing(facts).compress(keys, values, queries)
         if region.covered:

@@ -49,6 +49,11 @@ class AdaKV(HeadSharing):
         """The window."""
         return self.window
 
+    @property
+    def least_tail(self) -> int:
+        """The window."""
+        return self.window
+
     def covers(self, tokens: int) -> int:
         """All tokens but the window."""
         return max(tokens - self.window, 0)

@@ -33,6 +33,11 @@ class Around(Compressor):
         return self.inner.wants | frozenset(self.needs)
 
     @property
+    def least_tail(self) -> int:
+        """Those of the method inside."""
+        return self.inner.least_tail
+
+    @property
     def shared_nbytes(self) -> int:
         """Those of the method inside."""
         return self.inner.shared_nbytes

@@ -132,6 +132,11 @@ class Compressor(ABC):
     """What the runtime has told it (`knowing`)."""
 
     @property
+    def least_tail(self) -> int:
+        """Newest tokens that are left to the tail, at least, whenever others join a region."""
+        return 0
+
+    @property
     def is_lasting(self) -> bool:
         """Whether a region lives so long that it pays to set apart, in host memory, what it leaves out."""
         return self.refresh == 0 or self.refresh >= LASTING

@@ -48,9 +48,9 @@ class ChainKV(CompressedKV):
 
     def extend(self, keys: Tensor, values: Tensor, queries: Tensor | None) -> Self:
         """Also cover keys [K, S, D] and values [K, S, Dv]; they compete among themselves, by queries [H, w, D]."""
-        drop = self.method.drop
-        tokens = drop.covers_more(keys.shape[1])
-        keys, values = drop.later.keep_best(keys, values, queries, tokens)
+        joining = self.method.drop.joining(self.covered)
+        tokens = joining.covers_more(keys.shape[1])
+        keys, values = joining.keep_best(keys, values, queries, tokens)
         keys, values = torch.cat([self.keys, keys], dim=1), torch.cat([self.values, values], dim=1)
         held = self.held.extend(keys, values, None)
         used = held.covered - self.held.covered

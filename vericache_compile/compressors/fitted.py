@@ -103,6 +103,11 @@ class Fitted(Compressor):
     parameters: ClassVar[tuple[str, ...]] = ()
 
     @property
+    def least_tail(self) -> int:
+        """The residual."""
+        return self.residual
+
+    @property
     def multiple(self) -> int:
         """Tokens are stored by so many."""
         return 1

@@ -48,8 +48,9 @@ class SharedKV(RaggedKV):
 
     def extend(self, keys: Tensor, values: Tensor, queries: Tensor | None) -> Self:
         """Also cover keys [K, S, D] and values [K, S, Dv]; they compete among themselves, by queries [H, w, D]."""
-        tokens = self.method.covers_more(keys.shape[1])
-        more = self.method.later.choose(keys, values, queries, tokens)
+        joining = self.method.later if self.covered else self.method
+        tokens = joining.covers_more(keys.shape[1])
+        more = joining.choose(keys, values, queries, tokens)
         joined = Chosen(
             join_heads(self.keys, self.counts, more.keys, more.counts),
             join_heads(self.values, self.counts, more.values, more.counts),

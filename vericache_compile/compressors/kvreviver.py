@@ -124,6 +124,11 @@ class KVReviver(Compressor):
         """The window."""
         return self.window
 
+    @property
+    def least_tail(self) -> int:
+        """The window."""
+        return self.window
+
     def compress(self, keys: Tensor, values: Tensor, queries: Tensor | None) -> RevivedKV:
         """Compress keys [K, S, D] and values [K, S, Dv] by the queries [H, w, D] of the last w tokens."""
         run, count = self.store(keys, values, queries, max(keys.shape[1] - self.window, 0))

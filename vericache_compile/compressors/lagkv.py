@@ -10,7 +10,7 @@ Shapes: K KV heads, S tokens, C tokens scored, P chunks, L tokens in a chunk, D 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -40,14 +40,19 @@ class LagKV(Scorer):
         if self.sinks >= self.lag:
             raise OptionError(f"sinks={self.sinks}", f"compressor {self.name!r}", f"give fewer than lag={self.lag}")
 
+    @property
+    def later(self) -> LagKV:
+        """No first tokens among those that join later."""
+        return replace(self, sinks=0)
+
     def covers(self, tokens: int) -> int:
         """The sinks and every chunk that another whole chunk follows; nothing when there is none."""
-        chunks = self.covers_more(tokens - self.sinks)
+        chunks = max((tokens - self.sinks) // self.lag - 1, 0) * self.lag
         return self.sinks + chunks if chunks else 0
 
     def covers_more(self, tokens: int) -> int:
-        """Every chunk that another whole chunk follows."""
-        return max(tokens // self.lag - 1, 0) * self.lag
+        """The same of tokens that join."""
+        return self.covers(tokens)
 
     def score(self, keys: Tensor, values: Tensor, queries: Tensor | None, covered: int) -> Tensor:
         """Scores [K, C] in float32, sinks at infinity; keys [K, S, D], values [K, S, Dv] reach a chunk further."""

@@ -69,6 +69,11 @@ class Quantizer(Compressor):
     """Least number of recent tokens left to the tail."""
 
     @property
+    def least_tail(self) -> int:
+        """The residual."""
+        return self.residual
+
+    @property
     def multiple(self) -> int:
         """Tokens are quantised by so many (g)."""
         return 1

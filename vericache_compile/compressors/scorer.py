@@ -38,15 +38,16 @@ class SelectedKV(DenseKV):
 
         What the region holds already stays; the chunk competes only with itself.
         """
-        tokens, later = self.method.covers_more(keys.shape[1]), self.method.later
-        keys, values = later.keep_best(keys, values, queries, tokens)
+        joining = self.method.joining(self.covered)
+        tokens = joining.covers_more(keys.shape[1])
+        keys, values = joining.keep_best(keys, values, queries, tokens)
         more = keys.shape[1]
         return type(self)(
             torch.cat([self.keys, keys], dim=1),
             torch.cat([self.values, values], dim=1),
             self.covered + tokens,
             self.method,
-            self.exact + more if more == tokens else later.newest(more, tokens),
+            self.exact + more if more == tokens else joining.newest(more, tokens),
         )
 
 
@@ -71,6 +72,10 @@ class Chooser(Compressor):
     def later(self) -> Chooser:
         """The method as it chooses among tokens that join: itself, but for what it keeps of a row's first tokens."""
         return self
+
+    def joining(self, covered: int) -> Chooser:
+        """The method as it chooses among tokens that join a region of `covered`: of none, the row's first are there."""
+        return self.later if covered else self
 
     def covers(self, tokens: int) -> int:
         """How many of a row's first tokens the region stands for; the others stay in the tail."""
@@ -149,6 +154,11 @@ class WindowScorer(Scorer):
     def queries(self) -> int:
         """The window, for a method that reads queries."""
         return self.window if "queries" in self.needs else 0
+
+    @property
+    def least_tail(self) -> int:
+        """The window."""
+        return self.window
 
     def covers(self, tokens: int) -> int:
         """All tokens but the window."""
