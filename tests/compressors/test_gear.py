@@ -23,10 +23,15 @@ def naive_group(numbers: Tensor, bits: int) -> Tensor:
     return torch.stack([((x - low) / scale).round() * scale + low for x in numbers])
 
 
+def ends(numbers: Tensor, count: int) -> Tensor:
+    """Places of the `count` smallest and largest numbers of a vector."""
+    order = numbers.argsort()
+    return torch.cat([order[:count], order[-count:]])
+
+
 def naive_vector(numbers: Tensor, bits: int, group: int, count: int) -> Tensor:
     """One vector: its `count` largest and smallest apart, the rest quantised in groups with the mean in their place."""
-    order = numbers.argsort()
-    apart = torch.cat([order[:count], order[-count:]])
+    apart = ends(numbers, count)
     plain = numbers.clone()
     plain[apart] = numbers.mean()
     read = torch.cat([naive_group(part, bits) for part in plain.split(group)])
@@ -56,7 +61,10 @@ def naive(x: Tensor, bits: int, seed: int, *, per_channel: bool) -> Tensor:
                 read = torch.stack([naive_vector(column, bits, 32, 1) for column in block.T], dim=1)
             else:
                 read = torch.stack([naive_vector(token, bits, len(token), 1) for token in block])
-            out[head, begin : begin + 128] = read + naive_low_rank(block - read, 2, seed)
+            made = read + naive_low_rank(block - read, 2, seed)
+            for mine, numbers in zip(*((made.T, block.T) if per_channel else (made, block)), strict=True):
+                mine[ends(numbers, 1)] = numbers[ends(numbers, 1)]
+            out[head, begin : begin + 128] = made
     return out
 
 
@@ -66,6 +74,14 @@ def test_numbers_equal_the_naive_loops(random_row: Row, bits: int) -> None:
     read_keys, read_values = Gear(bits=bits, residual=0, seed=5).compress(keys, values, None).materialize()
     torch.testing.assert_close(read_keys, naive(keys, bits, 5, per_channel=True), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(read_values, naive(values, bits, 5, per_channel=False), atol=1e-4, rtol=1e-4)
+
+
+def test_outliers_are_exact(random_row: Row) -> None:
+    keys, values, _ = random_row(128)
+    read_keys, read_values = Gear(bits=2, residual=0).compress(keys, values, None).materialize()
+    for read, x, dim in ((read_keys, keys, 1), (read_values, values, 2)):
+        for places in (x.argmax(dim, keepdim=True), x.argmin(dim, keepdim=True)):
+            assert torch.equal(read.gather(dim, places), x.gather(dim, places))
 
 
 def test_an_outlier_costs_its_neighbours_nothing(random_row: Row) -> None:

@@ -116,8 +116,8 @@ class Gear(Quantizer):
         return Geared(*codes, *apart, *factors)
 
     def _decode(self, codes: Geared, dim: int) -> Tensor:
-        base = put_outliers(self._read(Quantized(*codes[:3]), dim), Outliers(codes.numbers, codes.places), dim)
-        return base.add_(codes.left @ codes.right.mT)
+        base = self._read(Quantized(*codes[:3]), dim).add_(codes.left @ codes.right.mT)
+        return put_outliers(base, Outliers(codes.numbers, codes.places), dim)
 
     def _read(self, codes: Quantized, dim: int) -> Tensor:
         """What KIVI's codes say, [K, S / b, b, D]."""
