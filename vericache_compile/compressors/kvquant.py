@@ -201,10 +201,11 @@ def scale_up(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 
 def k_means(x: Tensor, weights: Tensor | None, count: int) -> Tensor:
-    """`count` levels, float32 ascending, with the least weighted squared distance to the numbers of x within [-1, 1].
+    """`count` levels, float32 ascending, with the least weighted squared distance to the numbers of x.
 
-    Lloyd's iteration, from quantiles; a level that no number is nearest to stays. A cell is a run of the numbers in
-    order, so its mean is a difference of running sums.
+    A number outside [-1, 1], as most outliers are, counts as the end that it lies beyond: without these, random numbers
+    are read better in 2 and 3 bits, and mostly worse in 4 and more. Lloyd's iteration, from quantiles; a level that no
+    number is nearest to stays. A cell is a run of the numbers in order, so its mean is a difference of running sums.
     """
     step = max(x.numel() // SAMPLES, 1)
     while math.gcd(step, x.shape[-1]) > 1:  # every channel has its turn
