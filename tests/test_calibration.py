@@ -317,6 +317,18 @@ def test_another_methods_file_is_refused(files: dict[str, Path]) -> None:
         ReCalKV(calibration=3)  # type: ignore[arg-type]
 
 
+def test_another_size_of_groups_than_the_files_is_refused(files: dict[str, Path]) -> None:
+    """Up to `heads` of the model's two KV heads: one more than these makes the same groups."""
+    path = str(files["recalkv"])
+    for heads in (2, 3):
+        ReCalKV(heads=heads, calibration=path)
+    with pytest.raises(OptionError) as caught:
+        ReCalKV(heads=1, calibration=path)
+    assert caught.value.found == "groups of 2 heads, where heads=1 makes 1"
+    assert path in caught.value.where
+    assert caught.value.fix == "give heads=2, or calibrate again with recalkv(heads=1)"
+
+
 @pytest.mark.parametrize("compressor", ["recalkv", "kvsharer"])
 def test_another_models_file_is_refused_before_any_output(
     tmp_path: Path, text: torch.Tensor, compressor: str, monkeypatch: pytest.MonkeyPatch

@@ -20,10 +20,12 @@ from torch import Tensor
 
 from vericache_compile.calibration import Calibration
 from vericache_compile.compressors.dense import check_count
+from vericache_compile.compressors.fitted import Fit
 from vericache_compile.compressors.low_rank import LowRank
 from vericache_compile.compressors.observed import observe
 from vericache_compile.compressors.quantizer import channel_group
 from vericache_compile.compressors.rotation import Rotation
+from vericache_compile.errors import OptionError
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,24 @@ class ReCalKV(LowRank):
     def __post_init__(self) -> None:
         check_count("heads", self.heads, 1, self.name)
         super().__post_init__()
+        if self.held is not None:
+            sites = len(self.held.model["sites"])
+            for layer in range(sites):
+                self.given(self.held, layer, sites)
 
     def order(self, moment: Tensor, heads: int) -> tuple[Tensor, int]:
         """KV heads [K], similar ones together, and how many are in a group."""
         group = channel_group(heads, self.heads)
         return group_similar(cka(moment, heads), group), group
+
+    def given(self, held: Calibration, layer: int, layers: int) -> Fit:
+        """The bases that a file has for a site; raises OptionError where its groups are of another size."""
+        heads, groups = len(held.part(f"{layer}.order")), len(held.part(f"{layer}.keys"))
+        theirs, own = heads // groups, channel_group(heads, self.heads)
+        if theirs != own:
+            fix = f"give heads={theirs}, or calibrate again with recalkv(heads={self.heads})"
+            raise OptionError(f"groups of {theirs} heads, where heads={self.heads} makes {own}", held.where, fix)
+        return super().given(held, layer, layers)
 
     def shares(self, held: Calibration, layer: int) -> tuple[float, float]:
         """Fractions that keys and values of a site keep, by their Fisher information."""
