@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from vericache_compile import calibrate, stats
-from vericache_compile.calibration import read
+from vericache_compile.calibration import Calibration, read
 from vericache_compile.cli import main
 from vericache_compile.compressors.kvquant import KVQuant
 from vericache_compile.compressors.kvsharer import KVSharer
@@ -315,6 +315,27 @@ def test_another_methods_file_is_refused(files: dict[str, Path]) -> None:
         KVQuant(bits=2, calibration=str(files["kvquant"]))
     with pytest.raises(OptionError, match="calibration=3"):
         ReCalKV(calibration=3)  # type: ignore[arg-type]
+
+
+def test_other_outliers_than_the_files_are_refused(files: dict[str, Path], tmp_path: Path) -> None:
+    """Ranges are those of what these leave; a file that does not say how many is not whole."""
+    path, unsaid = str(files["kvquant"]), tmp_path / "unsaid.safetensors"
+    with pytest.raises(OptionError) as caught:
+        KVQuant(outliers=0.01, calibration=path)
+    assert caught.value.found == "ranges of outliers=0.02 for outliers=0.01"
+    assert path in caught.value.where
+    assert caught.value.fix == "give outliers=0.02, or calibrate again with kvquant(outliers=0.01)"
+    with safe_open(path, "pt") as file:
+        save_file(load_file(path), unsaid, metadata=file.metadata() | {"parameters": "KVQuant(bits=4)"})
+    with pytest.raises(OptionError, match="does not say with which outliers"):
+        KVQuant(calibration=str(unsaid))
+
+
+@pytest.mark.parametrize(("written", "number"), [("0", 0), ("0.25", 0.25), ("1e-05", 1e-5), ("2.5e-06", 2.5e-6)])
+def test_a_parameter_is_read_as_it_was_written(written: str, number: float) -> None:
+    held = Calibration("", "m", {}, f"M(a={written}, other_a=3, b=1, calibration='a=7')", {})
+    assert held.parameter("a") == number
+    assert (held.parameter("other_a"), held.parameter("b")) == (3, 1)
 
 
 def test_another_size_of_groups_than_the_files_is_refused(files: dict[str, Path]) -> None:

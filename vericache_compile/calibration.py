@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -51,6 +52,13 @@ class Calibration:
         if name not in self.tensors:
             raise OptionError(f"no tensor {name!r} in it", self.where, self.again)
         return self.tensors[name]
+
+    def parameter(self, name: str) -> float:
+        """A number that the method was calibrated with; raises OptionError where the file does not say."""
+        found = re.search(rf"\b{name}=(\d+(\.\d+)?(e-?\d+)?)\b", self.parameters)
+        if found is None:
+            raise OptionError(f"it does not say with which {name} it was made", self.where, self.again)
+        return float(found[1])
 
     def check_model(self, sites: Sequence[Site], parameters: Iterable[Sequence[int]]) -> None:
         """Raise OptionError unless these are the file's model: all its sites, and no parameter of another shape."""

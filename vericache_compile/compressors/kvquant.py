@@ -95,7 +95,7 @@ class KVQuant(Learned):
     sinks: int = 1
     residual: int = 32
     calibration: str | None = None
-    """A file that `vericache calibrate` wrote, with as many bits."""
+    """A file that `vericache calibrate` wrote, with the same bits and outliers."""
 
     def __post_init__(self) -> None:
         check_bits(self.bits, self.name)
@@ -118,11 +118,14 @@ class KVQuant(Learned):
         return fit_ranges(keys, values, None, self.bits, self.outliers)
 
     def given(self, held: Calibration, layer: int, layers: int) -> Fit:
-        """The ranges and levels that a file has for a site; raises OptionError where they are of other bits."""
+        """The ranges and levels that a file has for a site; raises OptionError where bits or outliers differ."""
         made = Ranges(*(held.part(f"{layer}.{part}") for part in Ranges._fields))
         if len(made.key_levels) != 2**self.bits:
             fix = f"calibrate again with kvquant(bits={self.bits})"
             raise OptionError(f"{len(made.key_levels)} levels for bits={self.bits}", held.where, fix)
+        if (theirs := held.parameter("outliers")) != self.outliers:
+            fix = f"give outliers={theirs}, or calibrate again with kvquant(outliers={self.outliers})"
+            raise OptionError(f"ranges of outliers={theirs} for outliers={self.outliers}", held.where, fix)
         return made
 
     def typed(self, fit: Fit, dtype: torch.dtype) -> Fit:
