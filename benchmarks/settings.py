@@ -89,7 +89,7 @@ def choose(
         try:
             method = parse(each, {})
             sizes[each] = (compressed_bytes(method, sites, tokens) + method.shared_nbytes / tokens) / full + tail
-        except OptionError:  # bits that it, or its calibration, does not have; or all layers shared
+        except OptionError:  # bits that it, or its calibration, does not have; or a larger share
             continue
     if len(sizes) > 1 and len(set(sizes.values())) == 1:  # a method that reads less, but holds as much
         return min(sizes, key=lambda each: abs(fraction_of(each) + tail - share))

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from vericache_compile import stats
+from vericache_compile.calibration import Calibration
 from vericache_compile.compressors.borrowed import Borrower
 from vericache_compile.compressors.kvsharer import KVSharer, by_distance
 from vericache_compile.compressors.none import NoCompression
@@ -22,10 +23,37 @@ from vericache_compile.runtime import caches, compression
 
 def test_without_a_file_layers_are_paired_from_the_last_one_down() -> None:
     assert KVSharer(share=0.25).donors(8) == {7: 6, 5: 4}
-    assert KVSharer(share=0.9).donors(5) == {4: 3, 2: 1}
+    assert KVSharer(share=0.5).donors(5) == {4: 3, 2: 1}
     assert KVSharer(share=0).donors(8) == {}
     assert KVSharer(share=0.5).for_layer(3, 4) == Borrower(2)
     assert KVSharer(share=0.5).for_layer(2, 4) == NoCompression()
+
+
+def test_without_a_file_half_of_the_layers_borrow_at_most() -> None:
+    sites = [Site(layer, 4, 2, 16, 16, 0.25, torch.float32, None) for layer in range(8)]
+    KVSharer(share=0.5).check_model(sites, [])
+    with pytest.raises(OptionError) as caught:
+        KVSharer(share=0.51).check_model(sites, [])
+    assert caught.value.found == "share=0.51"
+    assert "without a calibration file" in caught.value.where
+    assert "up to 0.5" in caught.value.fix
+    with pytest.raises(OptionError, match=r"share=0\.75"):
+        KVSharer(share=0.75).for_layer(3, 8)
+
+
+def test_with_a_file_no_more_borrow_than_it_was_calibrated_for() -> None:
+    """It was for two of eight layers, and found one pair."""
+    held = Calibration("f", "kvsharer", {}, "KVSharer(share=0.25, calibration=None)", {"pairs": torch.tensor([[7, 1]])})
+    shared = {share: KVSharer(share=share) for share in (0.2, 0.25, 0.3, 0.5)}
+    for method in shared.values():
+        vars(method)["held"] = held
+    for share in (0.2, 0.25, 0.3):
+        assert shared[share].donors(8) == {7: 1}, "the same two layers"
+    with pytest.raises(OptionError) as caught:
+        shared[0.5].donors(8)
+    assert caught.value.found == "share=0.5"
+    assert caught.value.where == "the calibration file f"
+    assert caught.value.fix.startswith("give up to 0.25, ")
 
 
 def test_the_least_alike_come_first() -> None:
@@ -118,7 +146,7 @@ def switched() -> tuple[PreTrainedModel, Switch]:
     return model, switch
 
 
-@pytest.mark.parametrize("compressor", ["kvsharer(share=0.67)", "0: none, rest: kvsharer(share=0.34)"])
+@pytest.mark.parametrize("compressor", ["kvsharer(share=0.5)", "0: none, rest: kvsharer(share=0.34)"])
 def test_tokens_are_plain_whatever_is_shared(
     switched: tuple[PreTrainedModel, Switch], compressor: str, plain_tokens: Any
 ) -> None:

@@ -5,7 +5,8 @@ between their mean caches over some text, the LEAST alike first (their finding);
 the earlier one's cache, if the model's last hidden state stays within a cosine of 0.5 of its own, until enough layers
 share. That order is calibrated: `vericache calibrate --compressor kvsharer` keeps the pairs that were accepted.
 
-Without a file, layers are paired with the one below, from the last one down: a start, not the paper's. A layer whose
+Without a file, layers are paired with the one below, from the last one down, which is at most half of them: a start,
+not the paper's. A layer whose
 cache has another shape than its lender's does not borrow.
 
 Layers that do not share keep every token as it is. A borrowed region takes no bytes; a draft step reads it again.
@@ -13,7 +14,7 @@ Layers that do not share keep every token as it is. A borrowed region takes no b
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -28,6 +29,7 @@ from vericache_compile.compressors.none import NoCompression
 from vericache_compile.compressors.observed import last_hidden, observe
 from vericache_compile.compressors.rotation import Rotation
 from vericache_compile.errors import OptionError
+from vericache_compile.plan import Site
 
 COSINE = 0.5
 """Least cosine of the last hidden states with those of the model itself."""
@@ -42,7 +44,8 @@ class KVSharer(Learner):
     needs: ClassVar[tuple[str, ...]] = ("layers", "calibration")
 
     share: float = 0.25
-    """Fraction of the layers that borrow, from 0 up and below 1; fewer where no more pairs were accepted."""
+    """Fraction of the layers that borrow, from 0 up and below 1; fewer where no more pairs were accepted. At most 0.5
+    without a file, and with one no more layers than it was calibrated for."""
     calibration: str | None = None
 
     def __post_init__(self) -> None:
@@ -57,12 +60,25 @@ class KVSharer(Learner):
         return Borrower(donors[layer]) if layer in donors else NoCompression()
 
     def donors(self, layers: int) -> dict[int, int]:
-        """Which layer borrows from which."""
+        """Which layer borrows from which; raises OptionError for a `share` that there are no pairs for."""
+        wanted, found, again = round(self.share * layers), f"share={self.share}", f"kvsharer(share={self.share})"
         if self.held is None:
+            if self.share > 0.5:
+                fix = f"give up to 0.5, since each layer borrows from the one below; or calibrate with {again}"
+                raise OptionError(found, f"compressor {self.name!r} without a calibration file", fix)
             pairs = [(layer, layer - 1) for layer in range(layers - 1, 0, -2)]
         else:
+            most = self.held.parameter("share")
+            if wanted > round(most * layers):
+                fix = f"give up to {most}, which it was calibrated for; or calibrate again with {again}"
+                raise OptionError(found, self.held.where, fix)
             pairs = [(a, b) for a, b in self.held.part("pairs").tolist()]
-        return dict(pairs[: round(self.share * layers)])
+        return dict(pairs[:wanted])
+
+    def check_model(self, sites: Sequence[Site], parameters: Iterable[Sequence[int]]) -> None:
+        """Raise OptionError where the file is of another model, or there are no pairs for `share`."""
+        super().check_model(sites, parameters)
+        self.donors(len(sites))
 
     def compress(self, keys: Tensor, values: Tensor, queries: Tensor | None) -> CompressedKV:
         """Copy keys [K, S, D] and values [K, S, Dv]: a layer by itself has nobody to borrow from."""
