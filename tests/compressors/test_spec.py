@@ -54,7 +54,18 @@ def test_an_entry_names_sites_of_the_model(text: str) -> None:
     sites = [Site(layer, 4, 2, 16, 16, 0.25, torch.float32, None) for layer in range(2)]
     with pytest.raises(OptionError, match=r"no site [27][\s\S]*its 2 sites"):
         parse(text, {}).check_model(sites, [])
-    parse("0-7: none, 1: knorm, rest: snapkv", {}).check_model(sites, [])
+    parse("0-7: none, rest: snapkv", {}).check_model(sites, [])
+
+
+@pytest.mark.parametrize("text", ["0-9: none, 3-5: kivi, rest: snapkv", "3: none, 4-7: knorm, 3-5: kivi, rest: knorm"])
+def test_an_entry_is_the_first_for_some_site(text: str) -> None:
+    sites = [Site(layer, 4, 2, 16, 16, 0.25, torch.float32, None) for layer in range(8)]
+    with pytest.raises(OptionError) as caught:
+        parse(text, {}).check_model(sites, [])
+    assert caught.value.found == f"no site is left to {Kivi()}"
+    assert caught.value.where == "a compressor per layer"
+    assert "before it" in caught.value.fix
+    parse("3: none, 3-5: kivi, 4-99: knorm, rest: snapkv", {}).check_model(sites, [])
 
 
 def test_a_composition_wants_what_its_methods_want() -> None:

@@ -57,12 +57,17 @@ class PerLayer(Compressor):
         return chosen.for_layer(layer, layers)
 
     def check_model(self, sites: Sequence[Site], parameters: Iterable[Sequence[int]]) -> None:
-        """Ask every method; raises OptionError where an entry names no site of the model."""
-        shapes = list(parameters)
+        """Ask every method; raises OptionError where an entry names no site that is left to it."""
+        shapes, left = list(parameters), set(range(len(sites)))
         for named, method in self.entries:
-            if named is not None and named.start >= len(sites):
-                fix = f"name some of its {len(sites)} sites, which are counted from 0"
-                raise OptionError(f"the model has no site {named.start}", "a compressor per layer", fix)
+            if named is not None:
+                if named.start >= len(sites):
+                    fix = f"name some of its {len(sites)} sites, which are counted from 0"
+                    raise OptionError(f"the model has no site {named.start}", "a compressor per layer", fix)
+                if not (own := {site for site in left if site in named}):
+                    fix = "name fewer sites in the entries before it, or write it before them"
+                    raise OptionError(f"no site is left to {method}", "a compressor per layer", fix)
+                left -= own
             method.check_model(sites, shapes)
 
     def compress(self, keys: Tensor, values: Tensor, queries: Tensor | None) -> CompressedKV:
