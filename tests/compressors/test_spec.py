@@ -54,10 +54,18 @@ def test_an_entry_names_sites_of_the_model(text: str) -> None:
     sites = [Site(layer, 4, 2, 16, 16, 0.25, torch.float32, None) for layer in range(2)]
     with pytest.raises(OptionError, match=r"no site [27][\s\S]*its 2 sites"):
         parse(text, {}).check_model(sites, [])
-    parse("0-7: none, rest: snapkv", {}).check_model(sites, [])
+    parse("1-7: none, rest: snapkv", {}).check_model(sites, [])
 
 
-@pytest.mark.parametrize("text", ["0-9: none, 3-5: kivi, rest: snapkv", "3: none, 4-7: knorm, 3-5: kivi, rest: knorm"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "0-9: none, 3-5: kivi, rest: snapkv",
+        "3: none, 4-7: knorm, 3-5: kivi, rest: knorm",
+        "0-99: none, rest: kivi",
+        "0-3: none, 4-7: knorm, rest: kivi",
+    ],
+)
 def test_an_entry_is_the_first_for_some_site(text: str) -> None:
     sites = [Site(layer, 4, 2, 16, 16, 0.25, torch.float32, None) for layer in range(8)]
     with pytest.raises(OptionError) as caught:

@@ -60,14 +60,14 @@ class PerLayer(Compressor):
         """Ask every method; raises OptionError where an entry names no site that is left to it."""
         shapes, left = list(parameters), set(range(len(sites)))
         for named, method in self.entries:
-            if named is not None:
-                if named.start >= len(sites):
-                    fix = f"name some of its {len(sites)} sites, which are counted from 0"
-                    raise OptionError(f"the model has no site {named.start}", "a compressor per layer", fix)
-                if not (own := {site for site in left if site in named}):
-                    fix = "name fewer sites in the entries before it, or write it before them"
-                    raise OptionError(f"no site is left to {method}", "a compressor per layer", fix)
-                left -= own
+            if named is not None and named.start >= len(sites):
+                fix = f"name some of its {len(sites)} sites, which are counted from 0"
+                raise OptionError(f"the model has no site {named.start}", "a compressor per layer", fix)
+            own = {site for site in left if named is None or site in named}
+            if not own:
+                fix = "name fewer sites in the entries before it"
+                raise OptionError(f"no site is left to {method}", "a compressor per layer", fix)
+            left -= own
             method.check_model(sites, shapes)
 
     def compress(self, keys: Tensor, values: Tensor, queries: Tensor | None) -> CompressedKV:
