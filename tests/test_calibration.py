@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from vericache_compile import calibrate, stats
 from vericache_compile.calibration import Calibration, read
 from vericache_compile.cli import main
+from vericache_compile.compressors.cskv import CSKV
 from vericache_compile.compressors.kvquant import KVQuant
 from vericache_compile.compressors.kvsharer import KVSharer
 from vericache_compile.compressors.low_rank import Bases
@@ -238,6 +239,19 @@ def test_a_given_fit_is_made_for_a_cache_of_another_dtype_once(files: dict[str, 
         assert all(own is first for own, first in zip(region.fit, others[0].fit, strict=True))
         assert region.nbytes == sum(part.nbytes for part in (*region.sinks, *itertools.chain(*region.codes)))
     assert method.shared_nbytes == before + sum(part.nbytes for part in made if part.is_floating_point())
+
+
+def test_a_file_that_several_sites_read_counts_once(files: dict[str, Path]) -> None:
+    """Also where their methods differ; of what each has made of it, and of another file, nothing is left out."""
+    paths = [str(files[method]) for method in ("recalkv", "cskv")]
+    one, other = ReCalKV(calibration=paths[0]), CSKV(calibration=paths[1])
+    text = "0: recalkv(rank={}, calibration='{}'), 1: recalkv(calibration='{}'), rest: cskv(calibration='{}')"
+    made = parse(text.format(0.25, paths[0], *paths), {})
+    assert made.shared_nbytes == one.shared_nbytes + other.shared_nbytes
+    keys, values = torch.randn(2, 2, 100, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    fits = [made.for_layer(layer, 3).compress(keys, values, None).fit for layer in (0, 1)]  # type: ignore[attr-defined]
+    copies = sum(part.nbytes for fit in fits for part in fit if part.is_floating_point())
+    assert made.shared_nbytes == one.shared_nbytes + other.shared_nbytes + copies
 
 
 def test_kvquant_weighs_by_fisher_information(

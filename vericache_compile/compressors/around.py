@@ -5,7 +5,10 @@ Shapes: none of its own.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
+
+from torch import Tensor
 
 from vericache_compile.compressors.base import Compressor
 
@@ -38,9 +41,9 @@ class Around(Compressor):
         return self.inner.least_tail
 
     @property
-    def shared_nbytes(self) -> int:
-        """Those of the method inside."""
-        return self.inner.shared_nbytes
+    def learned(self) -> Sequence[Tensor]:
+        """What the method inside has."""
+        return self.inner.learned
 
     @property
     def refresh(self) -> int:  # type: ignore[override]

@@ -147,9 +147,14 @@ class Compressor(ABC):
         return 0
 
     @property
+    def learned(self) -> Sequence[Tensor]:
+        """What all its regions share and none counts: what a calibration file held."""
+        return ()
+
+    @property
     def shared_nbytes(self) -> int:
-        """Bytes that all its regions share and none counts: what a calibration file held."""
-        return 0
+        """Bytes of what is `learned`, each tensor counted once, however many of its methods read it."""
+        return sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in self.learned}.values())
 
     @property
     def wants(self) -> frozenset[str]:

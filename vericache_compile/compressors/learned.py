@@ -42,9 +42,9 @@ class Learner(Compressor):
             vars(self)["held"] = read(self.calibration, self.name)
 
     @property
-    def shared_nbytes(self) -> int:
-        """Of the file's tensors."""
-        return 0 if self.held is None else sum(tensor.nbytes for tensor in self.held.tensors.values())
+    def learned(self) -> Sequence[Tensor]:
+        """The file's tensors."""
+        return () if self.held is None else list(self.held.tensors.values())
 
     def check_model(self, sites: Sequence[Site], parameters: Iterable[Sequence[int]]) -> None:
         """Raise OptionError where the file is of another model, by its sites or the shapes of its `parameters`."""
@@ -56,10 +56,10 @@ class Learned(Learner, Fitted):
     """A method whose fit may come from a file, site by site."""
 
     @property
-    def shared_nbytes(self) -> int:
-        """Of the file's tensors, and of their copies on other devices or in other dtypes."""
+    def learned(self) -> Sequence[Tensor]:
+        """The file's tensors, and their copies on other devices or in other dtypes."""
         fits: dict[tuple[int, int], Placed] = vars(self).get("fits", {})
-        return super().shared_nbytes + sum(fit.nbytes for fit in fits.values())
+        return [*super().learned, *(part for fit in fits.values() for part in fit.copies)]
 
     @abstractmethod
     def given(self, held: Calibration, layer: int, layers: int) -> Fit:
@@ -94,10 +94,10 @@ class Placed:
         return self._made[device, dtype]
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of what is not the file's own."""
+    def copies(self) -> list[Tensor]:
+        """What is not the file's own."""
         held = {id(part) for part in self._fit}
-        return sum(part.nbytes for fit in self._made.values() for part in fit if id(part) not in held)
+        return [part for fit in self._made.values() for part in fit if id(part) not in held]
 
 
 @dataclass(frozen=True)

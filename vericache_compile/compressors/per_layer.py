@@ -42,9 +42,9 @@ class PerLayer(Compressor):
         return frozenset(self.needs).union(*(method.wants for _, method in self.entries))
 
     @property
-    def shared_nbytes(self) -> int:
-        """Those of all methods together."""
-        return sum({id(method): method.shared_nbytes for _, method in self.entries}.values())
+    def learned(self) -> Sequence[Tensor]:
+        """What each of the methods has: the same tensors where they have one file."""
+        return [tensor for _, method in self.entries for tensor in method.learned]
 
     @property
     def refresh(self) -> int:  # type: ignore[override]
