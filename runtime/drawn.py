@@ -100,6 +100,8 @@ class Repeated:
     scores: list[Tensor]
     lengths: list[int]
     """Columns that each row had."""
+    whole: bool = True
+    """Whether all of these still stand."""
 
     @property
     def nbytes(self) -> int:
@@ -110,13 +112,14 @@ class Repeated:
         """Row b's scores [K, n] of columns [begin, end), as far as they were there."""
         return self.scores[layer][b, :, begin : min(end, self.lengths[b])]
 
-    def cut(self, columns: int) -> Repeated:
-        """Those of the first columns, whatever text comes to stand after them."""
-        return Repeated(self.scores, [min(length, columns) for length in self.lengths])
+    def cut(self, columns: Sequence[int]) -> Repeated:
+        """Those of each row's first columns[b], whatever text comes to stand after them."""
+        lengths = list(map(min, self.lengths, columns))
+        return Repeated(self.scores, lengths, self.whole and lengths == self.lengths)
 
     def select(self, rows: Sequence[int]) -> Repeated:
         """A copy of the given rows."""
-        return Repeated([held[list(rows)] for held in self.scores], [self.lengths[r] for r in rows])
+        return Repeated([held[list(rows)] for held in self.scores], [self.lengths[r] for r in rows], self.whole)
 
 
 def attention_drawn(q: Tensor, keys: Tensor, scale: float) -> Tensor:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vericache_compile.compressors.base import Compressor
 from vericache_compile.plan import DecodePlan
 from vericache_compile.runtime.counts import Counts
 from vericache_compile.runtime.drawn import Repeated
@@ -48,20 +49,36 @@ class Passage:
 
 def repeat_once(
     sequence: Sequence,
+    compressor: Compressor,
     plan: DecodePlan,
     bound: list[Tensor | None],
     ring: Ring,
     counts: Counts,
     device: torch.device,
 ) -> None:
-    """Let the model repeat its context before a draft cache is made, where the tokens of the context are known."""
+    """Let the model repeat its context before a draft cache is made, where a method wants that and the tokens of the
+    context are known.
+
+    What was repeated stays known, whatever comes later, until some of it is cut off or a refresh is due.
+    """
+    if "repeated" not in compressor.wants:
+        sequence.repeated = None
+        return
     lengths = [row.length for row in sequence.rows]
-    known = sequence.repeated is not None and sequence.repeated.lengths == lengths
-    if sequence.draft is None and not known:
+    sequence.repeated = sequence.repeated and sequence.repeated.cut(lengths)
+    if sequence.draft is None and not _is_known(sequence.repeated, lengths, compressor.refresh):
         began = time.perf_counter()
         repeats = knows_context(sequence)
         sequence.repeated = repeat_context(sequence, plan, bound, ring, device) if repeats else None
         counts.repeat_seconds += time.perf_counter() - began
+
+
+def _is_known(repeated: Repeated | None, lengths: Rows[int], refresh: int) -> bool:
+    """Whether what was repeated will do for rows of these lengths."""
+    if repeated is None or not repeated.whole:
+        return False
+    later = max(length - then for length, then in zip(lengths, repeated.lengths, strict=True))
+    return not 0 < refresh <= later
 
 
 def knows_context(sequence: Sequence) -> bool:

@@ -66,8 +66,7 @@ def run_round(
     sequence.full.reserve(max(start.columns) + plan.window, device)
     verify = bind_weights(plan.verify, inputs, casts)
     sequence.draft = usable_draft(sequence.draft, start, compressor, plan, counts, bool(horizon))
-    if "repeated" in compressor.wants:
-        repeat_once(sequence, plan, verify, ring, counts, device)
+    repeat_once(sequence, compressor, plan, verify, ring, counts, device)
     telling = Telling(sequence, plan, inputs, rotations, compressor)
     draft = prepare_draft(sequence, start, compressor, plan.window, counts, telling)
     low = bind_weights(plan.draft, inputs, casts)

@@ -256,5 +256,5 @@ class Sequence:
         made.calls, made.origin = list(self.calls), [self.origin[r] for r in rows]
         made.cut_calls(columns)
         made.drawn = self.drawn.select(rows) if self.drawn is not None else None
-        made.repeated = self.repeated.select(rows).cut(columns) if self.repeated is not None else None
+        made.repeated = self.repeated.select(rows).cut([columns] * len(rows)) if self.repeated is not None else None
         return made

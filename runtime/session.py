@@ -137,7 +137,7 @@ class Session:
                 row.truncate(columns)
         self._note_fed(plan, inputs, sequence.number, columns)
         sequence.asked = None
-        sequence.repeated = sequence.repeated and sequence.repeated.cut(columns)
+        sequence.repeated = sequence.repeated and sequence.repeated.cut([columns] * batch)
         sequence.full.reserve(columns + count + 1, device)  # the next token's too: after whole blocks it would copy all
         pads = self._padding(sequence, roles, inputs)
         draft, starts = sequence.draft, [columns] * batch

@@ -21,7 +21,7 @@ from vericache_compile.compressors.samkv import SamKV
 from vericache_compile.compressors.snapkv import SnapKV
 from vericache_compile.model_state import state_of
 from vericache_compile.runtime import drafting, repeat
-from vericache_compile.runtime.drawn import attention_drawn
+from vericache_compile.runtime.drawn import Repeated, attention_drawn
 from vericache_compile.runtime.pace import Pace
 from vericache_compile.runtime.rotations import Rotations
 from vericache_compile.runtime.sequences import Sequence
@@ -250,6 +250,43 @@ def test_what_was_repeated_stays_known_in_later_turns_and_not_beyond_a_cut() -> 
             model(prompt["input_ids"][:, :7], past_key_values=cache)
         assert (repeated := newest(model).repeated) is not None
         assert repeated.lengths == [known]
+
+
+@pytest.mark.parametrize(
+    ("method", "columns", "repeated"),
+    [
+        pytest.param("kvzip(window=4)", None, [TOKENS], id="a later turn"),
+        pytest.param("kvzip(window=4, refresh=200)", None, [TOKENS], id="a refresh that is not due"),
+        pytest.param("kvzip(window=4, refresh=20)", None, [TOKENS, TOKENS + 44], id="a refresh"),
+        pytest.param("kvzip(window=4)", 30, [TOKENS, 70], id="a cut"),
+    ],
+)
+def test_a_turn_that_does_not_fit_the_tail_is_repeated_only_where_that_is_due(
+    method: str, columns: int | None, repeated: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else all of it stays, and the context is not fed through the model once more."""
+    lengths, own = [], repeat.repeat_context
+
+    def counted(sequence: Sequence, *arguments: Any) -> Repeated:
+        lengths.extend(row.length for row in sequence.rows)
+        return own(sequence, *arguments)
+
+    monkeypatch.setattr(drafting, "CHUNK", 8)
+    monkeypatch.setattr(repeat, "repeat_context", counted)
+    model, prompt = make_tiny("llama", layers=2), make_prompt(TOKENS, 1)
+    model.compile(backend="vericache", options={"compressor": method, "window": 4, "inductor": False})
+    cache, turn = DynamicCache(config=model.config), make_prompt(40, 1)["input_ids"]
+    text = model.generate(**prompt, past_key_values=cache, max_new_tokens=5, do_sample=False)[:, :-1]
+    if columns is not None:
+        cache.crop(columns - cache.get_seq_length())
+        text = text[:, :columns]
+    model.generate(torch.cat([text, turn], dim=1), past_key_values=cache, max_new_tokens=4, do_sample=False)
+    assert lengths == repeated
+    sequence = newest(model)
+    assert sequence.draft is not None
+    assert sequence.draft.layers[0].starts[0] > TOKENS, "the draft cache was made anew"
+    assert sequence.repeated is not None
+    assert sequence.repeated.lengths == repeated[-1:]
 
 
 def test_read_reads_the_full_cache(told: Told) -> None:
