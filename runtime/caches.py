@@ -125,19 +125,27 @@ class FullKV:
 
     def reserve(self, columns: int, device: torch.device) -> None:
         """Make room for at least `columns` columns; what is held is kept."""
-        if columns <= self.columns:
-            return
-        room = room_for(columns)
+        if columns > self.columns:
+            self._move(room_for(columns), device)
+
+    def give_back(self, columns: int) -> None:
+        """Hold no more room than `columns` columns take; what is held of these is kept."""
+        if (room := room_for(columns)) < self.columns:
+            self._move(room, self.keys[0].device)
+
+    def _move(self, room: int, device: torch.device) -> None:
+        """All that is held, as far as there is room, to new memory for so many columns, site by site."""
+        kept = min(room, self.columns)
         for layer, site in enumerate(self.sites):
             like = torch.empty(0, dtype=site.dtype, device=device)
             made = keys_and_values(site, (self.batch, site.kv_heads, room), like, zeroed=False)
-            for held, grown in zip((self.keys, self.values), made, strict=True):
-                grown[:, :, self.columns :] = 0
+            for held, moved in zip((self.keys, self.values), made, strict=True):
+                moved[:, :, kept:] = 0
                 if self.columns:
-                    grown[:, :, : self.columns] = held[layer]
-                    held[layer] = grown
+                    moved[:, :, :kept] = held[layer][:, :, :kept]
+                    held[layer] = moved
                 else:
-                    held.append(grown)
+                    held.append(moved)
         self.columns = room
 
     def append(self, layer: int, k: Tensor, v: Tensor, columns: Sequence[int]) -> None:

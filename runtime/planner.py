@@ -56,6 +56,8 @@ class Load:
     """Of `held_kv` that of layers with a window, which drafts hold: none of it comes over the link."""
     spare: float = 0.0
     """Bytes that a row's draft cache has room for besides."""
+    repeated: int = 0
+    """Columns that a repetition of the context takes besides, while there is no draft cache yet."""
     few: tuple[int, float] | None = None
     """Rows up to which `draft_weights` are others, where the batch has more, and what they are then."""
 
@@ -84,6 +86,11 @@ class Load:
     def full_held(self) -> float:
         """Bytes of memory for full KV of all rows."""
         return self.batch * self.columns * self.held_kv
+
+    @property
+    def columns_repeating(self) -> int:
+        """Columns allocated of each row while the model repeats its context."""
+        return room_for(self.context + self.repeated + self.window)
 
     @property
     def compressed(self) -> float:
@@ -174,7 +181,8 @@ def _rounds(load: Load, machine: Machine) -> tuple[float, float, tuple[str, ...]
 
 def _resident(load: Load, machine: Machine) -> Choice:
     draft, verify, lines = _rounds(load, machine)
-    needed = load.weights + load.copies + load.full_held + load.compressed_held
+    repeating = load.batch * load.columns_repeating * load.held_kv
+    needed = load.weights + load.copies + max(load.full_held + load.compressed_held, repeating)
     rate = load.batch * load.tokens_per_round / (draft + verify)
     lines += (f"round = draft + verify = {_ms(draft + verify)} for {load.tokens_per_round:g} tokens of each row",)
     return _choice(RESIDENT, load, machine, needed, rate, 0.0, lines)
@@ -196,7 +204,8 @@ def _swapped(load: Load, machine: Machine, staging_bytes: float | None) -> Choic
     ring, first = held + whole, min(held, share * load.brought)
     early, late = (size / machine.link_gbps / GB for size in (first, share * load.brought - first))
     total = max(draft, early) + max(verify, late)
-    needed = load.weights + load.copies + load.compressed_held + ring
+    repeating = load.batch * load.columns_repeating * load.site_kv
+    needed = load.weights + load.copies + max(load.compressed_held + ring, repeating)
     part = "" if share == 1 else f"{share:.0%} of "
     lines += (
         f"transfer = {part}full KV {_gb(load.brought)} / {machine.link_gbps:g} GB/s = {_ms(early + late)}, "

@@ -5,7 +5,8 @@ the most attention that it draws from these queries, each of which sees the sink
 far. The paper precedes each chunk by an instruction and the last 8 tokens of the chunk before. There is no tokenizer
 here, so the instruction is left out: the 8 tokens are what starts the repetition.
 
-It runs on verify passes. What they write lies past every row's length, as a rejected draft does, and is overwritten.
+It runs on verify passes. What they write lies past every row's length, as a rejected draft does, and is overwritten;
+the room for it is given back.
 
 Shapes: B batch, H query heads, K KV heads, C columns, W window, S tokens of a chunk, D head size.
 """
@@ -86,14 +87,18 @@ def knows_context(sequence: Sequence) -> bool:
     return all(len(row.ids) == row.length for row in sequence.rows)
 
 
+def columns_fed(tokens: int) -> int:
+    """Columns behind a context of so many tokens that its repetition takes for a while, at most."""
+    return min(tokens, LEAD + CHUNK)
+
+
 def repeat_context(
     sequence: Sequence, plan: DecodePlan, bound: list[Tensor | None], ring: Ring, device: torch.device
 ) -> Repeated:
     """Scores of every row's columns at every site; needs the tokens of all of them (`knows_context`)."""
-    rows = sequence.rows
-    longest = max(row.length - row.pad for row in rows)
-    sequence.full.reserve(max(row.length for row in rows) + LEAD + min(CHUNK, longest) + plan.window, device)
-    width = max(row.length for row in rows)
+    rows, room = sequence.rows, sequence.full.columns
+    longest, width = max(row.length - row.pad for row in rows), max(row.length for row in rows)
+    sequence.full.reserve(width + columns_fed(longest) + plan.window, device)
     scores = [torch.zeros(len(rows), site.kv_heads, width, device=device) for site in plan.captured.sites]
     for begin in range(0, longest, CHUNK):
         passages = [_passage(row.ids, row.pad, row.length, begin) for row in rows]
@@ -102,6 +107,7 @@ def repeat_context(
     for held in scores:
         for b, row in enumerate(rows):
             held[b, :, row.pad : row.pad + SINKS] = float("inf")
+    sequence.full.give_back(room)
     return Repeated(scores, [row.length for row in rows])
 
 

@@ -120,6 +120,14 @@ class PagedKV(FullKV):
         if columns > self.columns:
             self.columns = room_for(columns)
 
+    def give_back(self, columns: int) -> None:
+        """Hold no more pages than `columns` columns take."""
+        if (room := room_for(columns)) < self.columns:
+            self.columns = room
+            self.link.synchronize()  # copies to what goes may be under way
+            for held in chain.from_iterable(self.pages):
+                del held[-(-room // self.page) :]
+
     def append(self, layer: int, k: Tensor, v: Tensor, columns: Sequence[int]) -> None:
         """Write k [B, K, T, D] and v [B, K, T, E] from column columns[b] on."""
         with self.link.outgoing(k, v):

@@ -90,6 +90,17 @@ def test_a_size_of_the_ring_is_planned_with(model: str, capsys: pytest.CaptureFi
     assert made["swapped verify"]["staging_bytes"] == 16 << 30
 
 
+def test_room_for_a_repetition_is_planned_with(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of `kvzip`, which has no draft cache yet while it takes that room."""
+    words = ["--model", model, "--context", "1000", *GPU, "--json", "--compressor"]
+    kvzip, adakv = (json.loads(plan(capsys, *words, name)) for name in ("kvzip(keep=0.1)", "adakv(keep=0.1)"))
+    assert (kvzip["load"]["repeated"], adakv["load"]["repeated"]) == (1000, 0)
+    sizes = [{each["name"]: each["device_bytes"] for each in made["choices"]} for made in (kvzip, adakv)]
+    assert sizes[0]["off (plain decoding)"] == sizes[1]["off (plain decoding)"]
+    whole = kvzip["load"]["weights"] + 2048 * kvzip["load"]["held_kv"]
+    assert sizes[0]["resident verify"] == whole > sizes[1]["resident verify"]
+
+
 def test_sliding_windows_are_planned_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     kinds = ["sliding_attention", "full_attention"]
     sizes = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32}

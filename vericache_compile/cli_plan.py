@@ -90,6 +90,7 @@ def find_load(args: argparse.Namespace, options: Config) -> Load:
     from vericache_compile.plan import FEW
     from vericache_compile.runtime.compression import EXACT, SPARE
     from vericache_compile.runtime.planner import Load
+    from vericache_compile.runtime.repeat import columns_fed
 
     device, path = _device(args), model_path(args)
     try:
@@ -126,6 +127,7 @@ def find_load(args: argparse.Namespace, options: Config) -> Load:
         reload=reloaded / (args.context * (held - sliding)) if sliding < held else 1.0,
         sliding_kv=float(sliding),
         spare=args.context * in_place / SPARE + EXACT * held if in_place else 0.0,
+        repeated=columns_fed(args.context) if "repeated" in compressor.wants else 0,
         few=None if few == read else (rows[1], few),
     )
 

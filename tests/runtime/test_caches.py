@@ -109,6 +109,20 @@ def test_growth_keeps_every_byte(make_sites: Sites, fill: Fill, dtype: torch.dty
         assert not new[:, :, columns:].any()
 
 
+@pytest.mark.parametrize("latent", [False, True])
+def test_room_is_given_back_and_what_lies_before_it_kept(make_sites: Sites, fill: Fill, latent: bool) -> None:
+    sites = [replace(site, latent=latent) for site in make_sites(value_size=12)]
+    full, never = FullKV(sites, batch=2), FullKV(sites, batch=2)
+    fill(full, 0, 3 * BLOCK)
+    never.reserve(BLOCK + 1, CPU)
+    before = [x[:, :, : 2 * BLOCK].clone() for x in (*full.keys, *full.values)]
+    full.give_back(BLOCK + 1)
+    assert (full.columns, full.nbytes) == (never.columns, never.nbytes)
+    assert all(map(torch.equal, before, (*full.keys, *full.values)))
+    full.give_back(5 * BLOCK)
+    assert full.columns == 2 * BLOCK
+
+
 def test_full_nbytes_are_those_allocated(make_sites: Sites) -> None:
     full = FullKV(make_sites(3, value_size=24, dtype=torch.bfloat16), batch=2)
     full.reserve(300, CPU)

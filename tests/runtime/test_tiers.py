@@ -100,17 +100,22 @@ class Twins:
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_pages_hold_what_a_resident_cache_holds(make_sites: Sites, tier: Tier, data: st.DataObject) -> None:
-    """Sequences side by side: appends at each row's own column, crops, forks that go on; then any range of each row,
-    whatever went to files."""
+    """Sequences side by side: appends at each row's own column, crops, room given back, forks that go on; then any
+    range of each row, whatever went to files."""
     sites = make_sites(value_size=24, dtype=data.draw(st.sampled_from([torch.float32, torch.bfloat16])))
     home, held = Home(tier, None, None, Link()), list[Twins]()
     for seed in range(data.draw(st.integers(2, 8))):
         known = [each for each in held if max(each.lengths)]
-        what = data.draw(st.sampled_from(["new", "append", "append", "crop", "fork"] if known else ["new"]))
+        ways = ["new", "append", "append", "crop", "fork", "give back"] if known else ["new"]
+        what = data.draw(st.sampled_from(ways))
         one = data.draw(st.sampled_from(known)) if known else None
         if what == "crop" and one is not None:
             to = data.draw(st.integers(0, max(one.lengths)))
             one.lengths = [min(length, to) for length in one.lengths]
+            continue
+        if what == "give back" and one is not None:
+            one.ours.give_back(max(one.lengths))
+            one.theirs.give_back(max(one.lengths))
             continue
         if what == "fork" and one is not None:
             rows = data.draw(st.lists(st.integers(0, len(one.lengths) - 1), min_size=1, max_size=3))

@@ -289,6 +289,17 @@ def test_a_turn_that_does_not_fit_the_tail_is_repeated_only_where_that_is_due(
     assert sequence.repeated.lengths == repeated[-1:]
 
 
+@pytest.mark.parametrize("placement", ["device", "host", "disk"])
+def test_a_repetition_gives_its_room_back(placement: str) -> None:
+    model, prompt = make_tiny("llama", layers=2), make_prompt(200, 1)
+    options = {"compressor": "kvzip", "window": 4, "inductor": False, "placement": placement}
+    model.compile(backend="vericache", options=options)
+    model.generate(**prompt, max_new_tokens=4, do_sample=False)
+    full = newest(model).full
+    assert full.columns == 256
+    assert full.nbytes == 256 * sum(site.bytes_per_token for site in full.sites)
+
+
 def test_read_reads_the_full_cache(told: Told) -> None:
     for b, pad in enumerate(told.pads):
         facts, keys, _ = told.of(1, b)

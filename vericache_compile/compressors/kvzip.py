@@ -5,7 +5,7 @@ full cache; a key's score is the most attention that it draws while it does (`ru
 made are said). All heads of all sites share one budget: the highest scores stay, wherever they are; or, `per_layer`,
 those of each site. Tokens that come later were never repeated: all stay, as in the paper; with `refresh` the model
 repeats them too. The repetition costs about as much as verifying the context once
-(`stats(model)["seconds"]["repeat"]`), and its tokens need room for a while: a chunk of full KV.
+(`stats(model)["seconds"]["repeat"]`), and until it is done full KV has room for a chunk more.
 
 Where the context's tokens are not known (a cache that an uncompiled model built) the last queries vote, as in AdaKV.
 
