@@ -3,7 +3,7 @@ from those of a repetition of the context (KVzip, see `repeat.py`).
 
 Attention kernels do not give their weights away, so they are computed again, in blocks of queries, where a compressor
 asks for them: from prefill's queries and from those of each accepted window. Where full KV lives outside the device a
-window's are added in the next round, when keys are on the device anyway.
+window's are added in the next round or turn, when keys are on the device anyway.
 
 Shapes: B batch, H query heads, K KV heads, C columns, T new tokens, D head size.
 """
@@ -91,6 +91,11 @@ class Asked:
     """How many of each row's were accepted."""
     queries: list[Tensor | None]
     """Per site [B, H, W, D]."""
+
+    def select(self, rows: Sequence[int]) -> Asked:
+        """A copy of the given rows."""
+        queries = [None if held is None else held[list(rows)] for held in self.queries]
+        return Asked([self.columns[r] for r in rows], [self.kept[r] for r in rows], queries)
 
 
 @dataclass(frozen=True)

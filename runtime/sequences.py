@@ -127,7 +127,7 @@ class Sequence:
         self.pace = Pace()
         self.drawn: Drawn | None = None
         self.asked: Asked | None = None
-        """The last round's queries, where what they draw is to be added in the next."""
+        """The last round's queries, where what they draw is to be added in the next round or turn."""
         self.repeated: Repeated | None = None
         self.horizon = 0
         """Tokens drafted in the last round (0 before the first)."""
@@ -256,5 +256,6 @@ class Sequence:
         made.calls, made.origin = list(self.calls), [self.origin[r] for r in rows]
         made.cut_calls(columns)
         made.drawn = self.drawn.select(rows) if self.drawn is not None else None
+        made.asked = self.asked.select(rows) if self.asked is not None else None
         made.repeated = self.repeated.select(rows).cut([columns] * len(rows)) if self.repeated is not None else None
         return made

@@ -136,7 +136,6 @@ class Session:
             for row in sequence.rows:
                 row.truncate(columns)
         self._note_fed(plan, inputs, sequence.number, columns)
-        sequence.asked = None
         sequence.repeated = sequence.repeated and sequence.repeated.cut([columns] * batch)
         sequence.full.reserve(columns + count + 1, device)  # the next token's too: after whole blocks it would copy all
         pads = self._padding(sequence, roles, inputs)
@@ -159,6 +158,7 @@ class Session:
         except PageLost as lost:
             self._recover(sequence, lost)
             made = module(Store(sequence, columns, self.compressor.queries, pads, shown), *inputs)
+        sequence.asked = None  # added with this call's
         if sequence.full.tier is Tier.DISK:
             record(sequence, plan, module, inputs, columns, count)
         for row, pad in zip(sequence.rows, pads, strict=True):

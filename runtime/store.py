@@ -58,6 +58,8 @@ class Store:
             ]
         if self.sequence.drawn is not None and self.shown[layer] == self.column:  # a sliding layer is not compressed
             keys = torch.cat([self._read(layer)[0], k], dim=2) if self.column else k
+            if self.sequence.asked is not None:
+                self.sequence.drawn.add_window(layer, self.sequence.asked, columns, keys, self.pads)
             for b, pad in enumerate(self.pads):
                 self.sequence.drawn.add(layer, b, asked(q[b : b + 1])[0], keys[b], pad)
         if self.sequence.early is not None:

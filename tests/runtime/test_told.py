@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -405,3 +406,31 @@ def test_where_keys_come_in_each_round_a_window_is_added_one_round_later() -> No
             expected = own[0].sum(1).view(2, 2, -1).sum(1)
             torch.testing.assert_close(held[:, : before - pad], expected, atol=1e-3, rtol=1e-3)
             assert not held[:, before - pad :].any()
+
+
+@pytest.mark.parametrize(("forked", "more"), [(False, 7), (True, 7), (True, 0)])
+def test_where_keys_come_in_each_round_no_window_is_lost_to_a_turn_or_a_fork(forked: bool, more: int) -> None:
+    model, prompt = make_tiny("llama", layers=3), make_prompt(TOKENS, 1)
+    options = {"compressor": "h2o", "window": 4, "inductor": False, "placement": "host"}
+    model.compile(backend="vericache", options=options)
+    cache = DynamicCache(config=model.config)
+    text = model.generate(**prompt, past_key_values=cache, max_new_tokens=12, do_sample=False)
+    first = newest(model)
+    assert first.asked is not None
+    if forked:
+        cache = deepcopy(cache)
+    fed = torch.cat([text, prompt["input_ids"][:, :more]], dim=1)
+    ids = model.generate(fed, past_key_values=cache, max_new_tokens=12, do_sample=False)
+    sequence = newest(model)
+    assert (sequence is not first) == forked
+    assert sequence.drawn is not None
+    assert sequence.asked is not None
+    before = sequence.asked.columns[0]
+    plain = make_tiny("llama", layers=3)
+    plain.set_attn_implementation("eager")
+    with torch.no_grad():
+        weights = plain(ids[:, :before], output_attentions=True).attentions
+    for layer, own in enumerate(weights):
+        held = sequence.drawn.of(layer, 0, 0, before)
+        assert held is not None
+        torch.testing.assert_close(held, own[0].sum(1).view(2, 2, -1).sum(1), atol=1e-3, rtol=1e-3)
