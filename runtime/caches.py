@@ -316,7 +316,7 @@ class DraftKV:
         self.pads = list(pads)
         """Left padding of each row; no region holds any of it."""
         self.whole = whole
-        """Whether some site keeps every token although the compressor drops some."""
+        """Whether some site keeps every token as it was cached, although the compressor does not."""
         self.step: DraftStep | None = None
         """One draft step over these buffers, where it runs with lengths on the device."""
 

@@ -117,9 +117,9 @@ def compress(
 
     `queries[layer][b]` are those of `compress_site`, and `tell` is. Tails get room for `room` columns more. Slots do
     not say where in the text a token stood: sites in `placed`, which need to know, keep every token where the method
-    drops some, and are given no `early` regions. A site that reaches a number of columns back (`reaches`, a sliding
-    window) is not compressed: its tail has all that the next token sees. With `apart` what regions leave out is set
-    apart in host memory.
+    drops some or changes their order, and are given no `early` regions. A site that reaches a number of columns back
+    (`reaches`, a sliding window) is not compressed: its tail has all that the next token sees. With `apart` what
+    regions leave out is set apart in host memory.
     """
     layers: list[DraftLayer] = []
     whole = False
@@ -249,7 +249,8 @@ def extend(
 
 
 def _keeps_all(regions: Sequence[CompressedKV]) -> bool:
-    return all(region.slots == region.covered for region in regions)
+    """Whether every head of every region holds all tokens, and in the order of the text."""
+    return all(region.in_order and min(region.head_slots or (region.slots,)) == region.covered for region in regions)
 
 
 def _keep_all(exact: Columns, spans: Sequence[tuple[int, int]]) -> list[CompressedKV]:

@@ -289,7 +289,7 @@ class Session:
             self._told_whole = True
             log.warning(
                 "vericache: drafts read every token of layers with ALiBi: a compressed cache does not say where in the "
-                "text its tokens stood\n  where: compressor %s\n  fix: use one that drops no token (int8, kivi)",
+                "text its tokens stood\n  where: compressor %s\n  fix: use one that keeps all in order (int8, kivi)",
                 self.compressor,
             )
 

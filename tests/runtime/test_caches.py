@@ -9,12 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from vericache_compile.compressors.adakv import AdaKV
 from vericache_compile.compressors.base import Compressor
 from vericache_compile.compressors.borrowed import BorrowedKV, Borrower
 from vericache_compile.compressors.chain import Chain
 from vericache_compile.compressors.dense import DenseKV
 from vericache_compile.compressors.kivi import Kivi
-from vericache_compile.compressors.none import NoCompression
+from vericache_compile.compressors.kvreviver import KVReviver
+from vericache_compile.compressors.none import NoCompression, UncompressedKV
+from vericache_compile.compressors.packkv import PackKV
 from vericache_compile.compressors.per_layer import PerLayer
 from vericache_compile.compressors.snapkv import SnapKV
 from vericache_compile.compressors.streaming import Streaming
@@ -214,6 +217,33 @@ def make_draft(request: pytest.FixtureRequest, make_sites: Sites, fill: Fill) ->
         return Made(compress(request.param, full, pads, columns, queries, room), full, list(pads), list(columns))
 
     return make
+
+
+@pytest.mark.parametrize(
+    ("method", "kept"),
+    [
+        (Kivi(bits=2), True),
+        (Chain(SnapKV(keep=1.0), Kivi()), True),
+        (KVReviver(keep=1.0), True),
+        (KVReviver(keep=0.3), False),
+        (PackKV(), False),
+        (Chain(SnapKV(keep=1.0), PackKV()), False),
+        (PerLayer(((range(1), PackKV()), (None, Borrower(lender=0)))), False),
+        (SnapKV(keep=0.3), False),
+        (AdaKV(keep=0.8, kernel=1), False),
+    ],
+    ids=str,
+)
+def test_sites_that_need_places_hold_all_tokens_in_order(
+    make_sites: Sites, fill: Fill, method: Compressor, kept: bool
+) -> None:
+    """Else every token as it was cached; also where one head keeps all, as one of AdaKV's does here."""
+    full = FullKV(make_sites(), batch=1)
+    fill(full, 0, 300)
+    full.keys[1][:, 1] *= 100  # queries of this head see one token each
+    draft = compress(method, full, [0], [300], queries_of(full, method), 50, placed=[1])
+    assert isinstance(draft.layers[1].regions[0], UncompressedKV) != kept
+    assert draft.whole != kept
 
 
 def read_rows(made: Made) -> list[tuple[Tensor, Tensor]]:

@@ -40,6 +40,14 @@ class CompressedKV(ABC):
         return None
 
     @property
+    def in_order(self) -> bool:
+        """Whether slots follow each other as their tokens do in the text.
+
+        Where scores depend on where a token stands (ALiBi), a region that keeps all tokens is used only if they do.
+        """
+        return True
+
+    @property
     def exact(self) -> int:
         """So many of its last tokens, [covered - exact, covered), lie in its last slots as they were cached.
 

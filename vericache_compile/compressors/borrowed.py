@@ -27,6 +27,11 @@ class BorrowedKV(CompressedKV):
         return self.lent.head_slots
 
     @property
+    def in_order(self) -> bool:
+        """As in the region that is lent."""
+        return self.lent.in_order
+
+    @property
     def nbytes(self) -> int:
         """None: the lender has counted them."""
         return 0

@@ -37,6 +37,11 @@ class ChainKV(CompressedKV):
         return self.held.slots + self.keys.shape[1]
 
     @property
+    def in_order(self) -> bool:
+        """As the quantiser stores them."""
+        return self.held.in_order
+
+    @property
     def nbytes(self) -> int:
         """Bytes allocated, quantised and waiting."""
         return self.held.nbytes + self.keys.nbytes + self.values.nbytes

@@ -66,6 +66,11 @@ class RevivedKV(CompressedKV):
         return self.covered
 
     @property
+    def in_order(self) -> bool:
+        """Where all tokens are candidates."""
+        return not any(self.counts)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of candidates and sketches."""
         return sum(x.nbytes for run in self.runs for x in (run.keys, run.values, *chain(*run.sketches)))

@@ -50,6 +50,7 @@ class PackKV(Quantizer):
     name: ClassVar[str] = "packkv"
     paper: ClassVar[str] = "arXiv 2512.24449"
     needs: ClassVar[tuple[str, ...]] = ("count",)
+    in_order: ClassVar[bool] = False
 
     key_step: float = 0.1
     """Step as a fraction of a key's range."""

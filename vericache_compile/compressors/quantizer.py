@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -34,6 +34,11 @@ class QuantizedKV(CompressedKV):
     def slots(self) -> int:
         """Keys that attention reads from this region: every covered token."""
         return self.covered
+
+    @property
+    def in_order(self) -> bool:
+        """As the method stores them."""
+        return self.method.in_order
 
     @property
     def nbytes(self) -> int:
@@ -67,6 +72,8 @@ class Quantizer(Compressor):
 
     residual: int = 0
     """Least number of recent tokens left to the tail."""
+    in_order: ClassVar[bool] = True
+    """Whether tokens are stored in the order of the text."""
 
     @property
     def least_tail(self) -> int:
