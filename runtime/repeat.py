@@ -13,9 +13,11 @@ Shapes: B batch, H query heads, K KV heads, C columns, W window, S tokens of a c
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -29,6 +31,7 @@ from vericache_compile.runtime.ring import Ring
 from vericache_compile.runtime.sequences import Sequence
 from vericache_compile.runtime.verify import verify_tokens
 
+log = logging.getLogger(__name__)
 CHUNK = 2048
 """Tokens repeated in one go."""
 LEAD = 8
@@ -57,8 +60,8 @@ def repeat_once(
     counts: Counts,
     device: torch.device,
 ) -> None:
-    """Let the model repeat its context before a draft cache is made, where a method wants that and the tokens of the
-    context are known.
+    """Let the model repeat its context before a draft cache is made, where a method wants that, the tokens of the
+    context are known, and there are positions for them.
 
     What was repeated stays known, whatever comes later, until some of it is cut off or a refresh is due.
     """
@@ -69,7 +72,7 @@ def repeat_once(
     sequence.repeated = sequence.repeated and sequence.repeated.cut(lengths)
     if sequence.draft is None and not _is_known(sequence.repeated, lengths, compressor.refresh):
         began = time.perf_counter()
-        repeats = knows_context(sequence)
+        repeats = knows_context(sequence) and has_positions(sequence, plan.position_limit)
         sequence.repeated = repeat_context(sequence, plan, bound, ring, device) if repeats else None
         counts.repeat_seconds += time.perf_counter() - began
 
@@ -85,6 +88,27 @@ def _is_known(repeated: Repeated | None, lengths: Rows[int], refresh: int) -> bo
 def knows_context(sequence: Sequence) -> bool:
     """Whether every row's tokens were seen."""
     return all(len(row.ids) == row.length for row in sequence.rows)
+
+
+def has_positions(sequence: Sequence, limit: int | None) -> bool:
+    """Whether a model of so many positions (None: as many as are wanted) has them for the repetition too; said once
+    where it has not: beyond the last one all tokens would stand in one place, and what they attend to mean nothing."""
+    rows = sequence.rows
+    if limit is None or all(r.length + r.offset + columns_fed(r.length - r.pad) <= limit for r in rows):
+        return True
+    _tell_no_positions(limit, max(limit // 2, limit - LEAD - CHUNK))
+    return False
+
+
+@cache
+def _tell_no_positions(limit: int, most: int) -> None:
+    log.warning(
+        "vericache: the context is not repeated, the last queries vote instead: there are no positions for it behind "
+        "itself\n  where: a model of %d positions\n  fix: give it at most %d tokens, or choose a method that repeats "
+        "nothing (adakv)",
+        limit,
+        most,
+    )
 
 
 def columns_fed(tokens: int) -> int:

@@ -290,6 +290,22 @@ def test_a_turn_that_does_not_fit_the_tail_is_repeated_only_where_that_is_due(
     assert sequence.repeated.lengths == repeated[-1:]
 
 
+@pytest.mark.parametrize(("positions", "repeats"), [(2 * TOKENS, True), (2 * TOKENS - 1, False)])
+def test_a_context_is_repeated_where_there_are_positions_for_it(
+    positions: int, repeats: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Else scores are those of the last queries, which is said once."""
+    model, prompt = make_tiny("gpt2", positions), make_prompt(TOKENS, 1)
+    model.compile(backend="vericache", options={"compressor": "kvzip(window=8)", "window": 4, "inductor": False})
+    for _ in range(2):
+        model.generate(**prompt, max_new_tokens=4, do_sample=False)
+        assert (newest(model).repeated is not None) == repeats
+    said = [each.getMessage() for each in caplog.records if "no positions" in each.getMessage()]
+    assert len(said) == (not repeats)
+    parts = ("where: a model of 89 positions", "fix: give it at most 44 tokens")
+    assert all(part in each for each in said for part in parts)
+
+
 @pytest.mark.parametrize("placement", ["device", "host", "disk"])
 def test_a_repetition_gives_its_room_back(placement: str) -> None:
     model, prompt = make_tiny("llama", layers=2), make_prompt(200, 1)

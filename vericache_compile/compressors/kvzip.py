@@ -7,7 +7,8 @@ those of each site. Tokens that come later were never repeated: all stay, as in 
 repeats them too. The repetition costs about as much as verifying the context once
 (`stats(model)["seconds"]["repeat"]`), and until it is done full KV has room for a chunk more.
 
-Where the context's tokens are not known (a cache that an uncompiled model built) the last queries vote, as in AdaKV.
+Where the context's tokens are not known (a cache that an uncompiled model built), or a model that learned its
+positions has none left for a repetition, which is said once, the last queries vote, as in AdaKV.
 
 Shapes: H query heads, K KV heads, S tokens, C tokens scored, n of them repeated, D head size, w queries.
 """
