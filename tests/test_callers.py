@@ -243,6 +243,7 @@ def test_a_recompile_storm_never_reaches_dynamos_limit() -> None:
         assert torch._dynamo.config.recompile_limit > limit
 
 
+@pytest.mark.slow
 @pytest.mark.own_captures
 def test_a_thread_has_not_reached_dynamos_limit_either(monkeypatch: pytest.MonkeyPatch) -> None:
     """A setting of Dynamo's is its thread's own; what one thread compiled counts in all."""
@@ -272,6 +273,7 @@ def embeddings_after_tokens(model: PreTrainedModel) -> Tensor:
     return torch.cat(tokens, dim=1)
 
 
+@pytest.mark.slow
 def test_a_graph_not_taken_runs_under_inductor_on_a_cache_without_data() -> None:
     plain, ours, model = both(embeddings_after_tokens, "llama", inductor=True)
     assert torch.equal(ours, plain)

@@ -315,7 +315,7 @@ def test_beams_share_pages() -> None:
     assert torch.equal(plain, ours)
 
 
-@pytest.mark.parametrize("placement", ["host", "device"])
+@pytest.mark.parametrize("placement", ["host", pytest.param("device", marks=pytest.mark.slow)])
 def test_memory_of_forks_of_one_prefix(placement: str) -> None:
     """A copy costs nothing until it is used: then the page that it writes to, on the device all of full KV."""
     model, ids = make_tiny("llama"), make_prompt(1100)["input_ids"]
@@ -442,7 +442,7 @@ class Malloc(ctypes.Structure):
     _fields_ = [(name, ctypes.c_size_t) for name in (*"abcd", "mapped", *"ef", "used", *"gh")]
 
 
-@pytest.mark.parametrize("placement", ["host", "disk"])
+@pytest.mark.parametrize("placement", [pytest.param("host", marks=pytest.mark.slow), "disk"])
 def test_many_sequences_leave_nothing_behind(placement: str, tmp_path: Path) -> None:
     """Two hundred: threads, files and memory are as many as after the first ones."""
     model = make_tiny("llama")
