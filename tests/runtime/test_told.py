@@ -20,6 +20,7 @@ from vericache_compile.compressors.facts import KINDS, Facts
 from vericache_compile.compressors.none import NoCompression
 from vericache_compile.compressors.samkv import SamKV
 from vericache_compile.compressors.snapkv import SnapKV
+from vericache_compile.estimate import PROBES
 from vericache_compile.model_state import state_of
 from vericache_compile.runtime import drafting, repeat
 from vericache_compile.runtime.drawn import Repeated, attention_drawn
@@ -208,7 +209,7 @@ def test_a_method_that_chooses_anew_is_asked_by_as_many_queries_each_time(count:
 
         def compress(self, keys: Tensor, values: Tensor, queries: Tensor | None) -> CompressedKV:
             assert queries is not None
-            if queries.any():  # else it is an estimate of bytes that asks
+            if keys.shape[1] not in PROBES:  # else it is an estimate of bytes that asks
                 asked.append(queries.shape[1])
             return super().compress(keys, values, queries)
 
@@ -292,9 +293,10 @@ def test_a_turn_that_does_not_fit_the_tail_is_repeated_only_where_that_is_due(
 
 @pytest.mark.parametrize(("positions", "repeats"), [(2 * TOKENS, True), (2 * TOKENS - 1, False)])
 def test_a_context_is_repeated_where_there_are_positions_for_it(
-    positions: int, repeats: bool, caplog: pytest.LogCaptureFixture
+    positions: int, repeats: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Else scores are those of the last queries, which is said once."""
+    monkeypatch.setattr(repeat, "CHUNK", 64)
     model, prompt = make_tiny("gpt2", positions), make_prompt(TOKENS, 1)
     model.compile(backend="vericache", options={"compressor": "kvzip(window=8)", "window": 4, "inductor": False})
     for _ in range(2):
@@ -307,7 +309,8 @@ def test_a_context_is_repeated_where_there_are_positions_for_it(
 
 
 @pytest.mark.parametrize("placement", ["device", "host", "disk"])
-def test_a_repetition_gives_its_room_back(placement: str) -> None:
+def test_a_repetition_gives_its_room_back(placement: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(repeat, "CHUNK", 64)
     model, prompt = make_tiny("llama", layers=2), make_prompt(200, 1)
     options = {"compressor": "kvzip", "window": 4, "inductor": False, "placement": placement}
     model.compile(backend="vericache", options=options)
