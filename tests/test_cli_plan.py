@@ -170,8 +170,15 @@ def prompt_of(batch: int, tokens: int) -> torch.Tensor:
     return torch.randint(5, VOCABULARY, (batch, tokens), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("staging", [64.0, 0.4])
-@pytest.mark.parametrize("method", [{"compressor": "snapkv", "keep": 0.25}, {"compressor": "int8"}])
+@pytest.mark.parametrize(
+    ("method", "staging"),
+    [
+        ({"compressor": "snapkv", "keep": 0.25}, 0.4),
+        ({"compressor": "int8"}, 64.0),
+        pytest.param({"compressor": "snapkv", "keep": 0.25}, 64.0, marks=pytest.mark.slow),
+        pytest.param({"compressor": "int8"}, 0.4, marks=pytest.mark.slow),
+    ],
+)
 def test_what_is_planned_is_what_is_held(
     method: dict[str, Any], staging: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -182,8 +189,15 @@ def test_what_is_planned_is_what_is_held(
     assert held["draft"] + held["staging"] == pytest.approx(swapped["beside"], rel=0.05)
 
 
-@pytest.mark.parametrize("placement", ["device", "host"])
-@pytest.mark.parametrize("new", [300, 1200])
+@pytest.mark.parametrize(
+    ("new", "placement"),
+    [
+        (300, "host"),
+        (1200, "device"),
+        pytest.param(300, "device", marks=pytest.mark.slow),
+        pytest.param(1200, "host", marks=pytest.mark.slow),
+    ],
+)
 def test_a_cache_that_has_grown_is_no_larger_than_planned(
     new: int, placement: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -192,7 +206,7 @@ def test_a_cache_that_has_grown_is_no_larger_than_planned(
     assert held["draft"] + held["staging"] + held["full_on_device"] == pytest.approx(chosen["beside"], rel=0.05)
 
 
-@pytest.mark.parametrize("placement", ["device", "host"])
+@pytest.mark.parametrize("placement", [pytest.param("device", marks=pytest.mark.slow), "host"])
 def test_windows_are_planned_with_every_column_that_is_held(
     placement: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -98,7 +98,10 @@ def test_rows_are_bit_equal_on_a_link_of_streams(dtype: torch.dtype, monkeypatch
         assert stats(model)["bytes"]["transferred"]
 
 
-@pytest.mark.parametrize("compressor", ["snapkv", "adakv", "streaming", "h2o", "chunkkv"])
+@pytest.mark.parametrize(
+    "compressor",
+    ["snapkv", "adakv", *(pytest.param(name, marks=pytest.mark.slow) for name in ("streaming", "h2o", "chunkkv"))],
+)
 def test_what_drafts_hold_as_it_was_cached_does_not_come_in_again(
     compressor: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -116,7 +119,13 @@ def test_what_drafts_hold_as_it_was_cached_does_not_come_in_again(
     assert came[0] < came[1] < 0.9
 
 
-@pytest.mark.parametrize("compressor", ["quest(keep=0.2, page=4, whole=1)", "clusterkv(keep=0.2, tokens=8, whole=1)"])
+@pytest.mark.parametrize(
+    "compressor",
+    [
+        "quest(keep=0.2, page=4, whole=1)",
+        pytest.param("clusterkv(keep=0.2, tokens=8, whole=1)", marks=pytest.mark.slow),
+    ],
+)
 def test_what_draft_steps_choose_comes_from_where_full_kv_lives(
     compressor: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -74,7 +74,7 @@ def test_the_option_keep_reaches_the_method() -> None:
     assert made.method.scorer.keep == 0.6
 
 
-@pytest.mark.parametrize("heads", [2, 4])
+@pytest.mark.parametrize("heads", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_tokens_are_plain_ones(heads: int) -> None:
     check_tokens(
         "pyramid(beta=3) | ada(floor=0.1) | expected_attention(keep=0.3)", heads, tokens=300, batch=3, count=30

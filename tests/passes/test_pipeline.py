@@ -56,7 +56,7 @@ def test_a_refused_graph_is_left_as_it_was() -> None:
     assert module.print_readable(False) == before
 
 
-@pytest.mark.parametrize(("name", "batch"), [("llama", 1), ("gpt2", 3)])
+@pytest.mark.parametrize(("name", "batch"), [("llama", 1), pytest.param("gpt2", 3, marks=pytest.mark.slow)])
 def test_a_capture_with_another_prompt_compiles_nothing(name: str, batch: int) -> None:
     compiled: dict[str, Compiled] = {}
     plan_capture(tiny_decode(name, batch).module, batch, 4, False, compiled)

@@ -226,7 +226,7 @@ def test_a_copy_recovers_as_the_original_does() -> None:
 
 
 @pytest.mark.parametrize("rows", [[1, 0], [2, 2, 0], [1]])
-@pytest.mark.parametrize("chunk", [300, 170])
+@pytest.mark.parametrize("chunk", [170, pytest.param(300, marks=pytest.mark.slow)])
 def test_rows_in_another_order(rows: list[int], chunk: int) -> None:
     """As beams are: some go on twice, some not at all; the prompt came whole, or in two chunks; then they read more."""
     model, prompt = make_tiny("llama", layers=3), make_prompt(300, 3)

@@ -200,7 +200,16 @@ def test_queries_are_the_newest_tokens_own_whatever_the_window(told: Told) -> No
             torch.testing.assert_close(facts.rotation.unrotate(queries, facts.end - 8), expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 7, 40])
+@pytest.mark.parametrize(
+    "count",
+    [
+        1,
+        3,
+        pytest.param(2, marks=pytest.mark.slow),
+        pytest.param(7, marks=pytest.mark.slow),
+        pytest.param(40, marks=pytest.mark.slow),
+    ],
+)
 def test_a_method_that_chooses_anew_is_asked_by_as_many_queries_each_time(count: int) -> None:
     model, switch, asked = make_tiny("llama", layers=2), Switch(), []
 
@@ -225,7 +234,12 @@ def test_a_method_that_chooses_anew_is_asked_by_as_many_queries_each_time(count:
 
 
 @pytest.mark.parametrize(
-    "method", ["0-1: none, rest: kvzip(keep=0.25)", "pyramid | kvzip(keep=0.25)", "kvzip(keep=0.25)"]
+    "method",
+    [
+        "0-1: none, rest: kvzip(keep=0.25)",
+        pytest.param("pyramid | kvzip(keep=0.25)", marks=pytest.mark.slow),
+        pytest.param("kvzip(keep=0.25)", marks=pytest.mark.slow),
+    ],
 )
 def test_kvzip_spends_its_budget_on_its_own_sites(method: str) -> None:
     model, prompt = make_tiny("llama", layers=4), make_prompt(300, 1)
@@ -308,7 +322,7 @@ def test_a_context_is_repeated_where_there_are_positions_for_it(
     assert all(part in each for each in said for part in parts)
 
 
-@pytest.mark.parametrize("placement", ["device", "host", "disk"])
+@pytest.mark.parametrize("placement", ["device", "host", pytest.param("disk", marks=pytest.mark.slow)])
 def test_a_repetition_gives_its_room_back(placement: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(repeat, "CHUNK", 64)
     model, prompt = make_tiny("llama", layers=2), make_prompt(200, 1)
