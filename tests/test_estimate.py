@@ -38,6 +38,13 @@ def test_bytes_that_depend_on_the_data_are_not_those_of_zeros() -> None:
     assert compressed_bytes(method, [SITE]) == pytest.approx(region.nbytes / region.covered, rel=0.05)
 
 
+@pytest.mark.parametrize("text", ["packkv", "snapkv", "kivi"])
+def test_a_callers_default_device_does_not_matter(text: str) -> None:
+    expected = compressed_bytes(parse(text, {}), [SITE])
+    with torch.device("meta"):
+        assert compressed_bytes(parse(text, {}), [SITE]) == expected
+
+
 def test_only_sites_of_one_shape_share() -> None:
     sites = [replace(SITE, layer=layer, value_size=size) for layer, size in enumerate((8, 16, 16, 16))]
     full = sum(site.bytes_per_token for site in sites)

@@ -82,10 +82,10 @@ def _measure(method: Compressor, site: Site, probes: Sequence[int]) -> tuple[flo
 
 def _probe(method: Compressor, site: Site, probes: Sequence[int]) -> CompressedKV | None:
     """A region of normal numbers, since bytes may depend on them; None where all stays in the exact tail."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
 
     def some(heads: int, tokens: int, size: int) -> torch.Tensor:
-        return torch.randn(heads, tokens, size, generator=generator).to(site.dtype)
+        return torch.randn(heads, tokens, size, generator=generator, dtype=torch.float32, device="cpu").to(site.dtype)
 
     for tokens in probes:
         keys, values = some(site.kv_heads, tokens, site.head_size), some(site.kv_heads, tokens, site.value_size)
