@@ -514,13 +514,18 @@ def test_a_program_that_is_interrupted_while_it_generates_ends(tmp_path: Path) -
             assert running.stdout.readline() == "at work\n"
         links = [str(path.readlink()) for path in Path(f"/proc/{running.pid}/fd").iterdir()]
         assert any(link.startswith(str(tmp_path)) for link in links), "there is no file of pages"
-        running.send_signal(signal.SIGINT)
         try:
+            line = "at work\n"
+            while line == "at work\n":  # torch clears an interrupt that comes while it checks guards, with any backend
+                running.send_signal(signal.SIGINT)
+                for _ in range(50):
+                    line = running.stdout.readline()
+                    if line != "at work\n":
+                        break
             out, err = running.communicate(timeout=60)
         finally:
             running.kill()
-    assert "ended by itself" not in out
-    assert out.splitlines()[-1] == "['MainThread']"
+    assert line + out == "['MainThread']\n"
     assert "KeyboardInterrupt" in err
     assert running.returncode == -signal.SIGINT
     assert not list(tmp_path.iterdir())
