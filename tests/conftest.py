@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -9,6 +10,12 @@ import torch
 import triton_interpreter
 from models import plain_tokens_of
 from transformers import AutoModelForCausalLM, PreTrainedModel
+
+
+def pytest_collection_finish() -> None:
+    """Tracing makes many small objects, beside torch's many that stay: a tenth of all time was the collector's."""
+    gc.freeze()
+    gc.set_threshold(50_000, 50, 100)
 
 
 @pytest.fixture(scope="session")

@@ -152,7 +152,7 @@ LEFT: list[Caller] = [
 ]  # fmt: skip
 
 
-LEARNED: list[Caller] = [greedy_generate, second_turn, crop_and_go_on, padded_batch_that_ends_early, static_cache]
+LEARNED: list[Caller] = [second_turn, crop_and_go_on, padded_batch_that_ends_early]
 """What learned positions could go wrong in; gpt2's other callers are slow tests."""
 
 

@@ -50,7 +50,7 @@ def make_prompt(tokens: int, batch: int = 1) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("attention", "changes", "batch", "compressors"),
     [
-        ("sdpa", {}, 3, ["none"]),
+        pytest.param("sdpa", {}, 3, ["none"], marks=pytest.mark.slow),
         ("eager", {"q_lora_rank": None} | DENSE, 3, ["none", "streaming(keep=0.1)"]),
         ("sdpa", {"rope_interleave": False} | DENSE, 3, COMPRESSORS),
         ("sdpa", DENSE, 1, ["none"]),

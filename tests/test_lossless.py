@@ -15,11 +15,11 @@ MODELS = ("llama", "qwen3", "gpt2")
 
 
 QUICK = {
-    "llama": {("snapkv", 8), ("kivi", 2)},
+    "llama": {("snapkv", 8)},
     "qwen3": set(),
     "gpt2": {("streaming", 16)},
 }
-"""One that drops, one that quantises, one that slides, each under another window; the others of the grid are slow."""
+"""One that chooses and one that slides, each under another window; the others of the grid are slow."""
 GRID = [
     pytest.param(name, compressor, window, marks=() if (compressor, window) in QUICK[name] else pytest.mark.slow)
     for name in MODELS

@@ -47,14 +47,15 @@ def _document(ids: Tensor, tokens: int, batch: int) -> dict[str, Tensor]:
     return {"input_ids": rows, "attention_mask": mask}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("compressor", "window", "tokens", "batch"),
     [
-        pytest.param("kivi", 8, 700, 1, marks=pytest.mark.slow),
-        pytest.param("streaming", 16, 31, 3, marks=pytest.mark.slow),
-        pytest.param("none", 32, 2, 1, marks=pytest.mark.slow),
+        ("kivi", 8, 700, 1),
+        ("streaming", 16, 31, 3),
+        ("none", 32, 2, 1),
         ("snapkv", 16, 1200, 1),
-        pytest.param("snapkv", 16, 3000, 1, marks=pytest.mark.slow),
+        ("snapkv", 16, 3000, 1),
     ],
 )
 def test_smollm2_gives_plain_tokens(

@@ -37,9 +37,9 @@ def test_tokens_are_plain(name: str, heads: int, batch: int) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "snapkv(keep=0.1, refresh=12)",
+        pytest.param("snapkv(keep=0.1, refresh=12)", marks=pytest.mark.slow),
         "h2o(keep=0.1, refresh=12)",
-        "kvzip(keep=0.1, refresh=30)",
+        pytest.param("kvzip(keep=0.1, refresh=30)", marks=pytest.mark.slow),
         "kivi",
         "0: quest(whole=0, page=4, keep=0.1), rest: clusterkv(whole=0, keep=0.1)",
         pytest.param("0: none, rest: streaming(keep=0.1, refresh=12) | int8", marks=pytest.mark.slow),

@@ -20,7 +20,7 @@ from vericache_compile.sweep_models import make_model
 @pytest.mark.parametrize(
     ("name", "tokens", "batch"),
     [
-        ("mistral", 5, 1),
+        pytest.param("mistral", 5, 1, marks=pytest.mark.slow),
         ("gemma3_text", 40, 3),
         pytest.param("starcoder2", 40, 1, marks=pytest.mark.slow),
         pytest.param("cohere2", 12, 3, marks=pytest.mark.slow),

@@ -12,6 +12,8 @@ from vericache_compile.estimate import compressed_bytes
 from vericache_compile.plan import Site
 
 SITES = tuple(Site(layer, 9, 3, 64, 64, 0.125, torch.float32, None) for layer in range(8))
+QUICK = {"snapkv", "kivi", "cskv", "packkv", "none"}
+"""One of each kind."""
 
 
 @pytest.mark.parametrize(
@@ -25,9 +27,9 @@ SITES = tuple(Site(layer, 9, 3, 64, 64, 0.125, torch.float32, None) for layer in
         ("kvsharer", 0.8, "kvsharer(share=0.2)"),
         ("int8", 0.01, "int8"),
         ("none", 0.2, "none"),
-        ("spark", 0.2, "spark(channels=0.14, value_channels=0.14)"),
+        pytest.param("spark", 0.2, "spark(channels=0.14, value_channels=0.14)", marks=pytest.mark.slow),
         ("quest", 0.2, "quest(keep=0.2)"),
-        ("clusterkv", 0.2, "clusterkv(keep=0.2)"),
+        pytest.param("clusterkv", 0.2, "clusterkv(keep=0.2)", marks=pytest.mark.slow),
     ],
 )
 def test_the_largest_setting_within_the_budget_is_taken(name: str, share: float, expected: str) -> None:
@@ -56,7 +58,9 @@ def test_parameters_of_papers_are_taken(name: str) -> None:
     assert parse(settings.of_paper(name, None), {}) != parse(name, {})
 
 
-@pytest.mark.parametrize("name", sorted(COMPRESSORS))
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in sorted(COMPRESSORS)]
+)
 def test_every_method_has_a_setting(name: str) -> None:
     sites = SITES[:2]
     chosen, smallest = (settings.choose(name, share, sites, 3000) for share in (0.2, 0.0))

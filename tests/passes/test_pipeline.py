@@ -74,7 +74,7 @@ def test_another_window_compiles_verify_only() -> None:
     assert len(compiled) == 9
 
 
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("name", MODELS)
 def test_the_canonical_step_gives_the_rows_of_the_captured_one(name: str, batch: int) -> None:
     captured = tiny_decode(name, batch)

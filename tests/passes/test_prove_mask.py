@@ -19,8 +19,10 @@ from vericache_compile.plan import Alibi
     ("name", "batch"),
     [
         ("llama", 1),
-        ("gpt2", 3),
-        *(pytest.param(*each, marks=pytest.mark.slow) for each in (("llama", 3), ("qwen3", 1), ("gpt2", 1))),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in (("llama", 3), ("qwen3", 1), ("gpt2", 1), ("gpt2", 3))
+        ),
     ],
 )
 def test_the_masks_of_real_models_are_proved(name: str, batch: int) -> None:

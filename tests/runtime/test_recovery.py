@@ -58,7 +58,7 @@ def decode(model: PreTrainedModel, prompt: dict[str, Tensor], steps: int, betwee
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_a_lost_page_comes_back_to_the_bit(batch: int, caplog: pytest.LogCaptureFixture) -> None:
     """Lost from the prompt, and later from what was decoded; some tokens were not the likeliest."""
     prompt, model = make_prompt(470, batch), make_tiny("llama", layers=3)
@@ -225,7 +225,7 @@ def test_a_copy_recovers_as_the_original_does() -> None:
     assert torch.equal(ours, plain)
 
 
-@pytest.mark.parametrize("rows", [[1, 0], [2, 2, 0], [1]])
+@pytest.mark.parametrize("rows", [pytest.param([1, 0], marks=pytest.mark.slow), [2, 2, 0], [1]])
 @pytest.mark.parametrize("chunk", [170, pytest.param(300, marks=pytest.mark.slow)])
 def test_rows_in_another_order(rows: list[int], chunk: int) -> None:
     """As beams are: some go on twice, some not at all; the prompt came whole, or in two chunks; then they read more."""

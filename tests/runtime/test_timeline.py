@@ -58,7 +58,7 @@ def test_transfers_have_a_track(tmp_path: Path) -> None:
     assert sum(each["traffic"]["nbytes"] for each in made["latest_rounds"]) == made["bytes"]["transferred"]
 
 
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_rounds_are_labelled_with_what_was_drafted_and_accepted(tmp_path: Path, batch: int) -> None:
     made, _ = run(tmp_path / "trace.json", batch)
     events = json.loads((tmp_path / "trace.json").read_text())

@@ -272,7 +272,9 @@ def test_what_was_repeated_stays_known_in_later_turns_and_not_beyond_a_cut() -> 
     ("method", "columns", "repeated"),
     [
         pytest.param("kvzip(window=4)", None, [TOKENS], id="a later turn"),
-        pytest.param("kvzip(window=4, refresh=200)", None, [TOKENS], id="a refresh that is not due"),
+        pytest.param(
+            "kvzip(window=4, refresh=200)", None, [TOKENS], id="a refresh that is not due", marks=pytest.mark.slow
+        ),
         pytest.param("kvzip(window=4, refresh=20)", None, [TOKENS, TOKENS + 44], id="a refresh"),
         pytest.param("kvzip(window=4)", 30, [TOKENS, 70], id="a cut"),
     ],
@@ -322,7 +324,9 @@ def test_a_context_is_repeated_where_there_are_positions_for_it(
     assert all(part in each for each in said for part in parts)
 
 
-@pytest.mark.parametrize("placement", ["device", "host", pytest.param("disk", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "placement", ["device", *(pytest.param(name, marks=pytest.mark.slow) for name in ("host", "disk"))]
+)
 def test_a_repetition_gives_its_room_back(placement: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(repeat, "CHUNK", 64)
     model, prompt = make_tiny("llama", layers=2), make_prompt(200, 1)
@@ -441,7 +445,7 @@ def test_where_keys_come_in_each_round_a_window_is_added_one_round_later() -> No
             assert not held[:, before - pad :].any()
 
 
-@pytest.mark.parametrize(("forked", "more"), [(False, 7), (True, 7), (True, 0)])
+@pytest.mark.parametrize(("forked", "more"), [(False, 7), (True, 7), pytest.param(True, 0, marks=pytest.mark.slow)])
 def test_where_keys_come_in_each_round_no_window_is_lost_to_a_turn_or_a_fork(forked: bool, more: int) -> None:
     model, prompt = make_tiny("llama", layers=3), make_prompt(TOKENS, 1)
     options = {"compressor": "h2o", "window": 4, "inductor": False, "placement": "host"}
