@@ -105,7 +105,7 @@ def test_the_callers_buffers_hold_what_plain_ones_hold() -> None:
         torch.testing.assert_close(held, plain.get_buffer(name), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_rows_are_bit_equal_whatever_drafts_do(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of a batch have one position for all, so they advance in step."""
     model, switch, ids = make(batch=batch), Switch(), prompt(batch=batch)

@@ -453,7 +453,7 @@ class Malloc(ctypes.Structure):
 
 @pytest.mark.parametrize(
     ("placement", "many"),
-    [("disk", 80), *(pytest.param(name, 200, marks=pytest.mark.slow) for name in ("disk", "host"))],
+    [("disk", 60), *(pytest.param(name, 200, marks=pytest.mark.slow) for name in ("disk", "host"))],
 )
 def test_many_sequences_leave_nothing_behind(placement: str, many: int, tmp_path: Path) -> None:
     """Threads, files and memory are as many as after the first ones."""

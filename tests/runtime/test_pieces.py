@@ -94,7 +94,9 @@ def two_turns(model: Any, batch: int) -> Tensor:
     return torch.stack(logits)
 
 
-@pytest.mark.parametrize(("how", "batch"), [({"placement": "host", "staging_mb": 0.001}, 1), ({}, 3)])
+@pytest.mark.parametrize(
+    ("how", "batch"), [({"placement": "host", "staging_mb": 0.001}, 1), pytest.param({}, 3, marks=pytest.mark.slow)]
+)
 def test_rows_are_those_of_launches_and_growth_records_nothing_anew(
     how: dict[str, Any], batch: int, recorder: Recorder, in_use: list[DecodePlan], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,8 +24,15 @@ def records(folder: Path, batch: int, **asked: Any) -> tuple[list[dict[str, Any]
     return [json.loads(line) for line in lines], prompt["input_ids"].tolist(), out[:, 9:].tolist()
 
 
-@pytest.mark.parametrize("asked", [{}, {"cache_implementation": "static"}])
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(
+    ("batch", "asked"),
+    [
+        (1, {}),
+        (3, {"cache_implementation": "static"}),
+        pytest.param(3, {}, marks=pytest.mark.slow),
+        pytest.param(1, {"cache_implementation": "static"}, marks=pytest.mark.slow),
+    ],
+)
 def test_a_prompt_and_what_rounds_kept_are_what_the_caller_got(
     tmp_path: Path, batch: int, asked: dict[str, str]
 ) -> None:
