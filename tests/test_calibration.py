@@ -80,6 +80,12 @@ def test_tokens_are_plain_with_a_calibrated_method(
     assert str(files[method]) in stats(model)["compressor"]
 
 
+@pytest.mark.parametrize("method", ["recalkv", "cskv", "kvquant"])
+def test_a_calibrated_method_leaves_its_residual_to_the_tail(files: dict[str, Path], method: str) -> None:
+    spelled = f"{method}(residual=100, calibration='{files[method]}')"
+    assert parse(spelled, {}).for_layer(0, 3).least_tail == 100
+
+
 @pytest.mark.parametrize("method", ["recalkv", "kvquant"])
 def test_a_file_full_of_nan_costs_no_token(
     switched: tuple[PreTrainedModel, Switch], files: dict[str, Path], tmp_path: Path, method: str, plain_tokens: Any

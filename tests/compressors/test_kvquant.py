@@ -71,6 +71,15 @@ def test_numbers_equal_the_naive_loops(random_row: Row, bits: int, outliers: flo
     assert torch.equal(read_values[:, :1], values[:, :1])
 
 
+def test_a_spike_in_a_channel_that_is_else_one_number_is_exact(random_row: Row) -> None:
+    """The trimmed range is one point there."""
+    keys, values, _ = random_row(256)
+    keys[:, :, 3] = 0.5
+    keys[0, 50, 3], keys[1, 200, 3] = 100.0, -100.0
+    read, _ = KVQuant(residual=0, sinks=0).compress(keys, values, None).materialize()
+    assert torch.equal(read[:, :, 3], keys[:, :, 3])
+
+
 def test_ranges_leave_one_percent_out(random_row: Row) -> None:
     keys, values, _ = random_row(1024)
     fit = Ranges(*KVQuant(outliers=0.01).fit(keys, values, None))

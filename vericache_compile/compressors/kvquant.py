@@ -192,9 +192,9 @@ def split_values(values: Tensor, fraction: float) -> tuple[Outliers, Tensor, Ten
 
 
 def scale_down(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """x in float32, so that [low, high] becomes [-1, 1]; 0 where that is one point or not a number."""
+    """x in float32, so that [low, high] becomes [-1, 1]; where that is one point, 0 there and far out beside it."""
     middle, half = (high.float() + low.float()) / 2, (high.float() - low.float()) / 2
-    return ((x.float() - middle) / half).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+    return ((x.float() - middle) / half).nan_to_num_(nan=0.0)
 
 
 def scale_up(x: Tensor, low: Tensor, high: Tensor) -> Tensor:

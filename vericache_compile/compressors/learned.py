@@ -120,6 +120,11 @@ class Calibrated(Compressor):
         """What the method does."""
         return self.method.wants
 
+    @property
+    def least_tail(self) -> int:
+        """The method's."""
+        return self.method.least_tail
+
     def knowing(self, facts: Facts) -> Self:
         """With the method told."""
         return replace(self, method=self.method.knowing(facts))
