@@ -111,8 +111,9 @@ def test_wrong_parameters_are_refused(name: str) -> None:
 @METHODS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_whole_owned_row_is_copied_too(name: str, dtype: torch.dtype) -> None:
-    keys, values, queries = (x.contiguous().clone() for x in random_row(96, dtype=dtype))
+    keys, values, queries = (x.contiguous().clone() for x in random_row(300, dtype=dtype))
     region = make_compressor(name).compress(keys, values, queries)
+    assert region.covered
     assert not storages(region).keys() & {keys.data_ptr(), values.data_ptr()}
     before = [x.clone() for x in region.materialize()]
     keys.zero_(), values.zero_()
@@ -135,12 +136,13 @@ def test_keeping_all_by_another_parameter(text: str) -> None:
 @pytest.mark.parametrize("layer", [0, 2, 29])
 def test_keeping_all_whatever_is_known(name: str, layer: int) -> None:
     """At every layer, and told what there is to be known of a row."""
-    keys, values, queries = random_row(200)
-    known = torch.rand(keys.shape[0], 130, generator=torch.Generator().manual_seed(1))
-    told = Facts(attention=known, repeated=known, everywhere=(known, known.clone()), ids=range(130), shared={})
+    keys, values, queries = random_row(300)
+    known = torch.rand(keys.shape[0], 300, generator=torch.Generator().manual_seed(1))
+    told = Facts(attention=known, repeated=known, everywhere=(known, known.clone()), ids=range(300), shared={})
     method = make_compressor(name, keep=1.0).for_layer(layer, 30).knowing(told)
-    region = method.compress(keys[:, :130], values[:, :130], queries[:, :130])
+    region = method.compress(keys, values, queries)
     covered = region.covered
+    assert covered
     assert torch.equal(region.materialize()[0], keys[:, :covered])
     assert torch.equal(region.materialize()[1], values[:, :covered])
 
@@ -201,9 +203,11 @@ def test_no_data_is_read_back_to_the_host(name: str) -> None:
     """On the meta device there is no data to read. Methods that need a count say so. Nor is any sent the second time
     that a region is read.
     """
-    keys, values = torch.empty(2, 130, 16, device="meta"), torch.empty(2, 130, 12, device="meta")
+    keys, values = torch.empty(2, 300, 16, device="meta"), torch.empty(2, 300, 12, device="meta")
     queries = torch.empty(4, 8, 16, device="meta")
-    region = make_compressor(name).compress(keys, values, queries).extend(keys, values, queries)
+    region = make_compressor(name).compress(keys, values, queries)
+    assert region.covered
+    region = region.extend(keys, values, queries)
     assert region.materialize()[0].shape == (2, region.slots, 16)
     with NothingComes():
         assert region.materialize()[0].device.type == "meta"
