@@ -17,6 +17,7 @@ BY_THE_CODE = "on the code, where `streaming` has few rejected, or none."
 WHY = {
     "adakv": "hardly: on the summary the last queries choose little better than what is newest.",
     "cskv": "every token is a little off, where `streaming` has the newest exactly.",
+    "gear": "in 2 bits every number is off, more than the low rank and the outliers give back; 4 take more bytes.",
     "keydiff": BY_THE_CODE,
     "kivi": "in 2 bits, as in its paper, every number is off; in 4 it is better than `streaming`.",
     "kvquant": BY_THE_CODE,
@@ -28,6 +29,7 @@ WHY = {
     "qpruningkv": BY_THE_CODE,
     "recalkv": "every token is a little off, where `streaming` has the newest exactly; a file is of other text.",
     "refreekv": "it ranks tokens as `streaming` does and takes as many as one query asks for: no budget, no choice.",
+    "rotatekv": "in 2 bits every number is off; in 4, at a quarter of the bytes, none of its drafts was rejected.",
     "spark": "at a quarter of the bytes 86 % of each token's channels go; the paper prunes 50 to 80 % of the keys'.",
 }
 """Why a method gives fewer tokens per round than `streaming` at its bytes."""
