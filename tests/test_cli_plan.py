@@ -174,7 +174,7 @@ def prompt_of(batch: int, tokens: int) -> torch.Tensor:
     ("method", "staging"),
     [
         ({"compressor": "snapkv", "keep": 0.25}, 0.4),
-        ({"compressor": "int8"}, 64.0),
+        pytest.param({"compressor": "int8"}, 64.0, marks=pytest.mark.slow),
         pytest.param({"compressor": "snapkv", "keep": 0.25}, 64.0, marks=pytest.mark.slow),
         pytest.param({"compressor": "int8"}, 0.4, marks=pytest.mark.slow),
     ],
@@ -193,7 +193,7 @@ def test_what_is_planned_is_what_is_held(
     ("new", "placement"),
     [
         (300, "host"),
-        (1200, "device"),
+        pytest.param(1200, "device", marks=pytest.mark.slow),
         pytest.param(300, "device", marks=pytest.mark.slow),
         pytest.param(1200, "host", marks=pytest.mark.slow),
     ],

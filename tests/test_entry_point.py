@@ -45,7 +45,8 @@ def run(body: str) -> str:
         assert torch.equal(compiled.generate(ids, max_new_tokens=20, do_sample=False), plain)
         assert model._compiled_call_impl is None
         """,
-        """
+        pytest.param(
+            """
         compiled = torch.compile(model, backend="vericache", options=options)
         with torch.inference_mode():
             out = compiled(input_ids=ids)
@@ -55,6 +56,8 @@ def run(body: str) -> str:
                 tokens.append(out.logits[:, -1:].argmax(-1))
         assert torch.equal(torch.cat(tokens, 1), plain[:, 50:])
         """,
+            marks=pytest.mark.slow,
+        ),
         """
         import os
         os.environ["VERICACHE_INDUCTOR"] = "0"

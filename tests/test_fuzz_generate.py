@@ -82,7 +82,7 @@ def check(pair: tuple[PreTrainedModel, PreTrainedModel], ask: Asked) -> None:
 SETTINGS: dict[str, Any] = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 
 
-@settings(max_examples=3, derandomize=True, **SETTINGS)
+@settings(max_examples=2, derandomize=True, **SETTINGS)
 @given(ask=asks())
 def test_random_arguments(pair: tuple[PreTrainedModel, PreTrainedModel], ask: Asked) -> None:
     check(pair, ask)

@@ -157,7 +157,12 @@ def a_static_cache(model: PreTrainedModel) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "calls", [[copies_of_one_prefix, a_cropped_cache, a_cache_built_outside, beams], [a_static_cache]]
+    "calls",
+    [
+        [a_cropped_cache],
+        [a_static_cache],
+        pytest.param([copies_of_one_prefix, a_cache_built_outside, beams], marks=pytest.mark.slow),
+    ],
 )
 def test_a_callers_cache_may_go_any_way(calls: list[Callable[[PreTrainedModel], Tensor]]) -> None:
     model = make_latent(**DENSE)

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import textwrap
 
+import pytest
+
 PROGRAM = """
     import json, resource, sys, torch
     from transformers import AutoModelForCausalLM, LlamaConfig
@@ -36,6 +38,7 @@ def peak(side: str) -> dict[str, int]:
     return found
 
 
+@pytest.mark.slow
 def test_peak_is_full_kv_plus_draft_plus_a_layer_or_two() -> None:
     """Plain decoding copies the cache layer by layer as it grows; ours holds it once, and a tenth for the draft."""
     plain, ours = peak("plain"), peak("vericache")

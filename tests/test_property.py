@@ -166,7 +166,7 @@ def make_caller(request: pytest.FixtureRequest) -> Iterator[Callable[[], Caller]
     assert found["graphs"]["not taken"] == 0
 
 
-@settings(max_examples=6, deadline=None, derandomize=True)
+@settings(max_examples=4, deadline=None, derandomize=True)
 @given(actions=st.lists(ACTIONS, min_size=3, max_size=14))
 def test_every_step_equals_the_uncompiled_models(
     make_caller: Callable[[], Caller], actions: list[tuple[Any, ...]]

@@ -56,7 +56,9 @@ def by_hand(model: PreTrainedModel) -> Tensor:
     return torch.cat(tokens)
 
 
-@pytest.mark.parametrize("call", [padded, one_cache_for_several_turns, sampling, by_hand])
+@pytest.mark.parametrize(
+    "call", [pytest.param(padded, marks=pytest.mark.slow), one_cache_for_several_turns, sampling, by_hand]
+)
 def test_static_caches_give_plain_tokens_from_rounds(call: Caller) -> None:
     plain, ours, model = both(call, "llama", strict=True)
     assert torch.equal(ours, plain)
