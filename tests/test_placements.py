@@ -204,7 +204,7 @@ def test_a_method_that_is_wrong_about_what_it_holds_costs_no_bit(
     assert all(part in told for part in ("where: compressor Boastful", lie, "fix: correct `exact`"))
 
 
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     placement=st.sampled_from(["host", "disk"]),
     staging=st.floats(1e-6, 2.0),

@@ -166,13 +166,29 @@ def make_caller(request: pytest.FixtureRequest) -> Iterator[Callable[[], Caller]
     assert found["graphs"]["not taken"] == 0
 
 
+SERIES = st.lists(ACTIONS, min_size=3, max_size=14)
+
+
+@torch.no_grad()
+def check(make_caller: Callable[[], Caller], actions: list[tuple[Any, ...]]) -> None:
+    caller = make_caller()
+    for act, *arguments in actions:
+        if caller.steps < STEPS:
+            act(caller, *arguments)
+
+
 @settings(max_examples=4, deadline=None, derandomize=True)
-@given(actions=st.lists(ACTIONS, min_size=3, max_size=14))
+@given(actions=SERIES)
 def test_every_step_equals_the_uncompiled_models(
     make_caller: Callable[[], Caller], actions: list[tuple[Any, ...]]
 ) -> None:
-    with torch.no_grad():
-        caller = make_caller()
-        for act, *arguments in actions:
-            if caller.steps < STEPS:
-                act(caller, *arguments)
+    check(make_caller, actions)
+
+
+@pytest.mark.slow
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(actions=SERIES)
+def test_every_step_of_more_series_equals_the_uncompiled_models(
+    make_caller: Callable[[], Caller], actions: list[tuple[Any, ...]]
+) -> None:
+    check(make_caller, actions)

@@ -74,7 +74,7 @@ def test_dense_regions_and_tails_equal_a_masked_softmax(
     torch.testing.assert_close(draft_attention(*arguments, **choice), expected, rtol=0, atol=TOLERANCE[dtype])
 
 
-@settings(deadline=None, max_examples=6, suppress_health_check=DEVICE_FIXTURE)
+@settings(deadline=None, max_examples=10, suppress_health_check=DEVICE_FIXTURE)
 @given(
     method=st.sampled_from(METHODS),
     heads=st.sampled_from([2, 6]),
