@@ -113,8 +113,10 @@ def packed_cases(length: int) -> Iterator[tuple[str, int, dict[str, list[Run]]]]
         ]
         lefts = torch.tensor(region_lefts(regions[:1], KV_HEADS), device="cuda")  # type: ignore[arg-type]
 
-        def ours(own: Any, lefts: Tensor = lefts) -> Run:
-            return lambda: draft_attention(q, tail, tail, newest, lefts, SIZE**-0.5, [own])
+        covered = torch.tensor([region.covered], device="cuda")
+
+        def ours(own: Any, lefts: Tensor = lefts, covered: Tensor = covered) -> Run:
+            return lambda: draft_attention(q, tail, tail, newest, lefts, SIZE**-0.5, [own], covered)
 
         def dequantised(region: Any = region) -> Run:
             folded = q.reshape(1, KV_HEADS, -1, SIZE)

@@ -24,7 +24,8 @@ from rich.console import Console
 from rich.table import Table
 
 from vericache_compile import cli, stats
-from vericache_compile.runtime.planner import SWAPPED, Load
+from vericache_compile.plan import Way
+from vericache_compile.runtime.planner import Load
 
 TOKENS, NEW, WINDOW = 4096, 160, 16
 OPTIONS = {"compressor": "snapkv", "keep": 0.25, "window": WINDOW}
@@ -145,7 +146,7 @@ def plan(options: dict[str, Any], gbps: float) -> float:
     with contextlib.redirect_stdout(io.StringIO()) as out:
         cli.main(["plan", *words])
     found = json.loads(out.getvalue())
-    [swapped] = [each for each in found["choices"] if each["name"] == SWAPPED]
+    [swapped] = [each for each in found["choices"] if each["name"] == Way.SWAPPED]
     load = Load(**found["load"])
     return float(swapped["device_bytes"] - load.weights - load.copies)
 

@@ -31,7 +31,7 @@ EXACT = 32
 CHUNK = 128
 """Tokens that gather in the tail before they are compressed in."""
 SPARE = 16
-"""On a GPU a buffer has room besides, for one slot in so many: regions that grow in place are read by the same
+"""On a GPU regions have room besides, for one slot in so many: those that grow in place are read by the same
 recordings."""
 
 
@@ -248,6 +248,11 @@ def extend(
     _check(layers, compressor)
 
 
+def leaves_room(device: torch.device) -> bool:
+    """Whether regions have room to grow in: where steps over them are recorded."""
+    return device.type == "cuda"
+
+
 def _keeps_all(regions: Sequence[CompressedKV]) -> bool:
     """Whether every head of every region holds all tokens, and in the order of the text."""
     return all(region.in_order and min(region.head_slots or (region.slots,)) == region.covered for region in regions)
@@ -326,6 +331,7 @@ def _place(
     """
     starts = [pad + region.covered for pad, region in zip(pads, regions, strict=True)]
     slots = max(region.slots for region in regions)
+    spare = EXACT + slots // SPARE if leaves_room(exact.keys.device) else 0
     packed = any(not isinstance(region, DenseKV) for region in regions)
     longest = max(column - start for column, start in zip(columns, starts, strict=True))
     needed = (0 if packed else slots) + longest + room
@@ -334,11 +340,13 @@ def _place(
         keys, values = before.keys, before.values
         tails = [(k.clone(), v.clone()) for k, v in tails]  # they lie where the region goes
     else:
-        spare = EXACT + slots // SPARE if exact.keys.is_cuda and not packed else 0
-        keys, values = keys_and_values(site, (*exact.keys.shape[:2], needed + spare), exact.keys)
+        shape = (*exact.keys.shape[:2], needed + (0 if packed else spare))
+        keys, values = keys_and_values(site, shape, exact.keys)
     capacity = longest + room - max(needed - keys.shape[2], 0)
     made = DraftLayer(regions, slots, starts, keys, values, packed, remainders, tips, capacity)
     for b, (region, (k, v)) in enumerate(zip(regions, tails, strict=True)):
+        if packed and spare and region.packed is not None:
+            region.leave_room(spare)
         if not packed and isinstance(region, DenseKV):
             own = slice(slots - region.slots, slots)
             region.move_to(keys[b, :, own], values[b, :, own])

@@ -73,13 +73,12 @@ class DraftStep:
         pairs = list(zip(self.sites, layers, strict=True))
         if all(site.layer is layer for site, layer in pairs):
             return True
-        if not all(site.layer.keys is layer.keys and not layer.packed for site, layer in pairs):
+        if not all(site.reads(layer) for site, layer in pairs):
             return False
         self.starts.copy_(_starts(layers))
         self.before.copy_(_before(layers))
         for site, layer in pairs:
-            site.layer = layer
-            site.lefts.copy_(torch.tensor(layer.lefts))
+            site.follow(layer)
         return True
 
     def draft(
@@ -137,14 +136,29 @@ class _Site:
     """One site's draft cache, with what its attention reads besides on the device."""
 
     def __init__(self, layer: DraftLayer) -> None:
-        self.layer = layer
-        regions = [region.packed for region in layer.regions] if layer.packed else []
-        self.regions: list[Region] = [region for region in regions if region is not None]
-        if len(self.regions) < len(regions):
-            self.regions = []
-        heads = layer.keys.shape[1]
-        lefts = region_lefts(self.regions, heads) if self.regions else layer.lefts
-        self.lefts = torch.tensor(lefts, device=layer.keys.device)
+        self.layer, self.regions = layer, _regions(layer)
+        lefts, covered = self._bounds()
+        self.lefts, self.covered = (x.to(layer.keys.device) for x in (lefts, covered))
+
+    def reads(self, layer: DraftLayer) -> bool:
+        """Whether what is launched for this site reads that draft cache too."""
+        if self.layer is layer:
+            return True
+        if self.layer.keys is not layer.keys or self.layer.packed != layer.packed:
+            return False
+        return not layer.packed or (bool(self.regions) and _places_of(self.regions) == _places_of(_regions(layer)))
+
+    def follow(self, layer: DraftLayer) -> None:
+        """Go on over a draft cache that it `reads`."""
+        self.layer, self.regions = layer, _regions(layer)
+        for held, new in zip((self.lefts, self.covered), self._bounds(), strict=True):
+            held.copy_(new)
+
+    def _bounds(self) -> tuple[Tensor, Tensor]:
+        """The first slot of each row and KV head [B, K], and the tokens of each row's region [B]."""
+        heads = self.layer.keys.shape[1]
+        lefts = region_lefts(self.regions, heads) if self.regions else self.layer.lefts
+        return torch.tensor(lefts), torch.tensor([region.covered for region in self.layer.regions])
 
     def attend(self, q: Tensor, tails: Tensor, newest: Tensor, scale: float, scores: Scores | None) -> Tensor:
         """q [B, H, 1, D] over region and tail, whose newest token is at place tails[b], in slot newest[b]. Returns
@@ -153,9 +167,22 @@ class _Site:
         if launch.serves(q):
             how = {} if scores is None else scores._asdict()
             if self.regions:
-                return draft_attention(q, layer.keys, layer.values, tails, self.lefts, scale, self.regions, **how)
+                own = (self.lefts, scale, self.regions, self.covered)
+                return draft_attention(q, layer.keys, layer.values, tails, *own, **how)
             return draft_attention(q, *layer.read_whole(), newest, self.lefts, scale, reach=layer.reach, **how)
         return attend_compressed(q, *layer.read_whole(), layer.visible((tails + 1).tolist()), scale, {}, scores)
+
+
+def _regions(layer: DraftLayer) -> list[Region]:
+    """Each row's region as a kernel reads it; none where one of them cannot be."""
+    made = [region.packed for region in layer.regions] if layer.packed else []
+    known = [region for region in made if region is not None]
+    return known if len(known) == len(made) else []
+
+
+def _places_of(regions: Sequence[Region]) -> list[tuple[int, int]]:
+    """Where their numbers lie, and how much room there is."""
+    return [(part.data_ptr(), side.room) for region in regions for side in region for part in (side.codes, side.scale)]
 
 
 def _starts(layers: Sequence[DraftLayer]) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vericache_compile.compressors.base import Compressor
 from vericache_compile.compressors.facts import KINDS
-from vericache_compile.plan import DecodePlan
+from vericache_compile.plan import DecodePlan, Way
 from vericache_compile.runtime import draft_step
 from vericache_compile.runtime.acceptance import next_horizon
 from vericache_compile.runtime.attention import Visible, attend_compressed
@@ -100,10 +100,10 @@ def prepare_draft(
 
 
 def next_steps(sequence: Sequence, window: int) -> int:
-    """How many tokens to draft: as many as the caller has been taking."""
+    """How many tokens to draft: as many as the caller has been taking, or none."""
     served, pace = max(row.served for row in sequence.rows), sequence.pace
     pace.count(sum(row.served for row in sequence.rows) / len(sequence.rows))
-    longest = 0 if pace.resting else window - 1
+    longest = 0 if pace.resting or sequence.way is Way.OFF else window - 1
     first = min(longest, 1) if pace.failed else longest
     sequence.horizon = next_horizon(served, sequence.horizon, longest) if sequence.horizon else first
     for row in sequence.rows:

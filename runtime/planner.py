@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from vericache_compile.kernels.block_attention import BLOCK
-from vericache_compile.plan import rounded
+from vericache_compile.plan import Way, rounded
 from vericache_compile.runtime.caches import room_for
 from vericache_compile.runtime.compression import CHUNK
 
@@ -61,6 +61,10 @@ class Load:
     few: tuple[int, float] | None = None
     """Rows up to which `draft_weights` are others, where the batch has more, and what they are then."""
 
+    copied: bool = True
+    """Whether draft's own copies of weights take room besides: not where they are there already, or all room is for
+    KV."""
+
     def of(self, batch: int) -> Load:
         """The same of fewer sequences."""
         weights = self.few[1] if self.few is not None and batch <= self.few[0] else self.draft_weights
@@ -104,8 +108,8 @@ class Load:
 
     @property
     def copies(self) -> float:
-        """Bytes that draft's own copies of weights take."""
-        return self.draft_weights if self.draft_weights != self.weights else 0.0
+        """Bytes that draft's own copies of weights take besides."""
+        return self.draft_weights if self.copied and self.draft_weights != self.weights else 0.0
 
 
 @dataclass(frozen=True)
@@ -121,9 +125,6 @@ class Choice:
     staging_bytes: float
     arithmetic: tuple[str, ...]
     """Where the figures come from, line by line."""
-
-
-PLAIN, RESIDENT, SWAPPED = "off (plain decoding)", "resident verify", "swapped verify"
 
 
 def choices(load: Load, machine: Machine, staging_bytes: float | None = None) -> list[Choice]:
@@ -160,7 +161,7 @@ def _plain(load: Load, machine: Machine) -> Choice:
     lines = (
         f"step = (weights {_gb(load.weights)} + full KV {_gb(load.full)}) / {machine.memory_gbps:g} GB/s = {_ms(step)}",
     )
-    return _choice(PLAIN, load, machine, load.weights + load.full, load.batch / step, 0.0, lines)
+    return _choice(Way.OFF, load, machine, load.weights + load.full_held, load.batch / step, 0.0, lines)
 
 
 def _rounds(load: Load, machine: Machine) -> tuple[float, float, tuple[str, ...]]:
@@ -185,7 +186,7 @@ def _resident(load: Load, machine: Machine) -> Choice:
     needed = load.weights + load.copies + max(load.full_held + load.compressed_held, repeating)
     rate = load.batch * load.tokens_per_round / (draft + verify)
     lines += (f"round = draft + verify = {_ms(draft + verify)} for {load.tokens_per_round:g} tokens of each row",)
-    return _choice(RESIDENT, load, machine, needed, rate, 0.0, lines)
+    return _choice(Way.RESIDENT, load, machine, needed, rate, 0.0, lines)
 
 
 def _swapped(load: Load, machine: Machine, staging_bytes: float | None) -> Choice:
@@ -193,8 +194,9 @@ def _swapped(load: Load, machine: Machine, staging_bytes: float | None) -> Choic
     slot = load.batch * load.columns * load.site_kv
     wanted = known = staging_bytes
     if known is None or wanted is None:
-        known = ring_bytes(load.draft_weights, load.window, machine)
-        wanted = known + rounded(int(ring_bytes(load.compressed_held, load.window, machine)))
+        left = max(machine.device_bytes - load.weights - load.copies - load.compressed_held, 0)
+        known = min(ring_bytes(load.draft_weights, load.window, machine), left)
+        wanted = min(known + rounded(int(ring_bytes(load.compressed_held, load.window, machine))), left)
     apart = known < load.batch * load.context * load.held_kv and load.reload < 1
     share = load.reload if apart else 1.0
     whole = slot if apart or load.sliding_kv else 0.0
@@ -213,7 +215,7 @@ def _swapped(load: Load, machine: Machine, staging_bytes: float | None) -> Choic
         f"round = max(draft, {_ms(early)}) + max(verify, {_ms(late)}) = {_ms(total)} for {load.tokens_per_round:g} "
         "tokens of each row",
     )
-    return _choice(SWAPPED, load, machine, needed, load.batch * load.tokens_per_round / total, ring, lines)
+    return _choice(Way.SWAPPED, load, machine, needed, load.batch * load.tokens_per_round / total, ring, lines)
 
 
 def _choice(

@@ -66,21 +66,26 @@ def run_round(
     sequence.full.reserve(max(start.columns) + plan.window, device)
     verify = bind_weights(plan.verify, inputs, casts)
     sequence.draft = usable_draft(sequence.draft, start, compressor, plan, counts, bool(horizon))
-    repeat_once(sequence, compressor, plan, verify, ring, counts, device)
-    telling = Telling(sequence, plan, inputs, rotations, compressor)
-    draft = prepare_draft(sequence, start, compressor, plan.window, counts, telling)
-    low = bind_weights(plan.draft, inputs, casts)
+    if horizon or sequence.draft is not None:  # a round without drafts needs none, but is not to leave gaps in one
+        repeat_once(sequence, compressor, plan, verify, ring, counts, device)
+        telling = Telling(sequence, plan, inputs, rotations, compressor)
+        prepare_draft(sequence, start, compressor, plan.window, counts, telling)
+    draft = sequence.draft
+    low = bind_weights(plan.draft, inputs, casts) if draft is not None else []
     where = (start.columns, start.pads, reaches_of(plan))
     comes = sequence.pace.bytes_while_drafting()
     coming = incoming(sequence.full, draft, ring, plan.captured.staging, *where, comes)
     launched, began = time.perf_counter(), moment(device)
     try:
-        if known is None:
+        if known is not None:
+            drafted = known[:, : plan.window].to(device)
+        elif draft is not None:
             drafted = draft_tokens(sequence, draft, plan, low, start, horizon, coming)
         else:
-            drafted = known[:, : plan.window].to(device)
+            drafted = start.tokens
         drafted_at = moment(device)
-        outputs, queries = verify_window(coming, draft, plan, verify, start, drafted, _late(sequence, start))
+        keep, show = compressor.queries > 0, _late(sequence, start)
+        outputs, queries = verify_window(coming, draft, plan, verify, start, drafted, keep, show)
         greedy = outputs[plan.logits][:, :, -1].argmax(-1).t()
         verified_at = moment(device)
         predicted = greedy.tolist()  # the round's host wait
@@ -108,26 +113,28 @@ def run_round(
 
 def verify_window(
     coming: Incoming,
-    draft: DraftKV,
+    draft: DraftKV | None,
     plan: DecodePlan,
     bound: list[Tensor | None],
     start: Start,
     drafted: Tensor,
+    keep: bool,
     show: Callable[[int, Tensor], None] | None = None,
 ) -> tuple[tuple[Tensor, ...], list[Tensor | None]]:
     """Verify always W rows per sequence, short drafts padded, so that shapes stay the same.
 
-    Writes the window's keys and values to the full cache and, exact, to the draft's tail, and shows each site's full
-    keys. Returns the row outputs, each [W, B, ...], and the window's queries per site [B, H, W, D].
+    Writes the window's keys and values to the full cache and, exact, to the draft's tail, where there is a draft cache,
+    and shows each site's full keys. Returns the row outputs, each [W, B, ...], and, where they are to be kept, the
+    window's queries per site [B, H, W, D].
     """
     batch, have = drafted.shape
     tokens = torch.zeros((plan.window, batch, 1), dtype=torch.int64, device=drafted.device)
     tokens[:have, :, 0] = drafted.t()
     queries: list[Tensor | None] = [None] * len(plan.captured.sites)
-    keep = draft.compressor.queries > 0
 
     def note(layer: int, q: Tensor, k: Tensor, v: Tensor, keys: Tensor) -> None:
-        draft.layers[layer].write(k, v, start.columns)
+        if draft is not None:
+            draft.layers[layer].write(k, v, start.columns)
         if show is not None:
             show(layer, keys)
         if keep:

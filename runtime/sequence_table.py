@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import weakref
 from collections.abc import Sequence as Rows
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor
 
 from vericache_compile.errors import GhostError
-from vericache_compile.plan import CapturedPlan, Site
+from vericache_compile.plan import CapturedPlan, Site, Way
 from vericache_compile.runtime import ghosts
+from vericache_compile.runtime.caches import FullKV
 from vericache_compile.runtime.sequences import Sequence
 from vericache_compile.runtime.tiers import Home
 
@@ -66,15 +68,25 @@ class SequenceTable:
         Sequences without live ghosts are released first.
         """
         self.release_orphans()
-        taken = sum(held.full.nbytes for held in self._by_number.values() if held.full.resident)
-        taken += sum(mirror.sequence.full.nbytes for mirror in self.mirrors.values())
-        made = Sequence(next(self._numbers), (home or Home()).make(sites, batch, columns, device, taken))
+        home = home or Home()
+        way = home.choose(batch, columns, device, self.taken)
+        if home.tier is None and way is not Way.RESIDENT and self.taken:
+            gc.collect()  # what takes the room may be garbage: caches of callers often lie in cycles
+            self.release_orphans()
+            way = home.choose(batch, columns, device, self.taken)
+        made = Sequence(next(self._numbers), home.make(sites, batch, way), way)
         self._by_number[made.number] = made
         return made
 
+    @property
+    def taken(self) -> int:
+        """Bytes of device memory that sequences take for good."""
+        held = [*self._by_number.values(), *(mirror.sequence for mirror in self.mirrors.values())]
+        return sum(each.on_device for each in held)
+
     def unnamed(self, sites: Rows[Site], batch: int) -> Sequence:
         """A new, empty sequence that no ghost names: whoever asks for it holds it."""
-        return Sequence(next(self._numbers), Home().make(sites, batch, 0, CPU))
+        return Sequence(next(self._numbers), FullKV(sites, batch))
 
     def release_orphans(self, spared: Sequence | None = None) -> None:
         """Drop sequences that no live ghost stands for: copies of their ghosts are no longer recognised.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vericache_compile.compressors.base import Compressor
-from vericache_compile.plan import DecodePlan, Staging, Tier
+from vericache_compile.plan import DecodePlan, Staging, Tier, Way
 from vericache_compile.runtime import ghosts
 from vericache_compile.runtime.caches import DraftKV, FullKV, apart
 from vericache_compile.runtime.compression import CHUNK, Early
@@ -109,10 +109,10 @@ def followed(held: Queries | None, queries: Tensor, column: int, limit: int) -> 
 class Sequence:
     """One cache: full KV, compressed KV, held rows, per row."""
 
-    def __init__(self, number: int, full: FullKV) -> None:
+    def __init__(self, number: int, full: FullKV, way: Way = Way.RESIDENT) -> None:
         batch = full.batch
         self.number = number
-        self.full = full
+        self.full, self.way = full, way
         self.early: Early | None = None
         self.decode: tuple[DecodePlan, Rows[Any]] | None = None
         """The plan of its latest decode call, and the captured inputs that are weights."""
@@ -152,6 +152,11 @@ class Sequence:
     def nbytes(self) -> int:
         """Bytes of KV held, full and draft, and of what is noted about it."""
         return self.full.nbytes + self.beside
+
+    @property
+    def on_device(self) -> int:
+        """Bytes of KV in device memory, the ring left out, which all sequences share."""
+        return self.full.nbytes * self.full.resident + (0 if self.draft is None else self.draft.nbytes)
 
     @property
     def beside(self) -> int:
@@ -244,7 +249,7 @@ class Sequence:
 
     def fork(self, number: int, rows: Rows[int], columns: int) -> Sequence:
         """A new sequence of the given rows (repeats allowed), holding the first `columns` columns."""
-        made = Sequence(number, self.full.select(rows, columns))
+        made = Sequence(number, self.full.select(rows, columns), self.way)
         made.forked = True
         made.regular, made.version, made.horizon, made.cut = self.regular, self.version, self.horizon, set(self.cut)
         for new, old in zip(made.rows, (self.rows[r] for r in rows), strict=True):

@@ -16,7 +16,7 @@ from torch import Tensor
 from vericache_compile.compressors.base import Compressor
 from vericache_compile.compressors.facts import KINDS
 from vericache_compile.errors import GhostError, PageLost
-from vericache_compile.plan import CapturedPlan, DecodePlan, Output, Roles, Tier
+from vericache_compile.plan import CapturedPlan, DecodePlan, Output, Roles, Tier, Way
 from vericache_compile.runtime import drafting, pieces, rounds
 from vericache_compile.runtime.compression import Early
 from vericache_compile.runtime.counts import Counts
@@ -79,14 +79,14 @@ class Session:
         self.last: tuple[DecodePlan, list[Any]] | None = None
         """The last decode plan with its weights (other inputs are None), for `draft_alone`."""
         self.footprint = Footprint()
-        self.placement = ""
-        """Where the full KV of the sequence that ran last lives."""
+        self.placement = self.way = ""
+        """Where the full KV of the sequence that ran last lives, and how it is decoded."""
         self._newest: weakref.ref[Sequence] | None = None
         self._timelines: dict[str, Timeline] = {}
         self._timeline: Timeline | None = None
         self._records: dict[str, TokenRecord] = {}
         self._record: TokenRecord | None = None
-        self._told_whole = False
+        self._told_whole = self._told_moved = False
         self._said: set[str] = set()
         self._lock = lock
         self._rotations = Rotations()
@@ -136,6 +136,7 @@ class Session:
             for row in sequence.rows:
                 row.truncate(columns)
         self._note_fed(plan, inputs, sequence.number, columns)
+        self._make_room(sequence, columns + count + 1, device)
         sequence.repeated = sequence.repeated and sequence.repeated.cut([columns] * batch)
         sequence.full.reserve(columns + count + 1, device)  # the next token's too: after whole blocks it would copy all
         pads = self._padding(sequence, roles, inputs)
@@ -179,6 +180,8 @@ class Session:
             fed = self._fed(plan, inputs, self._padding(sequence, roles, inputs), columns)
             if fed is None or not sequence.regular or is_short(plan.captured, inputs, columns):
                 return self._run_captured(plan.captured, inputs, sequence, columns)
+            longest = max(row.length for row in sequence.rows)
+            self._make_room(sequence, max(longest, columns) + plan.window, inputs[roles.tokens].device)
             made = self._rows(plan, inputs, sequence, fed, columns)
             return assemble(self.table, plan.captured, made, sequence, inputs, columns + 1, marked=False)
 
@@ -264,6 +267,26 @@ class Session:
             self._recover(sequence, lost)
             return rounds.run_round(sequence, *arguments)
 
+    def _make_room(self, sequence: Sequence, columns: int, device: torch.device) -> None:
+        """Move a sequence's full KV to host memory where the device has no room for so many columns of it, and where it
+        lives was for us to choose; with one warning."""
+        full = sequence.full
+        if not full.resident or not 0 < full.columns < columns:
+            return
+        if self.home.has_room(full, columns, device, self.table.taken):
+            return
+        held = max(row.length for row in sequence.rows)
+        sequence.full, sequence.way = self.home.moved(full, held, device), Way.SWAPPED
+        sequence.draft = sequence.early = sequence.asked = None
+        if not self._told_moved:
+            self._told_moved = True
+            log.warning(
+                "vericache: full KV goes on in host memory: the device has no room for %d columns\n  where: %s\n"
+                "  fix: free device memory, give device_memory_mb, or begin with placement='host'",
+                columns,
+                device,
+            )
+
     def _recover(self, sequence: Sequence, lost: PageLost) -> None:
         """Compute the sequence's full KV again, into host memory; raises `lost` where that cannot be done."""
         full = sequence.full
@@ -328,7 +351,7 @@ class Session:
         tokens = sum(row.length - row.pad for row in sequence.rows)
         held = (full.nbytes, full.nbytes * full.resident, self.ring.nbytes, draft, sequence.apart)
         self.footprint = Footprint(*held, tokens)
-        self.placement = str(full.tier)
+        self.placement, self.way = str(full.tier), str(sequence.way)
         self._newest = weakref.ref(sequence)
 
     def _say_as_captured(self, found: str, where: str, fix: str) -> None:

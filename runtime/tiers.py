@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from vericache_compile.kernels.block_attention import BLOCK
-from vericache_compile.plan import Site, Tier
+from vericache_compile.plan import Site, Tier, Way
 from vericache_compile.runtime.caches import GROWTH, FullKV, room_for
 from vericache_compile.runtime.pages import (
     FilePage,
@@ -45,37 +45,58 @@ class Home:
     tier: Tier | None = Tier.DEVICE
     """None: the device while there is room, else host memory."""
     device_bytes: int | None = None
-    """Room for full KV on the device; None for what is free there (on the CPU: as much as is wanted)."""
+    """Room for KV on the device; None for what is free there (on the CPU: as much as is wanted)."""
     folder: str | None = None
     """Of the disk tier: where its file is made; None for the system's folder for temporary files."""
     link: Link | None = None
     """What brings pages to the device; None on the device tier."""
-    draft_bytes: float | None = None
-    """Per token, of the draft caches that need room beside full KV; None while that is not known."""
+    weigh: Callable[[int, int, float], Way] | None = None
+    """(rows, columns, bytes of room) -> how so much is decoded; where no tier is given."""
 
     def weighs(self, device: torch.device) -> bool:
-        """Whether what is free on a device decides."""
-        return self.tier is None and self.device_bytes is None and self._free(device) is not None
+        """Whether there is something to weigh: no tier is given, and room on the device is bounded."""
+        return self.tier is None and self._room(device, 0) is not None
 
-    def make(self, sites: Sequence[Site], batch: int, columns: int, device: torch.device, taken: int = 0) -> FullKV:
-        """An empty cache for so many columns; `taken` is what other sequences' full KV takes of the room."""
-        tier = self.tier
-        if tier is None:
-            full: float = sum(site.bytes_per_token for site in sites)
-            if self.device_bytes is None:
-                full, room = full + (self.draft_bytes or 0.0), self._free(device)
-            else:
-                room = self.device_bytes - taken
-            wanted = batch * (columns + GROWTH) * full
-            tier = Tier.DEVICE if room is None or wanted <= room else Tier.HOST
-        if tier is Tier.DEVICE:
+    def choose(self, batch: int, columns: int, device: torch.device, taken: int = 0) -> Way:
+        """How a new sequence of so many columns is decoded; `taken` is what other sequences take of the room."""
+        if self.tier is not None:
+            return Way.RESIDENT if self.tier is Tier.DEVICE else Way.SWAPPED
+        room = self._room(device, taken)
+        return Way.RESIDENT if room is None or self.weigh is None else self.weigh(batch, columns + GROWTH, room)
+
+    def make(self, sites: Sequence[Site], batch: int, way: Way) -> FullKV:
+        """An empty cache."""
+        if way is not Way.SWAPPED:
             return FullKV(sites, batch)
         assert self.link is not None, "a tier outside the device needs a link"
-        return PagedKV(sites, batch, tier, self.folder, self.link)
+        return PagedKV(sites, batch, self.tier or Tier.HOST, self.folder, self.link)
+
+    def has_room(self, full: FullKV, columns: int, device: torch.device, taken: int) -> bool:
+        """Whether a cache on the device can grow to so many columns, where its tier was for us to choose; it is copied
+        site by site."""
+        room = self._room(device, taken) if self.tier is None else None
+        if room is None:
+            return True
+        sizes = [full.batch * site.bytes_per_token for site in full.sites]
+        more = (room_for(columns) - full.columns) * sum(sizes)
+        return more + (room_for(columns) * max(sizes) if self.device_bytes is None else 0) <= room
+
+    def moved(self, full: FullKV, columns: int, device: torch.device) -> FullKV:
+        """The first `columns` columns of a cache on the device, in host memory."""
+        made = self.make(full.sites, full.batch, Way.SWAPPED)
+        made.reserve(columns, device)
+        for layer in range(len(full.sites)):
+            made.append(layer, *full.read(layer, 0, columns), [0] * full.batch)
+        return made
+
+    def _room(self, device: torch.device, taken: int) -> int | None:
+        """Bytes of device memory that are left for KV; torch's own cache of freed blocks counts as free."""
+        if self.device_bytes is not None:
+            return self.device_bytes - taken
+        return self._free(device)
 
     @staticmethod
     def _free(device: torch.device) -> int | None:
-        """Bytes of device memory that are free; torch's own cache of freed blocks counts as free."""
         if device.type != "cuda":
             return None
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vericache_compile.compressors.spec import parse
-from vericache_compile.estimate import bytes_read, bytes_reloaded, compressed_bytes
+from vericache_compile.estimate import compressed_bytes, measure
 from vericache_compile.plan import Site
 
 SITE = Site(0, 4, 2, 16, 16, 0.25, torch.float32, (0, 1))
@@ -56,8 +56,8 @@ def test_a_sliding_window_is_kept_whole_and_read_no_further() -> None:
     sliding = replace(SITE, layer=1, window=100)
     method, size = parse("streaming(keep=0.25)", {}), SITE.bytes_per_token
     assert compressed_bytes(method, [SITE, sliding]) == pytest.approx(1.25 * size, rel=0.02)
-    assert bytes_read(method, [SITE, sliding], 1000) == (1100 * size, pytest.approx(350 * size, rel=0.02))
-    assert bytes_read(method, [sliding], 10) == (10 * size, 10 * size)
+    assert measure(method, [SITE, sliding]).read(1000) == (1100 * size, pytest.approx(350 * size, rel=0.02))
+    assert measure(method, [sliding]).read(10) == (10 * size, 10 * size)
 
 
 def test_what_drafts_hold_as_it_was_cached_is_not_brought_again() -> None:
@@ -70,11 +70,11 @@ def test_what_drafts_hold_as_it_was_cached_is_not_brought_again() -> None:
         "kivi": 1,
         "quest(whole=0)": 1,
     }.items():
-        assert bytes_reloaded(parse(text, {}), [SITE, sliding], 1000) == pytest.approx(1000 * share * size, rel=0.02)
+        assert measure(parse(text, {}), [SITE, sliding]).reloaded(1000) == pytest.approx(1000 * share * size, rel=0.02)
     borrowing = parse("kvsharer(share=0.5)", {})
     alike = [replace(SITE, layer=layer) for layer in range(4)]
-    assert bytes_reloaded(borrowing, alike, 10) == 20 * size, "layers that borrow hold nothing of their own"
+    assert measure(borrowing, alike).reloaded(10) == 20 * size, "layers that borrow hold nothing of their own"
     apart = [replace(SITE, layer=layer, value_size=(16, 8)[layer % 2]) for layer in range(4)]
     anew = parse("snapkv(refresh=16)", {})
-    assert bytes_reloaded(anew, [SITE, sliding], 10) == 10 * size, "what is soon made anew is not set apart"
-    assert bytes_reloaded(borrowing, apart, 10) == 0, "none lends to one of another shape"
+    assert measure(anew, [SITE, sliding]).reloaded(10) == 10 * size, "what is soon made anew is not set apart"
+    assert measure(borrowing, apart).reloaded(10) == 0, "none lends to one of another shape"

@@ -45,7 +45,7 @@ def asks(draw: st.DrawFn) -> Asked:
         "output_scores": st.just(value=True),
         "return_dict_in_generate": st.just(value=True),
     }
-    way = draw(st.sampled_from(["plain", "beams", "chunks", "static", "lookup", "cache"]))
+    way = draw(st.sampled_from(["plain", "beams", "chunks", "static", "lookup", "assistant", "cache"]))
     if way == "beams":
         asked["num_beams"] = draw(st.integers(2, 3))
         asked["num_return_sequences"] = draw(st.integers(1, asked["num_beams"]))
@@ -55,6 +55,8 @@ def asks(draw: st.DrawFn) -> Asked:
         asked["cache_implementation"] = "static"
     elif way == "lookup":
         batch, asked["do_sample"], asked["prompt_lookup_num_tokens"] = 1, False, draw(st.integers(1, 4))
+    elif way == "assistant":
+        batch, asked["assistant_model"] = 1, draw(st.integers(0, 2))
     elif way == "cache":
         asked["past_key_values"] = DynamicCache
     if asked["do_sample"]:
@@ -68,8 +70,10 @@ def asks(draw: st.DrawFn) -> Asked:
 
 def answer(model: PreTrainedModel, ask: Asked) -> torch.Tensor:
     tokens, batch, asked = ask
-    torch.manual_seed(11)
     asked = {name: value() if value is DynamicCache else value for name, value in asked.items()}
+    if "assistant_model" in asked:
+        asked["assistant_model"] = make_tiny("llama", seed=asked["assistant_model"])
+    torch.manual_seed(11)
     made = model.generate(**make_prompt(tokens, batch), **asked)
     return made if isinstance(made, torch.Tensor) else made.sequences
 

@@ -28,12 +28,14 @@ from test_canonical import compiled, logits_of, random_guess, shared, use_drafte
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from vericache_compile import stats
+from vericache_compile import load, stats
 from vericache_compile.compressors import table
 from vericache_compile.compressors.base import Compressor
 from vericache_compile.compressors.dense import DenseKV
-from vericache_compile.runtime import compression, drafting
-from vericache_compile.runtime.caches import BLOCK, bytes_of
+from vericache_compile.machine import Bandwidths
+from vericache_compile.plan import Way
+from vericache_compile.runtime import compression, drafting, tiers
+from vericache_compile.runtime.caches import BLOCK, FullKV, bytes_of
 from vericache_compile.runtime.pace import Pace
 from vericache_compile.runtime.ring import Ring, aligned
 from vericache_compile.runtime.tiers import Home, PagedKV
@@ -382,31 +384,96 @@ def test_a_fault_reaches_the_caller_and_loses_nothing(monkeypatch: pytest.Monkey
     assert torch.equal(given, plain)
 
 
-def test_auto_leaves_the_device_when_its_room_is_taken() -> None:
+TOKENS = 512 * 2 * 2 * (16 + 16) * 4
+"""Bytes of full KV of the tiny model over two blocks."""
+
+
+@pytest.fixture
+def close(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sequences are planned with few tokens beyond their prompt."""
+    monkeypatch.setattr(tiers, "GROWTH", 16)
+
+
+def test_auto_leaves_the_device_when_its_room_is_taken(close: None) -> None:
     """With room for the first of two sequences, the second goes to host memory."""
     model = make_tiny("llama")
     prompt = make_prompt(300)
     plain = model.generate(**prompt, max_new_tokens=12, do_sample=False)
-    tokens = (300 + 1024) * 2 * 2 * (16 + 16) * 4
-    model.compile(backend="vericache", options={"device_memory_mb": 1.2 * tokens / 2**20, **EAGER})
+    model.compile(backend="vericache", options={"device_memory_mb": 2 * TOKENS / 2**20, **EAGER})
     cache, other = DynamicCache(), DynamicCache()
     settings = {"max_new_tokens": 12, "do_sample": False}
-    assert torch.equal(model.generate(**prompt, past_key_values=cache, **settings), plain)
-    assert stats(model)["placement"] == "device"
-    assert torch.equal(model.generate(**prompt, past_key_values=other, **settings), plain)
-    assert stats(model)["placement"] == "host"
+    for own, placement, way in ((cache, "device", Way.RESIDENT), (other, "host", Way.SWAPPED)):
+        assert torch.equal(model.generate(**prompt, past_key_values=own, **settings), plain)
+        assert (stats(model)["placement"], stats(model)["way"]) == (placement, way)
 
 
-@pytest.mark.parametrize(("compressor", "placement"), [("streaming(keep=0.05)", "device"), ("int8", "host")])
-def test_auto_leaves_room_for_drafts(compressor: str, placement: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a device on which full KV has room, and a tenth of it besides."""
-    tokens = (300 + 1024) * 2 * 2 * (16 + 16) * 4
-    monkeypatch.setattr(Home, "_free", staticmethod(lambda device: int(1.1 * tokens)))
+@pytest.mark.parametrize(("compressor", "way"), [("streaming(keep=0.05)", Way.RESIDENT), ("int8", Way.OFF)])
+def test_auto_leaves_room_for_drafts(compressor: str, way: Way, close: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a device on which full KV has room, and two fifths of it besides: exact tails take three tenths."""
+    monkeypatch.setattr(Home, "_free", staticmethod(lambda device: int(1.4 * TOKENS)))
+    monkeypatch.setattr(load, "bandwidths", lambda device: Bandwidths(10.0, 0.01))
     torch._dynamo.reset()
     for model in (make_tiny("llama"), make_tiny("llama")):  # the second one is served by the first one's graphs
-        model.compile(backend="vericache", options={"compressor": compressor, **EAGER})
+        model.compile(backend="vericache", options={"compressor": compressor, "draft_dtype": "same", **EAGER})
         model.generate(**make_prompt(300), max_new_tokens=4, do_sample=False)
-        assert stats(model)["placement"] == placement
+        assert stats(model)["way"] == way
+
+
+def rows_of(model: PreTrainedModel, inputs: dict[str, Tensor], count: int) -> Tensor:
+    """Greedy logits [count, B, V]; no cache is held afterwards."""
+    settings = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    return torch.stack(model.generate(**inputs, max_new_tokens=count, **settings).logits)
+
+
+@pytest.mark.parametrize(("link_gbps", "way"), [(1000.0, Way.SWAPPED), (0.01, Way.OFF)])
+def test_auto_weighs_the_link_where_drafts_do_not_fit(
+    link_gbps: float, way: Way, close: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Over a slow link decoding in place without drafts is the faster one: then none are made, nor room for them."""
+    monkeypatch.setattr(load, "bandwidths", lambda device: Bandwidths(10.0, 5.0))
+    model, inputs = make_tiny("llama"), make_prompt(300)
+    model.compile(backend="vericache", options=EAGER)
+    first = rows_of(model, inputs, 20)
+    how = {"device_memory_mb": 1.38 * TOKENS / 2**20, "link_gbps": link_gbps, "staging_mb": 0.01, **EAGER}
+    model.compile(backend="vericache", options=how)
+    with caplog.at_level("INFO", "vericache_compile"):
+        assert torch.equal(first, rows_of(model, inputs, 20))
+    made = stats(model)
+    assert made["way"] == way
+    assert f"vericache: {way}, 1 x 316 tokens" in caplog.text
+    assert (made["rounds"] == made["rounds_without_drafts"] == 19) is (way == Way.OFF)
+    assert bool(made["bytes"]["draft"]) is (way == Way.SWAPPED)
+    assert made["bytes"]["full_on_device"] == (TOKENS if way == Way.OFF else 0)
+
+
+@pytest.mark.parametrize(
+    "compressor",
+    ["snapkv", *(pytest.param(name, marks=pytest.mark.slow) for name in ("quest(whole=0)", "h2o", "kvzip", "kivi"))],
+)
+def test_a_sequence_that_outgrows_the_device_goes_on_in_host_memory(
+    compressor: str, close: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Rows are the same to the bit, whatever drafts say."""
+    model, inputs = make_tiny("llama"), make_prompt(300, 2)
+    model.compile(backend="vericache", options=EAGER)
+    first = rows_of(model, inputs, 260)
+    how = {"device_memory_mb": 3.3 * TOKENS / 2**20, "compressor": compressor, **EAGER}
+    model.compile(backend="vericache", options=how)
+    moved, move = [], Home.moved
+
+    def note(self: Home, full: FullKV, columns: int, device: torch.device) -> FullKV:
+        moved.append(columns)
+        return move(self, full, columns, device)
+
+    monkeypatch.setattr(Home, "moved", note)
+    for _ in range(2):
+        assert torch.equal(first, rows_of(model, inputs, 260))
+        assert stats(model)["way"] == Way.SWAPPED
+        assert stats(model)["bytes"]["full_on_device"] == 0
+        use_drafter(monkeypatch, random_guess(VOCABULARY))
+    assert len(moved) == 2
+    assert all(480 < columns < 512 for columns in moved)
+    assert caplog.text.count("full KV goes on in host memory") == 1
 
 
 def test_drafts_that_never_pay_are_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,10 +16,11 @@ from torch.fx import GraphModule
 from vericache_compile import optimized_module
 from vericache_compile.config import Config, make_config
 from vericache_compile.errors import UnsupportedGraph
-from vericache_compile.estimate import bytes_per_weight, compressed_bytes
+from vericache_compile.estimate import bytes_per_weight, compressed_bytes, measure
 from vericache_compile.kernels import native
+from vericache_compile.load import Auto, count_weights
 from vericache_compile.machine import bandwidths
-from vericache_compile.model_state import ATTRIBUTE, MIB, Compilation, ModelState, state_of
+from vericache_compile.model_state import ATTRIBUTE, Compilation, ModelState, state_of
 from vericache_compile.observers import make_observers
 from vericache_compile.passes.bind_scalars import scalar_inputs
 from vericache_compile.passes.pipeline import Observer, plan_capture
@@ -146,8 +147,12 @@ def _take(
 
     def run(*inputs: Any) -> Any:
         session = compilation_of(inputs, parameters, config).session
-        if session.home.draft_bytes is None and session.home.weighs(inputs[parameters[0]].device):
-            session.home = replace(session.home, draft_bytes=compressed_bytes(session.compressor, captured.sites))
+        device = inputs[parameters[0]].device
+        if session.home.weigh is None and session.home.weighs(device):
+            weights = count_weights([inputs[i] for i in parameters])
+            measured = measure(session.compressor, captured.sites)
+            weigh = Auto(config, measured, weights, device, session.counts, session.casts)
+            session.home = replace(session.home, weigh=weigh)
         try:
             chosen = plan_for(inputs, inputs[tokens].shape[0])
         except UnsupportedGraph as reason:  # taken for one model or batch, and not for another that runs it
@@ -170,8 +175,8 @@ def staging_of(config: Config, inputs: Sequence[Any], parameters: Sequence[int],
     if not config.moves_on(device):
         return None
     columns = max((x.shape[2] for x in inputs if isinstance(x, Tensor) and x.dim() == 4), default=0) + config.window
-    if config.staging_mb is not None:
-        return Staging(int(config.staging_mb * MIB), columns)
+    if config.staging_bytes is not None:
+        return Staging(config.staging_bytes, columns)
     found = bandwidths(device)
     reads = sum(weight.numel() * bytes_per_weight(config, weight.dtype, device, batch) for weight in weights)
     machine = Machine(0, found.memory_gbps, config.link_gbps or found.link_gbps)

@@ -23,12 +23,11 @@ if TYPE_CHECKING:
 def plan(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
     """Exit code 1 where no way to decode fits."""
     from vericache_compile.config import make_config
-    from vericache_compile.model_state import MIB
     from vericache_compile.runtime.planner import choices, choose
 
     options = make_config(options_of(args))
     load, machine = find_load(args, options), find_machine(args)
-    made = choices(load, machine, None if options.staging_mb is None else options.staging_mb * MIB)
+    made = choices(load, machine, options.staging_bytes)
     best = choose(made)
     if not args.json:
         _show(load, machine, made, best)
@@ -86,11 +85,8 @@ def find_load(args: argparse.Namespace, options: Config) -> Load:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from vericache_compile.estimate import bytes_in_place, bytes_per_weight, bytes_read, bytes_reloaded
-    from vericache_compile.plan import FEW
-    from vericache_compile.runtime.compression import EXACT, SPARE
-    from vericache_compile.runtime.planner import Load
-    from vericache_compile.runtime.repeat import columns_fed
+    from vericache_compile.estimate import measure
+    from vericache_compile.load import count_weights, make_load
 
     device, path = _device(args), model_path(args)
     try:
@@ -102,34 +98,9 @@ def find_load(args: argparse.Namespace, options: Config) -> Load:
         fix = "name `demo`, a folder with the config.json of a causal language model, or one of the hub"
         found = f"the model's configuration cannot be read: {first_line(error)}"
         raise VericacheError(found, f"--model {args.model}", fix) from error
-    weights = sum(parameter.nbytes for parameter in model.parameters())
-    sites = _sites(model, dtype)
-    compressor = options.make_compressor()
-    full, draft = bytes_read(compressor, sites, args.context)
-    held, sliding = (
-        sum(site.bytes_per_token for site in sites if every or site.window is not None) for every in (True, False)
-    )
-    reloaded = bytes_reloaded(compressor, sites, args.context)
-    in_place = bytes_in_place(compressor, sites) if device.type == "cuda" else 0.0
-    rows = (args.batch, min(args.batch, FEW.get(device.type, 1)))
-    read, few = (weights * bytes_per_weight(options, dtype, device, count) / dtype.itemsize for count in rows)
-    return Load(
-        weights=float(weights),
-        draft_weights=read,
-        kv=full / args.context,
-        draft_kv=draft / args.context,
-        held_kv=float(held),
-        site_kv=float(max(site.bytes_per_token for site in sites)),
-        context=args.context,
-        batch=args.batch,
-        window=options.window,
-        tokens_per_round=args.tokens_per_round or 0.875 * options.window,
-        reload=reloaded / (args.context * (held - sliding)) if sliding < held else 1.0,
-        sliding_kv=float(sliding),
-        spare=args.context * in_place / SPARE + EXACT * held if in_place else 0.0,
-        repeated=columns_fed(args.context) if "repeated" in compressor.wants else 0,
-        few=None if few == read else (rows[1], few),
-    )
+    weights = count_weights(list(model.parameters()))
+    measured = measure(options.make_compressor(), _sites(model, dtype))
+    return make_load(options, measured, weights, device, args.context, args.batch, args.tokens_per_round)
 
 
 def _sites(model: Any, dtype: Any) -> list[Site]:

@@ -17,6 +17,7 @@ from vericache_compile.errors import OptionError
 from vericache_compile.plan import Tier
 
 MAX_WINDOW = 256
+MIB = 1 << 20
 PARAMETERS = ("keep", "bits")
 """Options that belong to some compression methods only."""
 WHERE = "the options of backend 'vericache'"
@@ -50,13 +51,13 @@ class Config:
         default=AUTO,
         metadata={
             "doc": "where full KV lives: device, host (memory outside the device), disk (a file); auto is device while "
-            "it fits, else host"
+            "it fits with its drafts, else what is faster: host, or device without drafts"
         },
     )
     device_memory_mb: float | None = field(
         default=None,
         metadata={
-            "doc": "memory in MiB that auto may fill with full KV; else what is free on a GPU, all of it on a CPU"
+            "doc": "memory in MiB that auto may fill with KV; else what is free on a GPU, all that there is on a CPU"
         },
     )
     staging_mb: float | None = field(
@@ -128,6 +129,16 @@ class Config:
         if self.placement == AUTO:
             return device.type != "cpu" or self.device_memory_mb is not None
         return self.placement != Tier.DEVICE
+
+    @property
+    def device_bytes(self) -> int | None:
+        """`device_memory_mb` in bytes."""
+        return None if self.device_memory_mb is None else int(self.device_memory_mb * MIB)
+
+    @property
+    def staging_bytes(self) -> int | None:
+        """`staging_mb` in bytes."""
+        return None if self.staging_mb is None else int(self.staging_mb * MIB)
 
     def make_compressor(self) -> Compressor:
         """The compression method with its parameters; raises OptionError for one that it does not take."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch.fx import GraphModule, Node
@@ -19,65 +20,87 @@ PROBES = (1024, 16384)
 """Tokens compressed to measure a method's bytes per token: more of them where it covers none of a few."""
 
 
-def compressed_bytes(compressor: Compressor, sites: Sequence[Site], tokens: int = PROBES[0]) -> float:
-    """Bytes per token that the compressor takes at all sites together, measured on a region of so many."""
-    return sum(draft for draft, _, _ in _per_token(compressor, sites, (tokens, *PROBES)))
+@dataclass(frozen=True)
+class SiteBytes:
+    """Bytes per token of one site."""
+
+    draft: float
+    """Of draft's cache."""
+    left: float
+    """Of full KV that draft's cache does not hold as it was cached."""
+    in_place: float
+    """Of draft's cache what grows in place where steps are recorded: tokens kept whole, and codes that kernels read."""
 
 
-def bytes_read(compressor: Compressor, sites: Sequence[Site], tokens: int) -> tuple[float, float]:
-    """Bytes of one sequence's KV that a full step and a draft step read over so many tokens, at all sites together."""
-    columns = [site.columns_read(tokens) for site in sites]
-    full = sum(site.bytes_per_token * read for site, read in zip(sites, columns, strict=True))
-    draft = sum(size * read for (size, _, _), read in zip(_per_token(compressor, sites), columns, strict=True))
-    return float(full), draft
+@dataclass(frozen=True)
+class Measured:
+    """What a compressor takes per token at each site."""
+
+    compressor: Compressor
+    sites: tuple[Site, ...]
+    own: tuple[SiteBytes, ...]
+
+    @property
+    def draft(self) -> float:
+        """Bytes per token of draft's cache at all sites together."""
+        return sum(each.draft for each in self.own)
+
+    @property
+    def in_place(self) -> float:
+        """Bytes per token of draft's caches that grow in place on a GPU, and so have room to."""
+        return sum(each.in_place for each in self.own)
+
+    def read(self, tokens: int) -> tuple[float, float]:
+        """Bytes of one sequence's KV that a full step and a draft step read over so many tokens, at all sites."""
+        columns = [site.columns_read(tokens) for site in self.sites]
+        full = sum(site.bytes_per_token * read for site, read in zip(self.sites, columns, strict=True))
+        return float(full), sum(own.draft * read for own, read in zip(self.own, columns, strict=True))
+
+    def reloaded(self, tokens: int) -> float:
+        """Bytes of one sequence's full KV over so many tokens that come in for verify, at all sites.
+
+        That is what drafts do not hold as it was cached; all, where regions are soon made anew.
+        """
+        if not self.compressor.is_lasting:
+            return float(tokens * sum(site.bytes_per_token for site in self.sites if site.window is None))
+        return tokens * sum(each.left for each in self.own)
 
 
-def bytes_reloaded(compressor: Compressor, sites: Sequence[Site], tokens: int) -> float:
-    """Bytes of one sequence's full KV over so many tokens that come in for verify, at all sites.
-
-    That is what drafts do not hold as it was cached; all, where regions are soon made anew.
-    """
-    if not compressor.is_lasting:
-        return float(tokens * sum(site.bytes_per_token for site in sites if site.window is None))
-    return tokens * sum(left for _, left, _ in _per_token(compressor, sites))
-
-
-def bytes_in_place(compressor: Compressor, sites: Sequence[Site]) -> float:
-    """Bytes per token of draft's caches of tokens kept whole, which lie in one buffer with the exact tail."""
-    return sum(whole for _, _, whole in _per_token(compressor, sites))
-
-
-def _per_token(
-    compressor: Compressor, sites: Sequence[Site], probes: Sequence[int] = PROBES
-) -> list[tuple[float, float, float]]:
-    """Per site and token: bytes of draft's cache, bytes of full KV that it does not hold as they were cached, and bytes
-    of draft's cache that lie in one buffer with the tail.
+def measure(compressor: Compressor, sites: Sequence[Site], probes: Sequence[int] = PROBES) -> Measured:
+    """A compressor's bytes at these sites, measured on a region of as many tokens as the first probe that it covers any
+    of.
 
     Sliding windows are kept as they are, and so is a site that would borrow from one of another shape.
     """
-    measured: dict[tuple[object, ...], tuple[float, float, float]] = {}
-    found: list[tuple[float, float, float]] = []
+    measured: dict[tuple[object, ...], SiteBytes] = {}
+    found: list[SiteBytes] = []
     for site in sites:
         method, full = compressor.for_layer(site.layer, len(sites)), float(site.bytes_per_token)
         shape = (repr(method), site.heads, site.kv_heads, site.head_size, site.value_size)
         if site.window is not None:
-            found.append((full, 0.0, 0.0))
+            found.append(SiteBytes(full, 0.0, 0.0))
         elif method.donor is not None:
-            found.append((0.0, full, 0.0) if sites[method.donor].shape == site.shape else (full, 0.0, full))
+            lends = sites[method.donor].shape == site.shape
+            found.append(SiteBytes(0.0, full, 0.0) if lends else SiteBytes(full, 0.0, full))
         else:
             if shape not in measured:
                 measured[shape] = _measure(method, site, probes)
             found.append(measured[shape])
-    return found
+    return Measured(compressor, tuple(sites), tuple(found))
 
 
-def _measure(method: Compressor, site: Site, probes: Sequence[int]) -> tuple[float, float, float]:
+def compressed_bytes(compressor: Compressor, sites: Sequence[Site], tokens: int = PROBES[0]) -> float:
+    """Bytes per token that the compressor takes at all sites together, measured on a region of so many."""
+    return measure(compressor, sites, (tokens, *PROBES)).draft
+
+
+def _measure(method: Compressor, site: Site, probes: Sequence[int]) -> SiteBytes:
     region, full = _probe(method, site, probes), float(site.bytes_per_token)
     if region is None:
-        return full, 0.0, 0.0
-    kept, dense = region.as_cached or (0,), isinstance(region, DenseKV)
+        return SiteBytes(full, 0.0, 0.0)
+    kept, grows = region.as_cached or (0,), isinstance(region, DenseKV) or region.packed is not None
     own = (region.keys.nbytes if site.latent and isinstance(region, DenseKV) else region.nbytes) / region.covered
-    return own, full * (1 - sum(kept) / (len(kept) * region.covered)), own if dense else 0.0
+    return SiteBytes(own, full * (1 - sum(kept) / (len(kept) * region.covered)), own if grows else 0.0)
 
 
 def _probe(method: Compressor, site: Site, probes: Sequence[int]) -> CompressedKV | None:

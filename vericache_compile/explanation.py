@@ -15,7 +15,7 @@ from vericache_compile.compressors.base import Compressor
 from vericache_compile.config import Config, make_config
 from vericache_compile.dump.describe import describe_segments, describe_sites
 from vericache_compile.errors import UnsupportedGraph
-from vericache_compile.estimate import bytes_read, compressed_bytes, weight_bytes
+from vericache_compile.estimate import compressed_bytes, measure, weight_bytes
 from vericache_compile.observers import make_observers
 from vericache_compile.passes import pipeline
 from vericache_compile.passes.bind_scalars import scalar_inputs
@@ -173,7 +173,7 @@ def _add_variants(made: Explanation, program: Program, compressor: Compressor) -
         keys = [segment["key"] for segment in describe_segments(program, name)]
         made.segments[name] = {"total": len(keys), "distinct": len(set(keys))}
     read = {name: weight_bytes(module, weights) for name, module in variants.items()}
-    cached = bytes_read(compressor, [nodes.site for nodes in program.sites], AT_TOKENS)
+    cached = measure(compressor, [nodes.site for nodes in program.sites]).read(AT_TOKENS)
     full, compressed = (program.batch * size for size in cached)
     written = program.batch * int(made.cache_bytes_per_token["full"])
     made.bytes_per_step = {

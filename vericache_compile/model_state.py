@@ -17,7 +17,6 @@ from vericache_compile.runtime.session import Session
 from vericache_compile.runtime.tiers import Home
 from vericache_compile.runtime.transfers import Link
 
-MIB = 1 << 20
 ATTRIBUTE = "_vericache"
 """Where a model's state hangs: on the parameters that the caller's model holds."""
 
@@ -61,8 +60,7 @@ class ModelState:
 
     def _session(self, config: Config) -> Session:
         tier = None if config.placement == AUTO else Tier(config.placement)
-        memory = None if config.device_memory_mb is None else int(config.device_memory_mb * MIB)
-        home = Home(tier, memory, config.kv_folder, Link(config.link_gbps))
+        home = Home(tier, config.device_bytes, config.kv_folder, Link(config.link_gbps))
         return Session(self.table, config.make_compressor(), self.casts, self.lock, home)
 
     def __reduce__(self) -> tuple[type, tuple[()]]:

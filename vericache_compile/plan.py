@@ -119,6 +119,17 @@ class Tier(StrEnum):
     DISK = "disk"
 
 
+class Way(StrEnum):
+    """How a sequence is decoded."""
+
+    OFF = "off (plain decoding)"
+    """Full KV in device memory, and no drafts."""
+    RESIDENT = "resident verify"
+    """Full KV in device memory."""
+    SWAPPED = "swapped verify"
+    """Full KV comes in from elsewhere for each round."""
+
+
 @dataclass(frozen=True)
 class Staging:
     """Device memory for full KV that comes in. Schedules count it in slots, each for one site's full KV of all rows."""

@@ -82,6 +82,7 @@ def test_dense_regions_and_tails_equal_a_masked_softmax(
     tokens=st.lists(st.sampled_from([0, 32, 100, 288]), min_size=2, max_size=2),
     sizes=st.sampled_from(SIZES),
     soft_cap=st.sampled_from([None, 2.0]),
+    roomy=st.booleans(),
     data=st.data(),
 )
 def test_packed_regions_and_tails_equal_dequantising_first(
@@ -92,16 +93,21 @@ def test_packed_regions_and_tails_equal_dequantising_first(
     tokens: list[int],
     sizes: tuple[int, int],
     soft_cap: float | None,
+    roomy: bool,
     data: st.DataObject,
 ) -> None:
-    regions = [pack(method, count, device, dtype, sizes).packed for count in tokens]
+    held = [pack(method, count, device, dtype, sizes) for count in tokens]
+    if roomy:
+        held[0].leave_room(300)
+    regions = [region.packed for region in held]
     newest = torch.tensor([data.draw(st.integers(0, 89)) for _ in range(2)], device=device)
     q = draw(device, dtype, 2, heads, 1, sizes[0])
     keys, values = (draw(device, dtype, 2, 2, 90, size, seed=size) for size in sizes)
     for b, last in enumerate(newest.tolist()):
         keys[b, :, last + 1 :] = values[b, :, last + 1 :] = float("nan")
     lefts = torch.tensor(region_lefts(regions, 2), device=device)
-    arguments = (q, keys, values, newest, lefts, 0.3, regions)
+    covered = torch.tensor([side.tokens for side, _ in regions], device=device)
+    arguments = (q, keys, values, newest, lefts, 0.3, regions, covered)
     expected = draft_attention_reference(*arguments, soft_cap=soft_cap)
     made = draft_attention(*arguments, soft_cap=soft_cap)
     torch.testing.assert_close(made, expected, rtol=0, atol=2 * TOLERANCE[dtype])
@@ -117,3 +123,27 @@ def test_lengths_are_read_on_the_device_at_each_launch(device: torch.device) -> 
     made = draft_attention(*arguments)
     assert not torch.equal(made, before)
     torch.testing.assert_close(made, draft_attention_reference(*arguments), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("method", [Kivi(bits=2), Int8()], ids=str)
+def test_a_region_that_grows_in_its_room_is_read_by_the_same_launch(device: torch.device, method: Quantizer) -> None:
+    """The same tensors, with more tokens in them and other counts: what a replayed graph does."""
+    regions = [pack(method, count, device, torch.float32, (16, 16)) for count in (64, 320)]
+    for region in regions:
+        region.leave_room(300)
+    q, keys = draw(device, torch.float32, 2, 4, 1, 16), draw(device, torch.float32, 2, 2, 90, 16, seed=1)
+    newest, given = torch.tensor([3, 70], device=device), [region.packed for region in regions]
+    lefts = torch.tensor(region_lefts(given, 2), device=device)
+    covered = torch.tensor([region.covered for region in regions], device=device)
+    arguments = (q, keys, keys, newest, lefts, 0.3, given, covered)
+    before = draft_attention(*arguments)
+    more = draw(device, torch.float32, 2, 256, 16, seed=2)
+    grown = [region.extend(more, more, None) for region in regions]
+    lefts.copy_(torch.tensor(region_lefts([region.packed for region in grown], 2)))
+    covered += 256
+    made = draft_attention(*arguments)
+    whole = [region.packed for region in grown]
+    places = [[side.codes.data_ptr() for sides in held for side in sides] for held in (given, whole)]
+    assert places[0] == places[1]
+    torch.testing.assert_close(made, draft_attention_reference(*arguments[:6], whole, covered), rtol=0, atol=4e-6)
+    assert not torch.equal(made, before)

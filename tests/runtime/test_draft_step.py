@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from vericache_compile.kernels import draft_attention, launch, verify_attention
 from vericache_compile.passes.pipeline import plan_capture
 from vericache_compile.plan import DecodePlan
-from vericache_compile.runtime import capture, draft_step, drafting, incoming, rounds
+from vericache_compile.runtime import capture, compression, draft_step, drafting, incoming, rounds
 from vericache_compile.runtime.caches import DraftKV
 from vericache_compile.runtime.capture import Captured, Launch, Pool
 from vericache_compile.runtime.draft_step import DraftStep
@@ -116,11 +116,16 @@ def test_full_kv_from_elsewhere_is_asked_for_before_the_first_step(monkeypatch: 
     assert all(layers in ([0, 1], []) for layers in ahead), "none where drafting rests"
 
 
-def test_a_step_lives_as_long_as_its_buffers(monkeypatch: pytest.MonkeyPatch, compared: list[str]) -> None:
+@pytest.mark.parametrize("method", [{"compressor": "streaming", "keep": 0.1}, {"compressor": "kivi", "bits": 2}])
+def test_a_step_lives_as_long_as_its_buffers(
+    method: dict[str, Any], monkeypatch: pytest.MonkeyPatch, compared: list[str]
+) -> None:
     """It goes on over regions that have grown in place, and no cycle holds its buffers until a garbage collection."""
     monkeypatch.setattr(drafting, "CHUNK", 16)
+    if method["compressor"] == "kivi":
+        monkeypatch.setattr(compression, "leaves_room", lambda device: True)
     steps: list[weakref.ref[DraftStep]] = []
-    buffers: list[int] = []
+    buffers: list[list[int]] = []
     grown: list[None] = []
     step_of, extend = draft_step.step_of, drafting.extend
 
@@ -128,7 +133,9 @@ def test_a_step_lives_as_long_as_its_buffers(monkeypatch: pytest.MonkeyPatch, co
         step = step_of(draft, *rest)
         assert draft.step is step
         steps.append(weakref.ref(step))
-        buffers.append(draft.layers[0].keys.data_ptr())
+        [region], keys = draft.layers[0].regions, draft.layers[0].keys
+        codes = [keys] if region.packed is None else [keys, region.packed[0].codes]
+        buffers.append([part.data_ptr() for part in codes])
         return step
 
     def note_growth(*args: Any) -> None:
@@ -138,7 +145,7 @@ def test_a_step_lives_as_long_as_its_buffers(monkeypatch: pytest.MonkeyPatch, co
     monkeypatch.setattr(draft_step, "step_of", note_step)
     monkeypatch.setattr(drafting, "extend", note_growth)
     model = make_tiny("llama")
-    options = {"compressor": "streaming", "keep": 0.1, "window": 4}
+    options = {**method, "window": 4}
     gc.disable()
     try:
         with torch.inference_mode():

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vericache_compile.errors import PageLost, VericacheError
-from vericache_compile.plan import Site, Tier
+from vericache_compile.plan import Site, Tier, Way
 from vericache_compile.runtime import pages
 from vericache_compile.runtime.caches import FullKV
 from vericache_compile.runtime.pages import FilePage, HostPage
@@ -31,7 +31,7 @@ TIERS = (Tier.HOST, Tier.DISK)
 
 
 def make(sites: list[Site], batch: int, tier: Tier = Tier.HOST, folder: Path | None = None) -> PagedKV:
-    made = Home(tier, None, None if folder is None else str(folder), Link()).make(sites, batch, 0, CPU)
+    made = Home(tier, None, None if folder is None else str(folder), Link()).make(sites, batch, Way.SWAPPED)
     assert isinstance(made, PagedKV)
     return made
 
@@ -123,7 +123,7 @@ def test_pages_hold_what_a_resident_cache_holds(make_sites: Sites, tier: Tier, d
             held.append(one)
         elif what == "new" or one is None:
             batch = data.draw(st.integers(1, 3))
-            ours = home.make(sites, batch, 0, CPU)
+            ours = home.make(sites, batch, Way.SWAPPED)
             assert isinstance(ours, PagedKV)
             one = Twins(ours, FullKV(sites, batch), [0] * batch)
             held.append(one)

@@ -88,6 +88,10 @@ class CompressedKV(ABC):
         region that was extended is of no use afterwards.
         """
 
+    def leave_room(self, tokens: int) -> None:  # noqa: B027
+        """Be ready for about so many tokens to join in the tensors that `packed` gives, so that a recording which reads
+        them goes on; where nothing is, each join is recorded anew."""
+
     def select(self, query: Tensor) -> tuple[Tensor, Tensor]:
         """Keys [K, N, D] and values [K, N, Dv] that one draft step with this query [H, D] reads: by default all.
 

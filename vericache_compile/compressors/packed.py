@@ -17,7 +17,7 @@ class PackedSide(NamedTuple):
     zero: Tensor | None
     """Shaped as the scale."""
     tokens: int
-    """S."""
+    """Of S, the room that the tensors have, those that are held, the first ones."""
     size: int
     """D."""
     bits: int
@@ -25,6 +25,11 @@ class PackedSide(NamedTuple):
     """Tokens that are packed together (g)."""
     channels: int
     """Channels of a token that share a scale; 0 where the tokens of a group share a channel's."""
+
+    @property
+    def room(self) -> int:
+        """S."""
+        return self.codes.shape[1] * self.group
 
     @property
     def zero_or_scale(self) -> Tensor:

@@ -25,10 +25,22 @@ A NamedTuple, where its parts are worth names."""
 
 
 class QuantizedKV(CompressedKV):
-    """Every token of [0, covered), as codes."""
+    """Every token of [0, covered), as codes: the first ones that its tensors have room for."""
 
-    def __init__(self, keys: Codes, values: Codes, covered: int, method: Quantizer) -> None:
-        self.keys, self.values, self.covered, self.method = keys, values, covered, method
+    def __init__(self, keys: Codes, values: Codes, covered: int, method: Quantizer, room: int | None = None) -> None:
+        """`room` is how many tokens the tensors are for; None for those that are covered."""
+        self._keys, self._values, self.covered, self.method = keys, values, covered, method
+        self.room = covered if room is None else room
+
+    @property
+    def keys(self) -> Codes:
+        """Codes of the keys that are held."""
+        return _first(self._keys, self.covered, self.room)
+
+    @property
+    def values(self) -> Codes:
+        """Codes of the values that are held."""
+        return _first(self._values, self.covered, self.room)
 
     @property
     def slots(self) -> int:
@@ -43,12 +55,21 @@ class QuantizedKV(CompressedKV):
     @property
     def nbytes(self) -> int:
         """Bytes allocated for codes and scales."""
-        return sum(part.nbytes for part in (*self.keys, *self.values))
+        return sum(part.nbytes for part in (*self._keys, *self._values))
 
     @property
     def packed(self) -> tuple[PackedSide, PackedSide] | None:
         """Keys and values as a kernel can read them, where the method has such a form."""
-        return self.method.packed(self.keys, self.values)
+        if (sides := self.method.packed(self._keys, self._values)) is None:
+            return None
+        keys, values = (side._replace(tokens=self.covered) for side in sides)
+        return keys, values
+
+    def leave_room(self, tokens: int) -> None:
+        """Where the tensors are full, move to larger ones, for so many tokens more, rounded up to whole groups."""
+        if self.covered and self.room == self.covered:
+            self.room += -(-tokens // self.method.multiple) * self.method.multiple
+            self._keys, self._values = (_roomy(side, self.covered, self.room) for side in (self._keys, self._values))
 
     def materialize(self) -> tuple[Tensor, Tensor]:
         """Keys [K, covered, D] and values [K, covered, Dv], dequantised anew at each call."""
@@ -62,9 +83,14 @@ class QuantizedKV(CompressedKV):
         """
         tokens = keys.shape[1] // self.method.multiple * self.method.multiple
         more_keys, more_values = self.method.quantize(keys[:, :tokens], values[:, :tokens])
-        return type(self)(
-            join(self.keys, more_keys), join(self.values, more_values), self.covered + tokens, self.method
-        )
+        covered = self.covered + tokens
+        if covered > self.room or not self.room:
+            return type(self)(join(self.keys, more_keys), join(self.values, more_values), covered, self.method)
+        for side, more in ((self._keys, more_keys), (self._values, more_values)):
+            for held, part in zip(side, more, strict=True):
+                begin = held.shape[1] * self.covered // self.room
+                held[:, begin : begin + part.shape[1]] = part
+        return type(self)(self._keys, self._values, covered, self.method, self.room)
 
 
 class Quantizer(Compressor):
@@ -130,9 +156,28 @@ def _shifts(bits: int, device: torch.device) -> Tensor:
     return torch.arange(0, 8, bits, dtype=torch.uint8, device=device).view(-1, 1, 1)
 
 
+def _first(side: Codes, tokens: int, room: int) -> Codes:
+    """Of tensors for `room` tokens the part of the first `tokens`."""
+    if tokens == room:
+        return side
+    return _alike(side, (part[:, : part.shape[1] * tokens // room] for part in side))
+
+
+def _roomy(side: Codes, tokens: int, room: int) -> Codes:
+    """What is held of `tokens` tokens, in tensors for `room`, which can be written to in any mode."""
+    with torch.inference_mode(False):
+        made = [part.new_zeros((part.shape[0], part.shape[1] * room // tokens, *part.shape[2:])) for part in side]
+    for part, larger in zip(side, made, strict=True):
+        larger[:, : part.shape[1]] = part
+    return _alike(side, made)
+
+
 def join(held: Codes, more: Codes) -> Codes:
     """Both, one after the other along the tokens, in new storages; as the kind of tuple that `held` is."""
-    joined: Iterable[Tensor] = (torch.cat(pair, dim=1) for pair in zip(held, more, strict=True))
-    make = getattr(type(held), "_make", tuple)
-    made: Codes = make(joined)
+    return _alike(held, (torch.cat(pair, dim=1) for pair in zip(held, more, strict=True)))
+
+
+def _alike(side: Codes, parts: Iterable[Tensor]) -> Codes:
+    """Parts as the kind of tuple that `side` is."""
+    made: Codes = getattr(type(side), "_make", tuple)(parts)
     return made

@@ -38,6 +38,7 @@ def draft_attention(
     lefts: Tensor,
     scale: float,
     regions: Sequence[Region] = (),
+    covered: Tensor | None = None,
     *,
     reach: int | None = None,
     soft_cap: float | None = None,
@@ -47,9 +48,10 @@ def draft_attention(
 ) -> Tensor:
     """q [B, H, 1, D] over keys [B, K, S, D] and values [B, K, S, E]: row b reads slots lefts[b, k] .. newest[b].
 
-    newest [B] and lefts [B, K] are on the device. With packed `regions`, one a row, row b reads the whole of its own
-    first, then slots 0 .. newest[b]: lefts must then be `region_lefts(regions, K)`, `reach` and `bias` None. Returns
-    [B, H, 1, E].
+    newest [B] and lefts [B, K] are on the device. With packed `regions`, one a row, row b reads the first covered[b]
+    tokens of its own first, then slots 0 .. newest[b]: lefts must then be `region_lefts(regions, K)`, `covered` [B]
+    int64 their tokens, on the device too, `reach` and `bias` None. Launches depend on the room that regions have, not
+    on their tokens. Returns [B, H, 1, E].
     """
     if not regions:
         return verify_attention(
@@ -57,34 +59,42 @@ def draft_attention(
             reach=reach, soft_cap=soft_cap, bias=bias, relative=relative, sinks=sinks,
         )  # fmt: skip
     assert reach is None and bias is None, "slots of packed regions are no columns, by which these count"
-    skipped = max(splits_of(region) for region in regions)
+    assert covered is not None, "regions are read as far as they are filled"
+    skipped = splits_for(regions)
     parts = Parts.like(q, values.shape[3], skipped - (-keys.shape[2] // SPLIT))
     for b, region in enumerate(regions):
-        _attend_region(q[b], region, parts, b, skipped - splits_of(region), scale, soft_cap)
+        _attend_region(q[b], region, covered[b:], parts, b, skipped, scale, soft_cap)
     attend_splits(q, keys, values, newest, lefts, scale, parts, skipped=skipped, soft_cap=soft_cap)
     return merge_splits(q, parts, newest, lefts, keys.shape[1], skipped=skipped, sinks=sinks)
 
 
-def splits_of(region: Region) -> int:
-    """Splits that a packed region fills."""
-    return -(-region[0].tokens // SPLIT)
+def splits_for(regions: Sequence[Region]) -> int:
+    """Splits before the tail: as many as the largest region has room for."""
+    return max(-(-keys.room // SPLIT) for keys, _ in regions)
 
 
 def region_lefts(regions: Sequence[Region], kv_heads: int) -> list[list[int]]:
-    """The first column [B][K] of each row: regions end where the longest ends, in whole splits."""
-    longest = max(splits_of(region) for region in regions)
-    return [[(longest - splits_of(region)) * SPLIT] * kv_heads for region in regions]
+    """The first column [B][K] of each row: regions end where their room ends, in whole splits."""
+    filled = [-(-keys.tokens // SPLIT) for keys, _ in regions]
+    return [[(splits_for(regions) - each) * SPLIT] * kv_heads for each in filled]
 
 
 def _attend_region(
-    q: Tensor, region: Region, parts: Parts, row: int, first: int, scale: float, soft_cap: float | None
+    q: Tensor,
+    region: Region,
+    covered: Tensor,
+    parts: Parts,
+    row: int,
+    skipped: int,
+    scale: float,
+    soft_cap: float | None,
 ) -> None:
-    """q [H, 1, D] of one row over its region, into the splits of `parts` from `first` on."""
+    """q [H, 1, D] of one row over the first `covered` [1] tokens of its region, into the last splits of `parts` before
+    `skipped`."""
     from vericache_compile.kernels import draft_attention_triton as programs
 
     keys, values = region
-    splits = splits_of(region)
-    if not splits:
+    if not keys.room:
         return
     assert (keys.bits, keys.group) == (values.bits, values.group), "a byte of keys and one of values hold other tokens"
     if q.stride(-1) != 1:
@@ -93,10 +103,10 @@ def _attend_region(
     group = q.shape[0] // kv_heads
     tile, stages = region_tile(keys.bits, max(keys.size, values.size) * q.element_size())
     with on(q):
-        programs.attend_region[(splits, kv_heads)](
+        programs.attend_region[(-(-keys.room // SPLIT), kv_heads)](
             q, keys.codes, keys.scale, keys.zero_or_scale, values.codes, values.scale, values.zero_or_scale,
-            parts.outs[row], parts.tops[row], parts.totals[row], scale,
-            keys.tokens, parts.tops.shape[3], first, q.stride(0),
+            parts.outs[row], parts.tops[row], parts.totals[row], scale, covered,
+            keys.room, parts.tops.shape[3], skipped, q.stride(0),
             GROUP=group, SIZE=keys.size, VALUE=values.size, SOFT_CAP=soft_cap or 0.0, BITS=keys.bits,
             PACKED=keys.group, KEY_CHANNELS=keys.channels, VALUE_CHANNELS=values.channels,
             ZERO=keys.zero is not None, ROWS=pad_size(group), SPLIT=SPLIT, TILE=tile,
@@ -117,15 +127,16 @@ def region_tile(bits: int, bytes_per_key: int) -> tuple[int, int]:
 
 
 def dequantise_reference(side: PackedSide) -> Tensor:
-    """Float32 numbers [K, S, D] of one side of a region."""
+    """Float32 numbers [K, S, D] of the tokens that one side of a region holds."""
     codes = side.codes if side.bits == 8 else unpack(side.codes, side.bits)
-    numbers = codes.float().reshape(codes.shape[0], side.tokens, side.size)
+    numbers = codes.float().reshape(codes.shape[0], side.room, side.size)
     shared = (1, side.channels) if side.channels else (side.group, 1)
 
     def spread(x: Tensor) -> Tensor:
         return x.float().repeat_interleave(shared[0], dim=1).repeat_interleave(shared[1], dim=2)
 
-    return numbers * spread(side.scale) + (0 if side.zero is None else spread(side.zero))
+    made: Tensor = numbers * spread(side.scale) + (0 if side.zero is None else spread(side.zero))
+    return made[:, : side.tokens]
 
 
 def draft_attention_reference(
@@ -136,6 +147,7 @@ def draft_attention_reference(
     lefts: Tensor,
     scale: float,
     regions: Sequence[Region] = (),
+    covered: Tensor | None = None,
     *,
     reach: int | None = None,
     soft_cap: float | None = None,
@@ -146,9 +158,11 @@ def draft_attention_reference(
     """The same by dequantising regions and one masked softmax in float32, row by row."""
     outs = []
     for b in range(q.shape[0]):
-        own_keys, own_values, left, covered = keys[b], values[b], lefts[b : b + 1], 0
+        own_keys, own_values, left, before = keys[b], values[b], lefts[b : b + 1], 0
         if regions:
-            covered = regions[b][0].tokens
+            before = regions[b][0].tokens
+            assert covered is not None
+            assert before == int(covered[b])
             own_keys, own_values = (
                 torch.cat([dequantise_reference(side).to(q.dtype), held], dim=1)
                 for side, held in zip(regions[b], (own_keys, own_values), strict=True)
@@ -159,7 +173,7 @@ def draft_attention_reference(
                 q[b : b + 1],
                 own_keys[None],
                 own_values[None],
-                newest[b : b + 1] + covered,
+                newest[b : b + 1] + before,
                 left,
                 scale,
                 reach=reach,
