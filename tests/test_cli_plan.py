@@ -175,6 +175,7 @@ def prompt_of(batch: int, tokens: int) -> torch.Tensor:
     [
         ({"compressor": "snapkv", "keep": 0.25}, 0.4),
         pytest.param({"compressor": "int8"}, 64.0, marks=pytest.mark.slow),
+        pytest.param({"compressor": "int8(residual=500)"}, 64.0, marks=pytest.mark.slow),
         pytest.param({"compressor": "snapkv", "keep": 0.25}, 64.0, marks=pytest.mark.slow),
         pytest.param({"compressor": "int8"}, 0.4, marks=pytest.mark.slow),
     ],

@@ -30,6 +30,8 @@ class SiteBytes:
     """Of full KV that draft's cache does not hold as it was cached."""
     in_place: float
     """Of draft's cache what grows in place where steps are recorded: tokens kept whole, and codes that kernels read."""
+    tail: int = 0
+    """Tokens, not bytes: the newest, which the method leaves to the exact tail whenever others join."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,11 @@ class Measured:
     def in_place(self) -> float:
         """Bytes per token of draft's caches that grow in place on a GPU, and so have room to."""
         return sum(each.in_place for each in self.own)
+
+    def tail(self, beyond: int) -> float:
+        """Bytes of the tokens that stay in exact tails, beyond so many at each site."""
+        pairs = zip(self.sites, self.own, strict=True)
+        return float(sum(site.bytes_per_token * max(own.tail - beyond, 0) for site, own in pairs))
 
     def read(self, tokens: int) -> tuple[float, float]:
         """Bytes of one sequence's KV that a full step and a draft step read over so many tokens, at all sites."""
@@ -100,7 +107,9 @@ def _measure(method: Compressor, site: Site, probes: Sequence[int]) -> SiteBytes
         return SiteBytes(full, 0.0, 0.0)
     kept, grows = region.as_cached or (0,), isinstance(region, DenseKV) or region.packed is not None
     own = (region.keys.nbytes if site.latent and isinstance(region, DenseKV) else region.nbytes) / region.covered
-    return SiteBytes(own, full * (1 - sum(kept) / (len(kept) * region.covered)), own if grows else 0.0)
+    return SiteBytes(
+        own, full * (1 - sum(kept) / (len(kept) * region.covered)), own if grows else 0.0, method.least_tail
+    )
 
 
 def _probe(method: Compressor, site: Site, probes: Sequence[int]) -> CompressedKV | None:

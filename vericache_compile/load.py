@@ -70,7 +70,7 @@ def make_load(
         tokens_per_round=tokens_per_round or EXPECTED * config.window,
         reload=measured.reloaded(context) / (context * (held - sliding)) if sliding < held else 1.0,
         sliding_kv=float(sliding),
-        spare=context * in_place / SPARE + EXACT * held if in_place else 0.0,
+        spare=measured.tail(EXACT) + (context * in_place / SPARE + EXACT * held if in_place else 0.0),
         repeated=columns_fed(context) if "repeated" in compressor.wants else 0,
         few=None if few == read else (rows[1], few),
     )
