@@ -24,8 +24,9 @@ def next_horizon(served: int, horizon: int, longest: int) -> int:
     """Tokens to draft in the next round, given how many rows of the last one the caller took.
 
     A caller that takes all rows gets up to `longest`; one that leaves early (sampling) gets twice what it took, so that
-    drafting never costs much more than it brings. The shape of verify does not depend on it.
+    drafting never costs much more than it brings, and one that takes nothing of what was drafted a single token. The
+    shape of verify does not depend on it.
     """
     if served > horizon:
         return min(longest, max(2 * horizon, 1))
-    return min(longest, max(2 * served, 1))
+    return min(longest, 2 * served if served > 1 else 1)

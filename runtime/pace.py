@@ -21,6 +21,8 @@ REST = 64
 LONGEST_REST = 1024
 WRONG = 5
 """Rounds that gained nothing by their drafts, after which no more are seen."""
+WARY = 3
+"""The same where drafting has not paid lately."""
 ENOUGH = 5
 """Rounds that say how long drafting takes: the first two also compile and record kernels."""
 MARGIN = 1.05
@@ -52,7 +54,8 @@ class Seen(NamedTuple):
 class Pace:
     """The latest rounds of one sequence. Each is noted when it ends, and counted when its caller wants the next."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, wary: bool = False) -> None:
+        """`wary`: drafting did not pay for the sequence before, so it begins as if it had failed here once."""
         self.seen: deque[Seen] = deque(maxlen=ROUNDS)
         self.took: deque[float] = deque(maxlen=ROUNDS)
         """Rows that the caller took of each, averaged over the batch."""
@@ -60,7 +63,7 @@ class Pace:
         """Seconds of rounds without drafts."""
         self.resting = 0
         """Rounds still to come without drafts."""
-        self.failed = 0
+        self.failed = int(wary)
         """How often drafting has been turned off since it last paid."""
         self._last: Seen | None = None
 
@@ -79,7 +82,7 @@ class Pace:
             return
         self.seen.append(last)
         self.took.append(took)
-        wrong = len(self.took) >= WRONG and max(self.took) <= 1
+        wrong = len(self.took) >= (WARY if self.failed else WRONG) and max(self.took) <= 1
         if wrong or (len(self.seen) == ROUNDS and not self.pays()):
             self.resting = min(REST << self.failed, LONGEST_REST)
             self.failed += 1

@@ -16,7 +16,7 @@ from torch import Tensor
 from vericache_compile.compressors.base import Compressor
 from vericache_compile.compressors.facts import KINDS
 from vericache_compile.errors import GhostError, PageLost
-from vericache_compile.plan import CapturedPlan, DecodePlan, Output, Roles, Tier, Way
+from vericache_compile.plan import CapturedPlan, DecodePlan, Output, Roles, Site, Tier, Way
 from vericache_compile.runtime import drafting, pieces, rounds
 from vericache_compile.runtime.compression import Early
 from vericache_compile.runtime.counts import Counts
@@ -24,6 +24,7 @@ from vericache_compile.runtime.drawn import Drawn
 from vericache_compile.runtime.executor import WeightCasts, bind_weights
 from vericache_compile.runtime.mirrors import find_mirror, has_versions, paddings, write_back
 from vericache_compile.runtime.outputs import assemble, take
+from vericache_compile.runtime.pace import Pace
 from vericache_compile.runtime.recovery import Call, record, recover, version_of
 from vericache_compile.runtime.ring import Ring
 from vericache_compile.runtime.rotations import Rotations
@@ -82,6 +83,8 @@ class Session:
         self.placement = self.way = ""
         """Where the full KV of the sequence that ran last lives, and how it is decoded."""
         self._newest: weakref.ref[Sequence] | None = None
+        self._pace = Pace()
+        """Of the sequence that ran last."""
         self._timelines: dict[str, Timeline] = {}
         self._timeline: Timeline | None = None
         self._records: dict[str, TokenRecord] = {}
@@ -131,7 +134,7 @@ class Session:
         batch, count = inputs[roles.tokens].shape
         device = inputs[roles.tokens].device
         if sequence is None:
-            sequence = self.table.create(plan.sites, batch, count, device, self.home)
+            sequence = self._begin(plan.sites, batch, count, device)
         else:
             for row in sequence.rows:
                 row.truncate(columns)
@@ -267,6 +270,12 @@ class Session:
             self._recover(sequence, lost)
             return rounds.run_round(sequence, *arguments)
 
+    def _begin(self, sites: Rows[Site], batch: int, columns: int, device: torch.device) -> Sequence:
+        """A new sequence, which drafts warily where the one that ran last had no gain of it."""
+        sequence = self.table.create(sites, batch, columns, device, self.home)
+        self._pace = sequence.pace = Pace(wary=self._pace.failed > 0)
+        return sequence
+
     def _make_room(self, sequence: Sequence, columns: int, device: torch.device) -> None:
         """Move a sequence's full KV to host memory where the device has no room for so many columns of it, and where it
         lives was for us to choose; with one warning."""
@@ -352,7 +361,7 @@ class Session:
         held = (full.nbytes, full.nbytes * full.resident, self.ring.nbytes, draft, sequence.apart)
         self.footprint = Footprint(*held, tokens)
         self.placement, self.way = str(full.tier), str(sequence.way)
-        self._newest = weakref.ref(sequence)
+        self._newest, self._pace = weakref.ref(sequence), sequence.pace
 
     def _say_as_captured(self, found: str, where: str, fix: str) -> None:
         """Say once why no round serves a cache."""
@@ -377,7 +386,7 @@ class Session:
             found = "a cache of sliding layers, built outside, that does not say how many columns it stands for"
             raise GhostError(found, "the cache of this call", "run the prompt through the compiled model")
         tokens = inputs[plan.roles.tokens]
-        sequence = self.table.create(plan.sites, tokens.shape[0], columns, tokens.device, self.home)
+        sequence = self._begin(plan.sites, tokens.shape[0], columns, tokens.device)
         copy_in(sequence, plan, inputs, columns)
         return sequence, columns
 

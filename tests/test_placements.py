@@ -489,6 +489,9 @@ def test_drafts_that_never_pay_are_turned_off(monkeypatch: pytest.MonkeyPatch) -
     use_drafter(monkeypatch, guess)
     assert torch.equal(first, logits_of(model, switch, inputs, 60, keep=0.5, **EAGER))
     assert stats(model)["rounds_without_drafts"] > 40
+    before = stats(model)["drafted"]
+    assert torch.equal(first, logits_of(model, switch, inputs, 60, keep=0.5, **EAGER))
+    assert stats(model)["drafted"] == before + 3, "the next sequence begins warily"
 
 
 def test_drafts_that_the_caller_throws_away_are_turned_off() -> None:

@@ -59,9 +59,15 @@ def test_a_caller_that_takes_every_row_gets_more(horizon: int, longest: int) -> 
     assert next_horizon(horizon + 1, horizon, longest) == min(2 * horizon, longest)
 
 
-@given(served=st.integers(0, 255), horizon=st.integers(1, 255))
+@given(served=st.integers(2, 255), horizon=st.integers(2, 255))
 def test_a_caller_that_leaves_early_gets_twice_what_it_took(served: int, horizon: int) -> None:
-    assert next_horizon(min(served, horizon), horizon, 255) == min(max(2 * min(served, horizon), 1), 255)
+    assert next_horizon(min(served, horizon), horizon, 255) == min(2 * min(served, horizon), 255)
+
+
+@given(horizon=st.integers(1, 255), longest=st.integers(1, 255))
+def test_a_caller_that_takes_nothing_that_was_drafted_gets_one(horizon: int, longest: int) -> None:
+    """It took the round's first row, which nobody drafted."""
+    assert next_horizon(1, horizon, longest) == 1
 
 
 def test_a_greedy_caller_is_back_at_full_length_in_a_few_rounds() -> None:

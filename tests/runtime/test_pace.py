@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from vericache_compile.runtime.acceptance import next_horizon
-from vericache_compile.runtime.pace import LONGEST_REST, REST, ROUNDS, TRIES, WRONG, Pace, Seen
+from vericache_compile.runtime.pace import LONGEST_REST, REST, ROUNDS, TRIES, WARY, WRONG, Pace, Seen
 
 
 def rounds(pace: Pace, took: float, draft_seconds: float, count: int = ROUNDS, compress_seconds: float = 0.0) -> None:
@@ -45,7 +45,7 @@ def test_drafts_that_gain_too_little_are_left_out_after_some_more() -> None:
 def test_it_is_tried_again_and_less_often_each_time_that_it_fails() -> None:
     pace = Pace()
     for rest in (REST, 2 * REST, 4 * REST, 8 * REST, LONGEST_REST, LONGEST_REST):
-        rounds(pace, took=1, draft_seconds=3.0, count=WRONG)
+        rounds(pace, took=1, draft_seconds=3.0, count=WARY if pace.failed else WRONG)
         for left in range(rest, 0, -1):
             assert pace.resting == left
             pace.note(Seen(0, 0.0, 1.0))
@@ -116,19 +116,21 @@ def test_rounds_that_compile_and_record_do_not_count() -> None:
     assert not pace.resting
 
 
-@pytest.mark.parametrize("step", [0.15, 0.3, 0.5, 0.8])
-def test_drafting_in_vain_costs_little_and_ever_less(step: float) -> None:
+@pytest.mark.parametrize("wary", [False, True])
+@pytest.mark.parametrize(("step", "cold", "warm"), [(0.15, 0.0445, 0.00703), (0.8, 0.2375, 0.0375)])
+def test_drafting_in_vain_costs_little_and_ever_less(step: float, cold: float, warm: float, wary: bool) -> None:
     """A caller that takes a row of each round, a thousand of them; a draft step takes `step` of a verify pass."""
-    pace, horizon, spent = Pace(), 0, list[float]()
+    pace, horizon, spent = Pace(wary=wary), 0, list[float]()
     for _ in range(1000):
         pace.count(1)
         longest = 0 if pace.resting else 15
         first = min(longest, 1) if pace.failed else longest
         horizon = next_horizon(1, horizon, longest) if horizon else first
         pace.note(Seen(horizon, step * horizon, 1.0))
-        spent.append(1 + step * horizon)
-    assert sum(spent) / 1000 <= 1.05
-    assert sum(spent[500:]) / 500 <= 1.02
+        spent.append(step * horizon)
+    assert sum(spent[:64]) / 64 == pytest.approx(warm if wary else cold, rel=0.01)
+    assert sum(spent) / 1000 <= (0.01 if wary else 0.025)
+    assert sum(spent[500:]) / 500 <= 0.005
 
 
 def test_what_comes_while_a_round_drafts_is_known_after_a_few() -> None:
