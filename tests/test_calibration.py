@@ -67,7 +67,7 @@ def _spelled(method: str, path: Path) -> str:
     return f"{name}(calibration='{path}'{', ' + rest if rest else ')'}"
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [pytest.param(METHODS[0], marks=pytest.mark.slow), *METHODS[1:]])
 def test_tokens_are_plain_with_a_calibrated_method(
     switched: tuple[PreTrainedModel, Switch], files: dict[str, Path], method: str, plain_tokens: Any
 ) -> None:

@@ -234,6 +234,7 @@ def test_the_callers_cache_holds_no_data() -> None:
         cache = DynamicCache(config=model.config)
 
 
+@pytest.mark.slow
 @pytest.mark.own_captures
 def test_a_recompile_storm_never_reaches_dynamos_limit() -> None:
     """Past its limit Dynamo would run the model on hollow caches; the limit is raised before that."""

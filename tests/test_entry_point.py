@@ -58,12 +58,15 @@ def run(body: str) -> str:
         """,
             marks=pytest.mark.slow,
         ),
-        """
+        pytest.param(
+            """
         import os
         os.environ["VERICACHE_INDUCTOR"] = "0"
         compiled = torch.compile(model, backend="vericache", mode="reduce-overhead")
         assert torch.equal(compiled.generate(ids, max_new_tokens=20, do_sample=False), plain)
         """,
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["model.compile", "torch.compile then generate", "torch.compile then calls", "mode and environment"],
 )

@@ -87,6 +87,7 @@ def test_a_graph_break_is_named_with_its_line() -> None:
     assert "out of forward" in made.not_taken[0]["fix"]
 
 
+@pytest.mark.slow
 def test_what_is_done_to_scores_is_shown() -> None:
     made = explain(make_model("bloom", "eager"), **make_prompt(7, batch=2), options=OPTIONS)
     assert {site["mask"] for site in made.sites} == {"causal with left padding (proved), ALiBi"}

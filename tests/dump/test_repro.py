@@ -49,6 +49,7 @@ def test_the_check_can_say_no(tmp_path: Path) -> None:
     assert "NOT within" in done.stdout
 
 
+@pytest.mark.slow
 def test_draft_runs_and_says_that_it_cannot_be_checked(tmp_path: Path) -> None:
     path = tmp_path / "repro_draft.py"
     path.write_text(repro(run_until(tiny_decode("llama", 1), "lower"), "draft"))

@@ -225,8 +225,9 @@ def test_a_copy_recovers_as_the_original_does() -> None:
     assert torch.equal(ours, plain)
 
 
-@pytest.mark.parametrize("rows", [[2, 2, 0], *(pytest.param(rows, marks=pytest.mark.slow) for rows in ([1, 0], [1]))])
-@pytest.mark.parametrize("chunk", [170, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [[2, 2, 0], [1, 0], [1]])
+@pytest.mark.parametrize("chunk", [170, 300])
 def test_rows_in_another_order(rows: list[int], chunk: int) -> None:
     """As beams are: some go on twice, some not at all; the prompt came whole, or in two chunks; then they read more."""
     model, prompt = make_tiny("llama", layers=3), make_prompt(300, 3)
@@ -407,8 +408,9 @@ def a_turn_whose_result_is_dropped(talk: Talk) -> None:
 
 
 HISTORIES = [
-    below_a_turn_of_reordered_rows, below_a_turn_of_fewer_rows, below_a_turn_after_which_positions_jump,
-    a_turn_that_is_padded_on_the_right, a_turn_whose_result_is_dropped,
+    below_a_turn_of_reordered_rows, pytest.param(below_a_turn_of_fewer_rows, marks=pytest.mark.slow),
+    below_a_turn_after_which_positions_jump, a_turn_that_is_padded_on_the_right,
+    pytest.param(a_turn_whose_result_is_dropped, marks=pytest.mark.slow),
 ]  # fmt: skip
 
 NO_WAY_BACK = [below_a_turn_after_which_positions_jump]

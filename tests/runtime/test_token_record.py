@@ -27,7 +27,7 @@ def records(folder: Path, batch: int, **asked: Any) -> tuple[list[dict[str, Any]
 @pytest.mark.parametrize(
     ("batch", "asked"),
     [
-        (1, {}),
+        pytest.param(1, {}, marks=pytest.mark.slow),
         (3, {"cache_implementation": "static"}),
         pytest.param(3, {}, marks=pytest.mark.slow),
         pytest.param(1, {"cache_implementation": "static"}, marks=pytest.mark.slow),
