@@ -331,7 +331,7 @@ def _place(
     """
     starts = [pad + region.covered for pad, region in zip(pads, regions, strict=True)]
     slots = max(region.slots for region in regions)
-    spare = EXACT + slots // SPARE if leaves_room(exact.keys.device) else 0
+    spare = slots // SPARE if leaves_room(exact.keys.device) else None
     packed = any(not isinstance(region, DenseKV) for region in regions)
     longest = max(column - start for column, start in zip(columns, starts, strict=True))
     needed = (0 if packed else slots) + longest + room
@@ -340,13 +340,13 @@ def _place(
         keys, values = before.keys, before.values
         tails = [(k.clone(), v.clone()) for k, v in tails]  # they lie where the region goes
     else:
-        shape = (*exact.keys.shape[:2], needed + (0 if packed else spare))
+        shape = (*exact.keys.shape[:2], needed + (0 if packed or spare is None else EXACT + spare))
         keys, values = keys_and_values(site, shape, exact.keys)
     capacity = longest + room - max(needed - keys.shape[2], 0)
     made = DraftLayer(regions, slots, starts, keys, values, packed, remainders, tips, capacity)
     for b, (region, (k, v)) in enumerate(zip(regions, tails, strict=True)):
-        if packed and spare and region.packed is not None:
-            region.leave_room(spare)
+        if packed and spare is not None and region.packed is not None:
+            region.leave_room(room + spare)  # for all that a tail gathers, once at least
         if not packed and isinstance(region, DenseKV):
             own = slice(slots - region.slots, slots)
             region.move_to(keys[b, :, own], values[b, :, own])

@@ -60,7 +60,7 @@ class Counts:
     accepted: int = 0
     served: int = 0
     rested: int = 0
-    """Rounds without drafts, because drafting did not pay for their sequence."""
+    """Rounds without drafts, because drafting did not pay for their sequence, or has no room."""
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
     compress_seconds: float = 0.0

@@ -182,7 +182,8 @@ def _regions(layer: DraftLayer) -> list[Region]:
 
 def _places_of(regions: Sequence[Region]) -> list[tuple[int, int]]:
     """Where their numbers lie, and how much room there is."""
-    return [(part.data_ptr(), side.room) for region in regions for side in region for part in (side.codes, side.scale)]
+    sides = [side for region in regions for side in region]
+    return [(part.data_ptr(), side.room) for side in sides for part in (side.codes, side.scale, side.zero_or_scale)]
 
 
 def _starts(layers: Sequence[DraftLayer]) -> Tensor:

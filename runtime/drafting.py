@@ -94,7 +94,7 @@ def prepare_draft(
                 how = (room, early, tell, placed, reaches)
                 apart = sequence.sets_apart(compressor, max(start.columns), plan.captured.staging)
                 draft = compress(compressor, full, start.pads, start.columns, queries, *how, apart)
-        sequence.draft = draft
+        sequence.draft, sequence.has_drafted = draft, True
         counts.compress_seconds += time.perf_counter() - began
     return draft
 
@@ -103,7 +103,7 @@ def next_steps(sequence: Sequence, window: int) -> int:
     """How many tokens to draft: as many as the caller has been taking, or none."""
     served, pace = max(row.served for row in sequence.rows), sequence.pace
     pace.count(sum(row.served for row in sequence.rows) / len(sequence.rows))
-    longest = 0 if pace.resting or sequence.way is Way.OFF else window - 1
+    longest = 0 if pace.resting or sequence.arranged.way is Way.OFF else window - 1
     first = min(longest, 1) if pace.failed else longest
     sequence.horizon = next_horizon(served, sequence.horizon, longest) if sequence.horizon else first
     for row in sequence.rows:

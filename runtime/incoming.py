@@ -257,9 +257,7 @@ def incoming(
         return Incoming(full, columns)
     nbytes = 0  # a sequence begun under another placement: one site at a time
     if staging is not None:
-        nbytes = staging.bytes_beside(0 if draft is None else draft.nbytes)
-        if staging.per_draft_byte:
-            ring.seen = max(ring.seen, rounded(while_drafting))
-            nbytes = max(nbytes, ring.seen)
+        ring.seen = max(ring.seen, rounded(while_drafting))
+        nbytes = staging.bytes_beside(0 if draft is None else draft.nbytes, ring.seen)
     full.link.catch_up()  # before memory goes: a round that was given up may still have copies under way to it
     return PagedIncoming(full, draft, ring, nbytes, columns, pads, reaches)

@@ -180,7 +180,8 @@ def _repeat(
     tokens = torch.tensor(padded, device=device).t().unsqueeze(-1).contiguous()
     pads = [row.pad for row in sequence.rows]
     reaches = [site.window for site in sites]
-    coming = incoming(sequence.full, None, ring, plan.captured.staging, columns, pads, reaches)
+    staging = sequence.staging(plan.captured.staging)
+    coming = incoming(sequence.full, None, ring, staging, columns, pads, reaches)
     try:
         verify_tokens(coming, pads, plan, bound, tokens, torch.tensor(first, device=device), note)
     finally:

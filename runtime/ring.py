@@ -38,6 +38,11 @@ class Ring:
         """Bytes allocated on the device."""
         return _size(self.buffer) + _size(self.whole)
 
+    def clear(self) -> None:
+        """Give all memory back."""
+        self._claimed.clear()
+        self.buffer = self.whole = None
+
     def fit(self, nbytes: int, needs: Sequence[int], whole: int, device: torch.device) -> None:
         """Have room for sites that need so many bytes each, in no more than `nbytes`, though for the largest at least.
 

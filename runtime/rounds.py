@@ -59,7 +59,7 @@ def run_round(
     device = inputs[plan.captured.roles.weights[0]].device
     before = (counts.compress_seconds, counts.drafted, counts.accepted)
     recalled = sequence.full.recalled
-    called, made_before = time.perf_counter(), sequence.draft is not None
+    called, made_before = time.perf_counter(), sequence.has_drafted
     paid = counts.compress_seconds + counts.repeat_seconds
     horizon = next_steps(sequence, plan.window)
     start = make_start(sequence, device)
@@ -74,7 +74,7 @@ def run_round(
     low = bind_weights(plan.draft, inputs, casts) if draft is not None else []
     where = (start.columns, start.pads, reaches_of(plan))
     comes = sequence.pace.bytes_while_drafting()
-    coming = incoming(sequence.full, draft, ring, plan.captured.staging, *where, comes)
+    coming = incoming(sequence.full, draft, ring, sequence.staging(plan.captured.staging), *where, comes)
     launched, began = time.perf_counter(), moment(device)
     try:
         if known is not None:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from vericache_compile.errors import GhostError
-from vericache_compile.plan import CapturedPlan, Site, Way
+from vericache_compile.plan import Arrangement, CapturedPlan, Site, Way
 from vericache_compile.runtime import ghosts
-from vericache_compile.runtime.caches import FullKV
+from vericache_compile.runtime.caches import GROWTH, FullKV
 from vericache_compile.runtime.sequences import Sequence
 from vericache_compile.runtime.tiers import Home
 
@@ -57,32 +57,52 @@ class SequenceTable:
         self._by_storage: dict[int, Minted] = {}
         """By data pointer."""
         self._by_number: dict[int, Sequence] = {}
+        self.captured = False
+        """Whether a graph has been captured since the last look at what is garbage."""
         self.mirrors: dict[int, Mirror] = {}
         """Sequences that copy a caller's buffers, by data pointer of the first buffer."""
 
     def create(
-        self, sites: Rows[Site], batch: int, columns: int = 0, device: torch.device = CPU, home: Home | None = None
+        self,
+        sites: Rows[Site],
+        batch: int,
+        columns: int = 0,
+        device: torch.device = CPU,
+        home: Home | None = None,
+        ring: int = 0,
     ) -> Sequence:
-        """A new, empty sequence for `columns` columns, whose full KV lives at `home` (on the device where not given).
+        """A new, empty sequence for `columns` columns, whose full KV lives at `home` (on the device where not given),
+        beside a ring of so many bytes.
 
         Sequences without live ghosts are released first.
         """
         self.release_orphans()
         home = home or Home()
-        way = home.choose(batch, columns, device, self.taken)
-        if home.tier is None and way is not Way.RESIDENT and self.taken:
-            gc.collect()  # what takes the room may be garbage: caches of callers often lie in cycles
-            self.release_orphans()
-            way = home.choose(batch, columns, device, self.taken)
-        made = Sequence(next(self._numbers), home.make(sites, batch, way), way)
+        taken, promised = self.taken()
+        arranged = home.arrange(batch, columns + GROWTH, device, taken + ring, promised)
+        made = Sequence(next(self._numbers), home.make(sites, batch, arranged.way), arranged)
         self._by_number[made.number] = made
         return made
 
+    def collect_captured(self) -> None:
+        """Release sequences that only Dynamo held: the caches that it captured graphs with lie in cycles, which no one
+        might collect for long."""
+        if self.captured and self._by_number:
+            self.captured = False
+            gc.collect()
+            self.release_orphans()
+
     @property
-    def taken(self) -> int:
-        """Bytes of device memory that sequences take for good."""
+    def all_resident(self) -> bool:
+        """Whether full KV of all sequences lies on the device, so that no ring is needed."""
+        return all(each.full.resident for each in self._by_number.values())
+
+    def taken(self, spared: Sequence | None = None) -> tuple[float, float]:
+        """Bytes of device memory that sequences, but the spared one, take for good, and that their draft caches will
+        take besides."""
         held = [*self._by_number.values(), *(mirror.sequence for mirror in self.mirrors.values())]
-        return sum(each.on_device for each in held)
+        others = [each for each in held if each is not spared]
+        return sum(each.on_device for each in others), sum(each.promised for each in others)
 
     def unnamed(self, sites: Rows[Site], batch: int) -> Sequence:
         """A new, empty sequence that no ghost names: whoever asks for it holds it."""
@@ -148,18 +168,21 @@ class SequenceTable:
         names = ghosts.read(tensor)
         return names[0].place if names else None
 
-    def find(self, past: Rows[Tensor], columns: int | None = None) -> tuple[Sequence, int] | None:
+    def find(
+        self, past: Rows[Tensor], columns: int | None = None, home: Home | None = None
+    ) -> tuple[Sequence, int] | None:
         """The sequence that a call's cache tensors [B, K, S, D] stand for, and how many columns it has there; None when
         they hold real data.
 
         `columns` is given where tensors do not show it (sliding layers). A cropped cache cuts the sequence, unless
-        another live ghost still shows what would be cut: then, as for a copied or permuted cache, a fork is made.
+        another live ghost still shows what would be cut: then, as for a copied or permuted cache, a fork is made, for
+        which there may be no room at `home`.
         Raises GhostError for tensors that are neither ghosts nor data.
         """
         known = [minted for tensor in past if (minted := self._by_storage.get(tensor.data_ptr())) is not None]
         sequence = known[0].sequence if len(known) == len(past) else None
         if sequence is None or any(minted.sequence is not sequence for minted in known):
-            return self._by_value(past, columns)
+            return self._by_value(past, columns, home)
         if columns is None:
             lengths = {minted.total - minted.shown + x.shape[2] for minted, x in zip(known, past, strict=True)}
             if len(lengths) > 1:
@@ -169,12 +192,12 @@ class SequenceTable:
             raise GhostError("a cache that says it is longer than what was computed", f"column {columns}", REBUILD)
         batch = past[0].shape[0]
         if batch != len(sequence.rows) or (batch > 1 and not past[0].stride(0)):
-            return self._by_value(past, columns)  # a view of some of the rows, or of one row for many
+            return self._by_value(past, columns, home)  # a view of some of the rows, or of one row for many
         if not sequence.still_holds(min(minted.epoch for minted in known), columns):
             raise GhostError(CROPPED, HERE, REBUILD)
-        return self._continue(sequence, {minted.storage for minted in known}, columns), columns
+        return self._continue(sequence, {minted.storage for minted in known}, columns, home), columns
 
-    def _continue(self, sequence: Sequence, pointers: set[int], columns: int) -> Sequence:
+    def _continue(self, sequence: Sequence, pointers: set[int], columns: int, home: Home | None) -> Sequence:
         newest = max(sequence.live.values())
         if columns == newest and all(sequence.live[p] == newest for p in pointers):
             if columns < sequence.minted:  # what goes further was dropped, though there may be copies of it
@@ -182,11 +205,11 @@ class SequenceTable:
             return sequence
         others = [shown for pointer, shown in sequence.live.items() if pointer not in pointers]
         if any(shown > columns for shown in others):
-            return self._fork(sequence, range(len(sequence.rows)), columns)
+            return self._fork(sequence, range(len(sequence.rows)), columns, home)
         sequence.truncate(columns)
         return sequence
 
-    def _by_value(self, past: Rows[Tensor], columns: int | None) -> tuple[Sequence, int] | None:
+    def _by_value(self, past: Rows[Tensor], columns: int | None, home: Home | None) -> tuple[Sequence, int] | None:
         spelled = [names for tensor in past if (names := ghosts.read(tensor)) is not None]
         if not spelled and not any(map(ghosts.is_hollow, past)):
             return None
@@ -206,7 +229,7 @@ class SequenceTable:
             columns = self._columns_shown(held, past, [names[0].place for names in spelled])
         if not held.still_holds(min(name.epoch for name in names), columns):
             raise GhostError(CROPPED, HERE, REBUILD)
-        return self._fork(held, [name.row for name in names], columns), columns
+        return self._fork(held, [name.row for name in names], columns, home), columns
 
     def _columns_shown(self, sequence: Sequence, past: Rows[Tensor], places: Rows[int]) -> int:
         """How many columns copied tensors stand for, by those of layers that show all."""
@@ -218,13 +241,26 @@ class SequenceTable:
             raise GhostError("cache tensors of different lengths", HERE, REBUILD)
         return shown.pop()
 
-    def _fork(self, sequence: Sequence, rows: Rows[int], columns: int) -> Sequence:
+    def _fork(self, sequence: Sequence, rows: Rows[int], columns: int, home: Home | None) -> Sequence:
         if any(sequence.rows[r].length < columns for r in rows):
             raise GhostError("a cache longer than what was computed for it", f"column {columns}", REBUILD)
+        arranged = self._make_room(sequence, len(rows), columns, home)
         made = sequence.fork(next(self._numbers), list(rows), columns)
+        made.arranged = arranged or made.arranged
         self.release_orphans(spared=sequence)
         self._by_number[made.number] = made
         return made
+
+    def _make_room(self, sequence: Sequence, rows: int, columns: int, home: Home | None) -> Arrangement | None:
+        """How a fork of so many rows is decoded. Where the device has no room for it, what it is made of moves to host
+        memory, which it then shares."""
+        if home is None or not sequence.full.resident or not home.weighs(device := sequence.full.keys[0].device):
+            return None
+        arranged = home.arrange(rows, columns, device, *self.taken())
+        if arranged.way is Way.SWAPPED:
+            held = max(row.length for row in sequence.rows)
+            sequence.rearrange(home.moved(sequence.full, held, device), arranged)
+        return arranged
 
 
 def copy_in(sequence: Sequence, plan: CapturedPlan, inputs: Rows[Any], columns: int) -> None:

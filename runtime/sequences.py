@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vericache_compile.compressors.base import Compressor
-from vericache_compile.plan import DecodePlan, Staging, Tier, Way
+from vericache_compile.plan import Arrangement, DecodePlan, Staging, Tier, Way
 from vericache_compile.runtime import ghosts
 from vericache_compile.runtime.caches import DraftKV, FullKV, apart
 from vericache_compile.runtime.compression import CHUNK, Early
@@ -21,6 +21,8 @@ from vericache_compile.runtime.pace import Pace
 
 if TYPE_CHECKING:
     from vericache_compile.runtime.recovery import Call, Version
+
+RESIDENT = Arrangement(Way.RESIDENT)
 
 
 @dataclass(frozen=True)
@@ -109,10 +111,10 @@ def followed(held: Queries | None, queries: Tensor, column: int, limit: int) -> 
 class Sequence:
     """One cache: full KV, compressed KV, held rows, per row."""
 
-    def __init__(self, number: int, full: FullKV, way: Way = Way.RESIDENT) -> None:
+    def __init__(self, number: int, full: FullKV, arranged: Arrangement = RESIDENT) -> None:
         batch = full.batch
         self.number = number
-        self.full, self.way = full, way
+        self.full, self.arranged = full, arranged
         self.early: Early | None = None
         self.decode: tuple[DecodePlan, Rows[Any]] | None = None
         """The plan of its latest decode call, and the captured inputs that are weights."""
@@ -122,6 +124,8 @@ class Sequence:
         """Of the batch that the last of these ran for, the rows that this one's go on from."""
         self.rows = [Row() for _ in range(batch)]
         self.draft: DraftKV | None = None
+        self.has_drafted = False
+        """Whether there has been a draft cache."""
         self.queries: list[list[Queries | None]] = [[None] * batch for _ in full.sites]
         """Per site and row."""
         self.pace = Pace()
@@ -159,6 +163,20 @@ class Sequence:
         return self.full.nbytes * self.full.resident + (0 if self.draft is None else self.draft.nbytes)
 
     @property
+    def promised(self) -> float:
+        """Bytes that its draft cache will take, while there is none."""
+        return self.arranged.draft_bytes if self.draft is None else 0.0
+
+    def rearrange(self, full: FullKV, arranged: Arrangement) -> None:
+        """Go on with the same full KV elsewhere, or without drafts."""
+        self.full, self.arranged = full, arranged
+        self.draft = self.early = self.asked = None
+
+    def staging(self, planned: Staging | None) -> Staging | None:
+        """The ring that a plan has, as large as this sequence may have it."""
+        return planned and replace(planned, most=self.arranged.ring_bytes)
+
+    @property
     def beside(self) -> int:
         """Bytes held beside full KV."""
         return self.apart + sum(x.nbytes for x in (self.draft, self.drawn, self.repeated) if x is not None)
@@ -175,9 +193,12 @@ class Sequence:
         Not where all of full KV can come while drafts read their weights alone; nor for regions that are soon
         made anew: those of a fork (a beam lives for one token), or of a method that chooses anew all the time.
         """
+        staging = self.staging(staging)
         if staging is None or self.full.tier is not Tier.HOST or not compressor.is_lasting or self.forked:
             return False
-        return self.full.batch * columns * sum(site.bytes_per_token for site in self.full.sites) > staging.nbytes
+        return self.full.batch * columns * sum(site.bytes_per_token for site in self.full.sites) > staging.bytes_beside(
+            0
+        )
 
     def take_early(self, compressor: Compressor, columns: Rows[int]) -> Early | None:
         """What prefill made for this compressor, once; None where there is nothing that still holds."""
@@ -249,7 +270,7 @@ class Sequence:
 
     def fork(self, number: int, rows: Rows[int], columns: int) -> Sequence:
         """A new sequence of the given rows (repeats allowed), holding the first `columns` columns."""
-        made = Sequence(number, self.full.select(rows, columns), self.way)
+        made = Sequence(number, self.full.select(rows, columns), self.arranged)
         made.forked = True
         made.regular, made.version, made.horizon, made.cut = self.regular, self.version, self.horizon, set(self.cut)
         for new, old in zip(made.rows, (self.rows[r] for r in rows), strict=True):

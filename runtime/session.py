@@ -16,7 +16,7 @@ from torch import Tensor
 from vericache_compile.compressors.base import Compressor
 from vericache_compile.compressors.facts import KINDS
 from vericache_compile.errors import GhostError, PageLost
-from vericache_compile.plan import CapturedPlan, DecodePlan, Output, Roles, Site, Tier, Way
+from vericache_compile.plan import Arrangement, CapturedPlan, DecodePlan, Output, Roles, Site, Tier, Way
 from vericache_compile.runtime import drafting, pieces, rounds
 from vericache_compile.runtime.compression import Early
 from vericache_compile.runtime.counts import Counts
@@ -29,7 +29,7 @@ from vericache_compile.runtime.recovery import Call, record, recover, version_of
 from vericache_compile.runtime.ring import Ring
 from vericache_compile.runtime.rotations import Rotations
 from vericache_compile.runtime.sequence_table import SequenceTable, copy_in
-from vericache_compile.runtime.sequences import Sequence
+from vericache_compile.runtime.sequences import RESIDENT, Sequence
 from vericache_compile.runtime.sliding import columns_of, columns_shown, is_short
 from vericache_compile.runtime.store import Store
 from vericache_compile.runtime.tiers import Home, PagedKV
@@ -89,7 +89,7 @@ class Session:
         self._timeline: Timeline | None = None
         self._records: dict[str, TokenRecord] = {}
         self._record: TokenRecord | None = None
-        self._told_whole = self._told_moved = False
+        self._told_whole = False
         self._said: set[str] = set()
         self._lock = lock
         self._rotations = Rotations()
@@ -183,15 +183,21 @@ class Session:
             fed = self._fed(plan, inputs, self._padding(sequence, roles, inputs), columns)
             if fed is None or not sequence.regular or is_short(plan.captured, inputs, columns):
                 return self._run_captured(plan.captured, inputs, sequence, columns)
-            longest = max(row.length for row in sequence.rows)
-            self._make_room(sequence, max(longest, columns) + plan.window, inputs[roles.tokens].device)
-            made = self._rows(plan, inputs, sequence, fed, columns)
+            made = self._rows(plan, inputs, sequence, fed, columns, moves=True)
             return assemble(self.table, plan.captured, made, sequence, inputs, columns + 1, marked=False)
 
     def _rows(
-        self, plan: DecodePlan, inputs: Rows[Any], sequence: Sequence, fed: list[tuple[int, int, int]], columns: int
+        self,
+        plan: DecodePlan,
+        inputs: Rows[Any],
+        sequence: Sequence,
+        fed: list[tuple[int, int, int]],
+        columns: int,
+        *,
+        moves: bool = False,
     ) -> list[Tensor]:
-        """The row outputs of a decode call, after a round where a row of the batch has none held."""
+        """The row outputs of a decode call, after a round where a row of the batch has none held; full KV that `moves`
+        may go to host memory before it."""
         version = version_of(inputs, plan.captured.roles.weights)
         changed = version != sequence.version
         if changed and sequence.version:
@@ -211,6 +217,9 @@ class Session:
                 row.token = token
             own = set(plan.captured.roles.weights)  # those of this call: a model's parameters may have been replaced
             sequence.decode = self.last = (plan, [x if i in own else None for i, x in enumerate(inputs)])
+            if moves:
+                longest = max(row.length for row in sequence.rows)
+                self._make_room(sequence, longest + plan.window, inputs[plan.captured.roles.tokens].device)
             judged = self._run_round(sequence)
             if self._record is not None:
                 self._record.round(sequence.number, judged)
@@ -272,29 +281,38 @@ class Session:
 
     def _begin(self, sites: Rows[Site], batch: int, columns: int, device: torch.device) -> Sequence:
         """A new sequence, which drafts warily where the one that ran last had no gain of it."""
-        sequence = self.table.create(sites, batch, columns, device, self.home)
+        self.table.release_orphans()
+        if self.home.weighs(device):
+            self.table.collect_captured()
+        if self.table.all_resident:
+            self.ring.clear()
+        sequence = self.table.create(sites, batch, columns, device, self.home, self.ring.nbytes)
         self._pace = sequence.pace = Pace(wary=self._pace.failed > 0)
         return sequence
 
     def _make_room(self, sequence: Sequence, columns: int, device: torch.device) -> None:
-        """Move a sequence's full KV to host memory where the device has no room for so many columns of it, and where it
-        lives was for us to choose; with one warning."""
+        """Weigh anew how a sequence is decoded before its full KV, which lives on the device, grows to so many columns;
+        where an explicit placement leaves no choice, forget what another configuration chose."""
+        if self.home.tier is not None:
+            if sequence.arranged.way is Way.OFF:
+                sequence.arranged = RESIDENT
+            return
         full = sequence.full
         if not full.resident or not 0 < full.columns < columns:
             return
-        if self.home.has_room(full, columns, device, self.table.taken):
-            return
-        held = max(row.length for row in sequence.rows)
-        sequence.full, sequence.way = self.home.moved(full, held, device), Way.SWAPPED
-        sequence.draft = sequence.early = sequence.asked = None
-        if not self._told_moved:
-            self._told_moved = True
-            log.warning(
-                "vericache: full KV goes on in host memory: the device has no room for %d columns\n  where: %s\n"
-                "  fix: free device memory, give device_memory_mb, or begin with placement='host'",
-                columns,
-                device,
-            )
+        taken, promised = self.table.taken(sequence)
+        taken += self.ring.nbytes
+        arranged = self.home.arrange(full.batch, columns, device, taken, promised, sequence.on_device)
+        if arranged.way is not Way.SWAPPED:
+            if arranged.way is not sequence.arranged.way:
+                sequence.rearrange(full, arranged)
+            try:
+                full.reserve(columns, device)
+            except torch.OutOfMemoryError:  # there is less in one piece than there seemed to be
+                arranged = Arrangement(Way.SWAPPED)
+        if arranged.way is Way.SWAPPED:
+            held = max(row.length for row in sequence.rows)
+            sequence.rearrange(self.home.moved(full, held, device), arranged)
 
     def _recover(self, sequence: Sequence, lost: PageLost) -> None:
         """Compute the sequence's full KV again, into host memory; raises `lost` where that cannot be done."""
@@ -360,7 +378,7 @@ class Session:
         tokens = sum(row.length - row.pad for row in sequence.rows)
         held = (full.nbytes, full.nbytes * full.resident, self.ring.nbytes, draft, sequence.apart)
         self.footprint = Footprint(*held, tokens)
-        self.placement, self.way = str(full.tier), str(sequence.way)
+        self.placement, self.way = str(full.tier), str(sequence.arranged.way)
         self._newest, self._pace = weakref.ref(sequence), sequence.pace
 
     def _say_as_captured(self, found: str, where: str, fix: str) -> None:
@@ -378,7 +396,7 @@ class Session:
     def _sequence(self, plan: CapturedPlan, inputs: Rows[Any]) -> tuple[Sequence, int]:
         past = [inputs[i] for site in plan.sites if site.past is not None for i in site.past]
         columns = columns_of(plan, inputs)
-        return self.table.find(past, columns) or self._adopt(plan, inputs, columns)
+        return self.table.find(past, columns, self.home) or self._adopt(plan, inputs, columns)
 
     def _adopt(self, plan: CapturedPlan, inputs: Rows[Any], columns: int | None) -> tuple[Sequence, int]:
         """A sequence over a copy of real cached data (a cache that an uncompiled model built), and its columns."""

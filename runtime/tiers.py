@@ -11,15 +11,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import chain
 
 import torch
 from torch import Tensor
 
 from vericache_compile.kernels.block_attention import BLOCK
-from vericache_compile.plan import Site, Tier, Way
-from vericache_compile.runtime.caches import GROWTH, FullKV, room_for
+from vericache_compile.plan import Arrangement, Site, Tier, Way
+from vericache_compile.runtime.caches import FullKV, room_for
 from vericache_compile.runtime.pages import (
     FilePage,
     HostPage,
@@ -43,26 +43,34 @@ class Home:
     """The place that new sequences' full KV goes to."""
 
     tier: Tier | None = Tier.DEVICE
-    """None: the device while there is room, else host memory."""
+    """None: as `weigh` says."""
     device_bytes: int | None = None
     """Room for KV on the device; None for what is free there (on the CPU: as much as is wanted)."""
     folder: str | None = None
     """Of the disk tier: where its file is made; None for the system's folder for temporary files."""
     link: Link | None = None
     """What brings pages to the device; None on the device tier."""
-    weigh: Callable[[int, int, float], Way] | None = None
+    weigh: Callable[[int, int, float], Arrangement] | None = None
     """(rows, columns, bytes of room) -> how so much is decoded; where no tier is given."""
 
     def weighs(self, device: torch.device) -> bool:
         """Whether there is something to weigh: no tier is given, and room on the device is bounded."""
-        return self.tier is None and self._room(device, 0) is not None
+        return self.tier is None and self._room(device) is not None
 
-    def choose(self, batch: int, columns: int, device: torch.device, taken: int = 0) -> Way:
-        """How a new sequence of so many columns is decoded; `taken` is what other sequences take of the room."""
+    def arrange(
+        self, batch: int, columns: int, device: torch.device, taken: float = 0, promised: float = 0, own: float = 0
+    ) -> Arrangement:
+        """How a sequence of so many columns is decoded.
+
+        Of the room other sequences have `taken` so many bytes, and `promised` is what their draft caches will take; its
+        `own` is free for it, too.
+        """
         if self.tier is not None:
-            return Way.RESIDENT if self.tier is Tier.DEVICE else Way.SWAPPED
-        room = self._room(device, taken)
-        return Way.RESIDENT if room is None or self.weigh is None else self.weigh(batch, columns + GROWTH, room)
+            return Arrangement(Way.RESIDENT if self.tier is Tier.DEVICE else Way.SWAPPED)
+        room = self._room(device, taken, promised, own)
+        if room is None or self.weigh is None:
+            return Arrangement(Way.RESIDENT)
+        return self.weigh(batch, columns, room)
 
     def make(self, sites: Sequence[Site], batch: int, way: Way) -> FullKV:
         """An empty cache."""
@@ -71,29 +79,21 @@ class Home:
         assert self.link is not None, "a tier outside the device needs a link"
         return PagedKV(sites, batch, self.tier or Tier.HOST, self.folder, self.link)
 
-    def has_room(self, full: FullKV, columns: int, device: torch.device, taken: int) -> bool:
-        """Whether a cache on the device can grow to so many columns, where its tier was for us to choose; it is copied
-        site by site."""
-        room = self._room(device, taken) if self.tier is None else None
-        if room is None:
-            return True
-        sizes = [full.batch * site.bytes_per_token for site in full.sites]
-        more = (room_for(columns) - full.columns) * sum(sizes)
-        return more + (room_for(columns) * max(sizes) if self.device_bytes is None else 0) <= room
-
     def moved(self, full: FullKV, columns: int, device: torch.device) -> FullKV:
-        """The first `columns` columns of a cache on the device, in host memory."""
+        """The first `columns` columns of a cache on the device, in host memory; said once."""
+        _tell_moved(str(device))
         made = self.make(full.sites, full.batch, Way.SWAPPED)
         made.reserve(columns, device)
         for layer in range(len(full.sites)):
             made.append(layer, *full.read(layer, 0, columns), [0] * full.batch)
         return made
 
-    def _room(self, device: torch.device, taken: int) -> int | None:
+    def _room(self, device: torch.device, taken: float = 0, promised: float = 0, own: float = 0) -> float | None:
         """Bytes of device memory that are left for KV; torch's own cache of freed blocks counts as free."""
         if self.device_bytes is not None:
-            return self.device_bytes - taken
-        return self._free(device)
+            return self.device_bytes - taken - promised
+        free = self._free(device)
+        return None if free is None else free - promised + own
 
     @staticmethod
     def _free(device: torch.device) -> int | None:
@@ -101,6 +101,15 @@ class Home:
             return None
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + cached
+
+
+@cache
+def _tell_moved(device: str) -> None:
+    log.warning(
+        "vericache: full KV goes on in host memory: the device has no room for it any more\n  where: %s\n"
+        "  fix: free device memory, give device_memory_mb, or begin with placement='host'",
+        device,
+    )
 
 
 class PagedKV(FullKV):
@@ -151,6 +160,7 @@ class PagedKV(FullKV):
 
     def append(self, layer: int, k: Tensor, v: Tensor, columns: Sequence[int]) -> None:
         """Write k [B, K, T, D] and v [B, K, T, E] from column columns[b] on."""
+        self.link.stored += sum(x.nbytes for x in (k, v)[: self.sites[layer].sides])
         with self.link.outgoing(k, v):
             for b, column in enumerate(columns):
                 pages = partial(self._writable, layer, b)

@@ -128,7 +128,7 @@ class Link:
     def __init__(self, gbps: float | None = None) -> None:
         self.gbps = gbps
         self.stored = 0
-        """Bytes that went from the device to pages."""
+        """Bytes of full KV that went to pages."""
         self._queue: queue.SimpleQueue[Transfer | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._stream: torch.cuda.Stream | None = None
@@ -161,7 +161,6 @@ class Link:
 
     def store(self, target: Tensor, source: Tensor) -> None:
         """Copy source [K, T, D] from the device to target of the same shape in a page, within `outgoing`."""
-        self.stored += source.nbytes
         if self._stream is None:
             target.copy_(source)
             return

@@ -33,8 +33,9 @@ from vericache_compile.compressors import table
 from vericache_compile.compressors.base import Compressor
 from vericache_compile.compressors.dense import DenseKV
 from vericache_compile.machine import Bandwidths
+from vericache_compile.model_state import state_of
 from vericache_compile.plan import Way
-from vericache_compile.runtime import compression, drafting, tiers
+from vericache_compile.runtime import compression, drafting, sequence_table, tiers
 from vericache_compile.runtime.caches import BLOCK, FullKV, bytes_of
 from vericache_compile.runtime.pace import Pace
 from vericache_compile.runtime.ring import Ring, aligned
@@ -390,8 +391,18 @@ TOKENS = 512 * 2 * 2 * (16 + 16) * 4
 
 @pytest.fixture
 def close(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sequences are planned with few tokens beyond their prompt."""
-    monkeypatch.setattr(tiers, "GROWTH", 16)
+    """Sequences are planned with few tokens beyond their prompt, for a fast link, and as if drafts were good."""
+    monkeypatch.setattr(load.Auto, "tokens_per_round", None)
+    monkeypatch.setattr(load, "bandwidths", lambda device: Bandwidths(10.0, 50.0))
+    monkeypatch.setattr(sequence_table, "GROWTH", 16)
+
+
+def on_device(model: PreTrainedModel) -> int:
+    """Bytes of KV that are on the device, of all sequences, and of the ring."""
+    state = state_of(list(model.parameters()))
+    assert state is not None
+    assert state.latest is not None
+    return int(state.table.taken()[0] + state.latest.session.ring.nbytes)
 
 
 def test_auto_leaves_the_device_when_its_room_is_taken(close: None) -> None:
@@ -399,12 +410,13 @@ def test_auto_leaves_the_device_when_its_room_is_taken(close: None) -> None:
     model = make_tiny("llama")
     prompt = make_prompt(300)
     plain = model.generate(**prompt, max_new_tokens=12, do_sample=False)
-    model.compile(backend="vericache", options={"device_memory_mb": 2 * TOKENS / 2**20, **EAGER})
+    model.compile(backend="vericache", options={"device_memory_mb": 2.6 * TOKENS / 2**20, **EAGER})
     cache, other = DynamicCache(), DynamicCache()
     settings = {"max_new_tokens": 12, "do_sample": False}
     for own, placement, way in ((cache, "device", Way.RESIDENT), (other, "host", Way.SWAPPED)):
         assert torch.equal(model.generate(**prompt, past_key_values=own, **settings), plain)
         assert (stats(model)["placement"], stats(model)["way"]) == (placement, way)
+    assert on_device(model) <= 1.05 * 2.6 * TOKENS
 
 
 @pytest.mark.parametrize(("compressor", "way"), [("streaming(keep=0.05)", Way.RESIDENT), ("int8", Way.OFF)])
@@ -427,10 +439,9 @@ def rows_of(model: PreTrainedModel, inputs: dict[str, Tensor], count: int) -> Te
 
 @pytest.mark.parametrize(("link_gbps", "way"), [(1000.0, Way.SWAPPED), (0.01, Way.OFF)])
 def test_auto_weighs_the_link_where_drafts_do_not_fit(
-    link_gbps: float, way: Way, close: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    link_gbps: float, way: Way, close: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Over a slow link decoding in place without drafts is the faster one: then none are made, nor room for them."""
-    monkeypatch.setattr(load, "bandwidths", lambda device: Bandwidths(10.0, 5.0))
     model, inputs = make_tiny("llama"), make_prompt(300)
     model.compile(backend="vericache", options=EAGER)
     first = rows_of(model, inputs, 20)
@@ -459,6 +470,7 @@ def test_a_sequence_that_outgrows_the_device_goes_on_in_host_memory(
     first = rows_of(model, inputs, 260)
     how = {"device_memory_mb": 3.3 * TOKENS / 2**20, "compressor": compressor, **EAGER}
     model.compile(backend="vericache", options=how)
+    tiers._tell_moved.cache_clear()
     moved, move = [], Home.moved
 
     def note(self: Home, full: FullKV, columns: int, device: torch.device) -> FullKV:
@@ -470,10 +482,54 @@ def test_a_sequence_that_outgrows_the_device_goes_on_in_host_memory(
         assert torch.equal(first, rows_of(model, inputs, 260))
         assert stats(model)["way"] == Way.SWAPPED
         assert stats(model)["bytes"]["full_on_device"] == 0
+        assert on_device(model) <= 1.1 * 3.3 * TOKENS
         use_drafter(monkeypatch, random_guess(VOCABULARY))
     assert len(moved) == 2
     assert all(480 < columns < 512 for columns in moved)
     assert caplog.text.count("full KV goes on in host memory") == 1
+
+
+@pytest.mark.parametrize("count", [4, pytest.param(3, marks=pytest.mark.slow)])
+def test_forks_leave_the_device_when_its_room_is_taken(count: int, close: None) -> None:
+    """Copies of one prefix share what host memory holds of it."""
+    model, ids = make_tiny("llama"), make_prompt(300)["input_ids"]
+    plain = model.generate(ids, max_new_tokens=12, do_sample=False)
+    model.compile(backend="vericache", options={"device_memory_mb": 4.5 * TOKENS / 2**20, **EAGER})
+    cache, held = DynamicCache(), []
+    with torch.no_grad():
+        model(ids[:, :-1], past_key_values=cache)
+    for own in [copy.deepcopy(cache) for _ in range(count)]:
+        assert torch.equal(model.generate(ids, past_key_values=own, max_new_tokens=12, do_sample=False), plain)
+        assert on_device(model) <= 1.05 * 4.5 * TOKENS
+        held.append(own)
+    assert stats(model)["way"] == Way.SWAPPED
+
+
+def test_a_prompt_in_chunks_is_weighed_as_one(close: None) -> None:
+    """Its first chunk would fit, and full KV of all of them, but not drafts' besides."""
+    model, inputs = make_tiny("llama"), make_prompt(900)
+    plain = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+    how = {"device_memory_mb": 2.3 * TOKENS / 2**20, "compressor": "int8", **EAGER}
+    model.compile(backend="vericache", options=how)
+    for chunk in (None, 200):
+        made = model.generate(**inputs, max_new_tokens=12, do_sample=False, prefill_chunk_size=chunk)
+        assert torch.equal(made, plain)
+        assert stats(model)["way"] != Way.RESIDENT
+        assert on_device(model) <= 1.05 * 2.3 * TOKENS
+
+
+def test_what_auto_chose_is_no_choice_of_another_placement(close: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sequence that was decoded without drafts goes on with them."""
+    monkeypatch.setattr(load, "bandwidths", lambda device: Bandwidths(10.0, 0.01))
+    model, cache, ids = make_tiny("llama"), DynamicCache(), make_prompt(300)["input_ids"]
+    plain = model.generate(ids, max_new_tokens=40, do_sample=False)
+    model.compile(backend="vericache", options={"device_memory_mb": 1.2 * TOKENS / 2**20, **EAGER})
+    ids = model.generate(ids, past_key_values=cache, max_new_tokens=20, do_sample=False)
+    assert stats(model)["way"] == Way.OFF
+    model.compile(backend="vericache", options={"placement": "device", **EAGER})
+    assert torch.equal(model.generate(ids, past_key_values=cache, max_new_tokens=20, do_sample=False), plain)
+    assert stats(model)["way"] == Way.RESIDENT
+    assert stats(model)["drafted"] > 0
 
 
 def test_drafts_that_never_pay_are_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:

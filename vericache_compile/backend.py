@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 from vericache_compile import optimized_module
 from vericache_compile.config import Config, make_config
 from vericache_compile.errors import UnsupportedGraph
-from vericache_compile.estimate import bytes_per_weight, compressed_bytes, measure
+from vericache_compile.estimate import Measured, bytes_per_weight, measure
 from vericache_compile.kernels import native
 from vericache_compile.load import Auto, count_weights
 from vericache_compile.machine import bandwidths
@@ -124,6 +124,7 @@ def _take(
             how = (values, low, staging, watching, buffers)
             try:
                 plans[key] = plan_capture(gm, batch, window, inductor, made.compiled, *how)
+                made.session.table.captured = True
             except UnsupportedGraph as reason:
                 plans[key] = reason
                 for observer in () if first else watching:  # a refusal of the first is told by `vericache`
@@ -150,7 +151,7 @@ def _take(
         device = inputs[parameters[0]].device
         if session.home.weigh is None and session.home.weighs(device):
             weights = count_weights([inputs[i] for i in parameters])
-            measured = measure(session.compressor, captured.sites)
+            measured = measured_for(compilation_of(inputs, parameters, config), captured.sites)
             weigh = Auto(config, measured, weights, device, session.counts, session.casts)
             session.home = replace(session.home, weigh=weigh)
         try:
@@ -163,6 +164,13 @@ def _take(
         return session.run(chosen, inputs)
 
     return run
+
+
+def measured_for(made: Compilation, sites: Sequence[Site]) -> Measured:
+    """What the compressor of a compilation takes at its sites, measured once."""
+    if made.measured is None:
+        made.measured = measure(made.session.compressor, sites)
+    return made.measured
 
 
 def staging_of(config: Config, inputs: Sequence[Any], parameters: Sequence[int], batch: int) -> Staging | None:
@@ -267,7 +275,7 @@ def _tell(made: Compilation, plan: CapturedPlan | DecodePlan) -> None:
         return
     made.told = True
     full = sum(site.bytes_per_token for site in made.sites)
-    compressed = round(compressed_bytes(made.session.compressor, made.sites))
+    compressed = round(measured_for(made, made.sites).draft)
     left = f", not taken: {'; '.join(made.reasons)}" if made.reasons else ""
     log.info(
         "vericache: graphs seen %d, attention sites taken %d of %d%s, compressor %s, window %d, "

@@ -28,8 +28,10 @@ class SiteBytes:
     """Of draft's cache."""
     left: float
     """Of full KV that draft's cache does not hold as it was cached."""
-    in_place: float
-    """Of draft's cache what grows in place where steps are recorded: tokens kept whole, and codes that kernels read."""
+    whole: float = 0.0
+    """Of draft's cache what is tokens kept whole."""
+    codes: float = 0.0
+    """Of draft's cache what is codes that kernels read."""
     tail: int = 0
     """Tokens, not bytes: the newest, which the method leaves to the exact tail whenever others join."""
 
@@ -48,9 +50,14 @@ class Measured:
         return sum(each.draft for each in self.own)
 
     @property
-    def in_place(self) -> float:
-        """Bytes per token of draft's caches that grow in place on a GPU, and so have room to."""
-        return sum(each.in_place for each in self.own)
+    def whole(self) -> float:
+        """Bytes per token of draft's caches of tokens kept whole, which grow in place on a GPU, and so have room to."""
+        return sum(each.whole for each in self.own)
+
+    @property
+    def codes(self) -> float:
+        """Bytes per token of those of codes that kernels read, which do too."""
+        return sum(each.codes for each in self.own)
 
     def tail(self, beyond: int) -> float:
         """Bytes of the tokens that stay in exact tails, beyond so many at each site."""
@@ -85,10 +92,10 @@ def measure(compressor: Compressor, sites: Sequence[Site], probes: Sequence[int]
         method, full = compressor.for_layer(site.layer, len(sites)), float(site.bytes_per_token)
         shape = (repr(method), site.heads, site.kv_heads, site.head_size, site.value_size)
         if site.window is not None:
-            found.append(SiteBytes(full, 0.0, 0.0))
+            found.append(SiteBytes(full, 0.0))
         elif method.donor is not None:
             lends = sites[method.donor].shape == site.shape
-            found.append(SiteBytes(0.0, full, 0.0) if lends else SiteBytes(full, 0.0, full))
+            found.append(SiteBytes(0.0, full) if lends else SiteBytes(full, 0.0, full))
         else:
             if shape not in measured:
                 measured[shape] = _measure(method, site, probes)
@@ -104,12 +111,12 @@ def compressed_bytes(compressor: Compressor, sites: Sequence[Site], tokens: int 
 def _measure(method: Compressor, site: Site, probes: Sequence[int]) -> SiteBytes:
     region, full = _probe(method, site, probes), float(site.bytes_per_token)
     if region is None:
-        return SiteBytes(full, 0.0, 0.0)
-    kept, grows = region.as_cached or (0,), isinstance(region, DenseKV) or region.packed is not None
+        return SiteBytes(full, 0.0)
+    kept, dense = region.as_cached or (0,), isinstance(region, DenseKV)
     own = (region.keys.nbytes if site.latent and isinstance(region, DenseKV) else region.nbytes) / region.covered
-    return SiteBytes(
-        own, full * (1 - sum(kept) / (len(kept) * region.covered)), own if grows else 0.0, method.least_tail
-    )
+    left = full * (1 - sum(kept) / (len(kept) * region.covered))
+    codes = own if region.packed is not None else 0.0
+    return SiteBytes(own, left, own if dense else 0.0, codes, method.least_tail)
 
 
 def _probe(method: Compressor, site: Site, probes: Sequence[int]) -> CompressedKV | None:

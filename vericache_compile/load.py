@@ -12,8 +12,8 @@ import torch
 from vericache_compile.config import Config
 from vericache_compile.estimate import Measured, bytes_per_weight
 from vericache_compile.machine import bandwidths
-from vericache_compile.plan import FEW, Way
-from vericache_compile.runtime.compression import EXACT, SPARE
+from vericache_compile.plan import FEW, Arrangement, Way
+from vericache_compile.runtime.compression import CHUNK, EXACT, SPARE
 from vericache_compile.runtime.counts import Counts
 from vericache_compile.runtime.executor import WeightCasts
 from vericache_compile.runtime.planner import Choice, Load, Machine, choices, choose
@@ -24,6 +24,8 @@ Weights = Mapping[torch.dtype, int]
 """How many weights there are of each type."""
 ROUNDS = 8
 """Rounds with drafts that say how many tokens one gives."""
+LATELY = 512
+"""Rounds, with drafts or without, among which these are looked for."""
 EXPECTED = 0.875
 """Of a window, the tokens that a round is taken to give before any was seen."""
 
@@ -52,7 +54,8 @@ def make_load(
     held, sliding = (
         sum(site.bytes_per_token for site in sites if every or site.window is not None) for every in (True, False)
     )
-    in_place = measured.in_place if device.type == "cuda" else 0.0
+    whole, codes = (measured.whole, measured.codes) if device.type == "cuda" else (0.0, 0.0)
+    spare = context * (whole + codes) / SPARE + (EXACT * held if whole else 0.0) + (CHUNK + 2 * config.window) * codes
     rows = (batch, min(batch, FEW.get(device.type, 1)))
     read, few = (
         sum(count * bytes_per_weight(config, dtype, device, each) for dtype, count in weights.items()) for each in rows
@@ -70,7 +73,7 @@ def make_load(
         tokens_per_round=tokens_per_round or EXPECTED * config.window,
         reload=measured.reloaded(context) / (context * (held - sliding)) if sliding < held else 1.0,
         sliding_kv=float(sliding),
-        spare=measured.tail(EXACT) + (context * in_place / SPARE + EXACT * held if in_place else 0.0),
+        spare=measured.tail(EXACT) + spare,
         repeated=columns_fed(context) if "repeated" in compressor.wants else 0,
         few=None if few == read else (rows[1], few),
     )
@@ -88,8 +91,8 @@ class Auto:
     casts: WeightCasts
     _said: set[str] = field(default_factory=set)
 
-    def __call__(self, batch: int, columns: int, room: float) -> Way:
-        """The way for sequences that may become so long, where `room` bytes of device memory are left for them.
+    def __call__(self, batch: int, columns: int, room: float) -> Arrangement:
+        """How sequences that may become so long are decoded, where `room` bytes of device memory are left for them.
 
         Verifying in place wherever that fits: what a round saves of it, drafting decides later (`runtime/pace.py`).
         Else the faster one of decoding in place without drafts, where that fits, and of swapping; by the acceptance
@@ -103,18 +106,28 @@ class Auto:
         made = choices(load, machine, self.config.staging_bytes)
         whole = {each.name: each for each in made if each.name in set(Way)}
         if whole[Way.RESIDENT].fits:
-            return Way.RESIDENT
+            return Arrangement(Way.RESIDENT, load.compressed_held)
         best = choose([whole[Way.OFF], whole[Way.SWAPPED]]) or whole[Way.SWAPPED]
         self._say(best, choose(made), columns, room)
-        return Way(best.name)
+        if best.name == Way.OFF:
+            return Arrangement(Way.OFF)
+        ring = best.staging_bytes if self.config.staging_bytes is None else None
+        return Arrangement(Way.SWAPPED, load.compressed_held, ring)
 
     @property
     def tokens_per_round(self) -> float | None:
-        """What the latest rounds with drafts gave each row; None while few were seen."""
-        drafting = [each for each in self.counts.latest if each.drafted]
+        """What a round of W tokens would give each row by the latest rounds with drafts, as verify judged them; None
+        where there were few lately: then it is as good as unknown again.
+
+        A drafted token is taken to stand as often as those before it: of those that stood and those that did not, where
+        a row keeps less than was drafted, the share that stood.
+        """
+        drafting = [each for each in list(self.counts.latest)[-LATELY:] if each.drafted]
         if len(drafting) < ROUNDS:
             return None
-        return 1 + sum(each.accepted for each in drafting) / sum(each.rows for each in drafting)
+        stood = sum(each.accepted for each in drafting)
+        share = stood / (stood + sum(min(each.rows, each.drafted - each.accepted) for each in drafting))
+        return sum(share**place for place in range(self.config.window))
 
     def _say(self, best: Choice, fastest: Choice | None, columns: int, room: float) -> None:
         """Say once per way why it is not verifying in place, and what would be faster."""
@@ -123,9 +136,10 @@ class Auto:
         self._said.add(best.name)
         better = "" if fastest is None or fastest.batch == best.batch else f"; {_rate(fastest, columns)}"
         log.info(
-            "vericache: %s, since resident verify does not fit into %.3g GB%s\n  %s",
+            "vericache: %s, since resident verify does not fit into %.3g GB%s%s\n  %s",
             _rate(best, columns),
             room / 1e9,
+            "" if best.fits else ", nor does anything else, and this takes the least",
             better,
             "\n  ".join(best.arithmetic),
         )

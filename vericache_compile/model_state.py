@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vericache_compile.config import AUTO, Config
+from vericache_compile.estimate import Measured
 from vericache_compile.observers import tokens_path
 from vericache_compile.plan import Compiled, Site, Tier
 from vericache_compile.runtime.executor import WeightCasts
@@ -32,6 +33,8 @@ class Compilation:
     reasons: list[str] = field(default_factory=list)
     seconds: float = 0.0
     sites: tuple[Site, ...] = ()
+    measured: Measured | None = None
+    """What its compressor takes at these."""
     told: bool = False
     dumps_failed: set[str] = field(default_factory=set)
     """Dump folders that could not be written to, each said once."""

@@ -131,6 +131,17 @@ class Way(StrEnum):
 
 
 @dataclass(frozen=True)
+class Arrangement:
+    """How a sequence is decoded, and what it may take of device memory beside full KV."""
+
+    way: Way
+    draft_bytes: float = 0.0
+    """Of its draft cache, by estimate."""
+    ring_bytes: float | None = None
+    """The most that the ring may take; None: as much as pays."""
+
+
+@dataclass(frozen=True)
 class Staging:
     """Device memory for full KV that comes in. Schedules count it in slots, each for one site's full KV of all rows."""
 
@@ -141,9 +152,15 @@ class Staging:
     per_draft_byte: float = 0.0
     """What it may take besides, per byte of draft's KV: the longer a round drafts, the more comes meanwhile."""
 
-    def bytes_beside(self, draft_bytes: int) -> int:
-        """What it may take beside so many bytes of draft's KV."""
-        return self.nbytes + rounded(int(self.per_draft_byte * draft_bytes))
+    most: float | None = None
+    """What it may take at all."""
+
+    def bytes_beside(self, draft_bytes: int, seen: int = 0) -> int:
+        """What it may take beside so many bytes of draft's KV: no less than what was `seen` to come while a round
+        drafted, unless its size was given."""
+        wanted = self.nbytes + rounded(int(self.per_draft_byte * draft_bytes))
+        wanted = max(wanted, seen) if self.per_draft_byte else wanted
+        return wanted if self.most is None else min(wanted, int(self.most))
 
     def slot_bytes(self, sites: Sequence[Site], batch: int) -> int:
         """Bytes of a slot: the largest site's full KV."""

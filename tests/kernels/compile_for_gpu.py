@@ -27,7 +27,7 @@ from vericache_compile.kernels.row_invariant_linear import Tiles, tiles_of
 from vericache_compile.kernels.verify_attention import PART, SPLIT, tile_sizes
 
 PARTS = {"outs", "tops", "totals"}
-NUMBERS = {"places", "l_batch", "l_head", "kv_heads", "splits", "skipped", "tokens", "first", "rows", "blocks"}
+NUMBERS = {"places", "l_batch", "l_head", "kv_heads", "splits", "skipped", "tokens", "room", "end", "rows", "blocks"}
 HEADS = ("to_k_", "to_v_", "kept_k_", "kept_v_", "left_k_", "left_v_")
 WIDTHS = {"bf16": 2, "fp16": 2, "fp32": 4}
 
@@ -40,7 +40,7 @@ def kind_of(name: str, dtype: str) -> str:
         return "fp32"
     if name.endswith("_codes"):
         return "*u8"
-    if name in ("starts", "lefts", "slots", "firsts"):
+    if name in ("starts", "lefts", "slots", "firsts", "covered"):
         return "*i64"
     if name in ("held", "before"):
         return "*i1" if name == "held" else "*i32"

@@ -21,7 +21,7 @@ from vericache_compile.plan import Site
 
 
 class CompressedKV(ABC):
-    """An immutable compressed region over the first `covered` tokens of one row of one site."""
+    """A compressed region over the first `covered` tokens of one row of one site; what it holds of these stays."""
 
     covered: int
     """Tokens of the row that this region stands for: [0, covered)."""

@@ -84,7 +84,7 @@ class QuantizedKV(CompressedKV):
         tokens = keys.shape[1] // self.method.multiple * self.method.multiple
         more_keys, more_values = self.method.quantize(keys[:, :tokens], values[:, :tokens])
         covered = self.covered + tokens
-        if covered > self.room or not self.room:
+        if not self.covered < self.room >= covered:
             return type(self)(join(self.keys, more_keys), join(self.values, more_values), covered, self.method)
         for side, more in ((self._keys, more_keys), (self._values, more_values)):
             for held, part in zip(side, more, strict=True):
