@@ -299,7 +299,7 @@ class DraftLayer:
 
 
 class DraftKV:
-    """What the draft variant attends to: per site and row an immutable compressed region and an exact tail."""
+    """What the draft variant attends to: per site and row a compressed region and an exact tail."""
 
     def __init__(
         self,

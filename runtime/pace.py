@@ -67,6 +67,11 @@ class Pace:
         """How often drafting has been turned off since it last paid."""
         self._last: Seen | None = None
 
+    @property
+    def is_wary(self) -> bool:
+        """Whether drafting failed, and its latest rounds, if any, did not give twice what verifying alone would."""
+        return self.failed > 0 and sum(self.took) < 2 * max(len(self.took), 1)
+
     def note(self, seen: Seen) -> None:
         """A round has ended."""
         if self.resting:

@@ -69,7 +69,6 @@ def repeat_once(
         sequence.repeated = None
         return
     lengths = [row.length for row in sequence.rows]
-    sequence.repeated = sequence.repeated and sequence.repeated.cut(lengths)
     if sequence.draft is None and not _is_known(sequence.repeated, lengths, compressor.refresh):
         began = time.perf_counter()
         repeats = knows_context(sequence) and has_positions(sequence, plan.position_limit)

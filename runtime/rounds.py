@@ -66,6 +66,7 @@ def run_round(
     sequence.full.reserve(max(start.columns) + plan.window, device)
     verify = bind_weights(plan.verify, inputs, casts)
     sequence.draft = usable_draft(sequence.draft, start, compressor, plan, counts, bool(horizon))
+    sequence.repeated = sequence.repeated and sequence.repeated.cut(start.columns)
     if horizon or sequence.draft is not None:  # a round without drafts needs none, but is not to leave gaps in one
         repeat_once(sequence, compressor, plan, verify, ring, counts, device)
         telling = Telling(sequence, plan, inputs, rotations, compressor)

@@ -6,6 +6,7 @@ import gc
 import itertools
 import weakref
 from collections.abc import Sequence as Rows
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -14,9 +15,10 @@ from torch import Tensor
 from vericache_compile.errors import GhostError
 from vericache_compile.plan import Arrangement, CapturedPlan, Site, Way
 from vericache_compile.runtime import ghosts
-from vericache_compile.runtime.caches import GROWTH, FullKV
+from vericache_compile.runtime.caches import FullKV
+from vericache_compile.runtime.ring import Ring
 from vericache_compile.runtime.sequences import Sequence
-from vericache_compile.runtime.tiers import Home
+from vericache_compile.runtime.tiers import Home, Taken
 
 if TYPE_CHECKING:
     from vericache_compile.runtime.mirrors import Mirror
@@ -59,27 +61,21 @@ class SequenceTable:
         self._by_number: dict[int, Sequence] = {}
         self.captured = False
         """Whether a graph has been captured since the last look at what is garbage."""
+        self.rings: weakref.WeakSet[Ring] = weakref.WeakSet()
+        """Of all sessions."""
         self.mirrors: dict[int, Mirror] = {}
         """Sequences that copy a caller's buffers, by data pointer of the first buffer."""
 
     def create(
-        self,
-        sites: Rows[Site],
-        batch: int,
-        columns: int = 0,
-        device: torch.device = CPU,
-        home: Home | None = None,
-        ring: int = 0,
+        self, sites: Rows[Site], batch: int, columns: int = 0, device: torch.device = CPU, home: Home | None = None
     ) -> Sequence:
-        """A new, empty sequence for `columns` columns, whose full KV lives at `home` (on the device where not given),
-        beside a ring of so many bytes.
+        """A new, empty sequence for `columns` columns, whose full KV lives at `home` (on the device where not given).
 
         Sequences without live ghosts are released first.
         """
         self.release_orphans()
         home = home or Home()
-        taken, promised = self.taken()
-        arranged = home.arrange(batch, columns + GROWTH, device, taken + ring, promised)
+        arranged = home.arrange(batch, columns, device, self.taken())
         made = Sequence(next(self._numbers), home.make(sites, batch, arranged.way), arranged)
         self._by_number[made.number] = made
         return made
@@ -97,12 +93,16 @@ class SequenceTable:
         """Whether full KV of all sequences lies on the device, so that no ring is needed."""
         return all(each.full.resident for each in self._by_number.values())
 
-    def taken(self, spared: Sequence | None = None) -> tuple[float, float]:
-        """Bytes of device memory that sequences, but the spared one, take for good, and that their draft caches will
-        take besides."""
+    def taken(self, spared: Sequence | None = None) -> Taken:
+        """What is taken of device memory beside a sequence."""
         held = [*self._by_number.values(), *(mirror.sequence for mirror in self.mirrors.values())]
         others = [each for each in held if each is not spared]
-        return sum(each.on_device for each in others), sum(each.promised for each in others)
+        return Taken(
+            sum(each.on_device for each in others),
+            sum(each.promised for each in others),
+            sum(ring.nbytes for ring in self.rings),
+            0 if spared is None else spared.on_device,
+        )
 
     def unnamed(self, sites: Rows[Site], batch: int) -> Sequence:
         """A new, empty sequence that no ghost names: whoever asks for it holds it."""
@@ -244,10 +244,10 @@ class SequenceTable:
     def _fork(self, sequence: Sequence, rows: Rows[int], columns: int, home: Home | None) -> Sequence:
         if any(sequence.rows[r].length < columns for r in rows):
             raise GhostError("a cache longer than what was computed for it", f"column {columns}", REBUILD)
+        self.release_orphans(spared=sequence)
         arranged = self._make_room(sequence, len(rows), columns, home)
         made = sequence.fork(next(self._numbers), list(rows), columns)
         made.arranged = arranged or made.arranged
-        self.release_orphans(spared=sequence)
         self._by_number[made.number] = made
         return made
 
@@ -256,10 +256,11 @@ class SequenceTable:
         memory, which it then shares."""
         if home is None or not sequence.full.resident or not home.weighs(device := sequence.full.keys[0].device):
             return None
-        arranged = home.arrange(rows, columns, device, *self.taken())
+        arranged = home.arrange(rows, columns, device, self.taken())
         if arranged.way is Way.SWAPPED:
-            held = max(row.length for row in sequence.rows)
-            sequence.rearrange(home.moved(sequence.full, held, device), arranged)
+            if arranged.ring_bytes is not None:
+                arranged = replace(arranged, ring_bytes=arranged.ring_bytes + sequence.on_device)
+            sequence.move(home, device, arranged)
         return arranged
 
 

@@ -21,6 +21,7 @@ from vericache_compile.runtime.pace import Pace
 
 if TYPE_CHECKING:
     from vericache_compile.runtime.recovery import Call, Version
+    from vericache_compile.runtime.tiers import Home
 
 RESIDENT = Arrangement(Way.RESIDENT)
 
@@ -167,10 +168,16 @@ class Sequence:
         """Bytes that its draft cache will take, while there is none."""
         return self.arranged.draft_bytes if self.draft is None else 0.0
 
-    def rearrange(self, full: FullKV, arranged: Arrangement) -> None:
-        """Go on with the same full KV elsewhere, or without drafts."""
-        self.full, self.arranged = full, arranged
+    def rearrange(self, arranged: Arrangement, full: FullKV | None = None) -> None:
+        """Go on in another way, maybe with the same full KV elsewhere: without what belongs to the way before."""
+        self.full, self.arranged = full or self.full, arranged
         self.draft = self.early = self.asked = None
+        self.has_drafted, self.pace = False, Pace(wary=self.pace.is_wary)
+
+    def move(self, home: Home, device: torch.device, arranged: Arrangement) -> None:
+        """Go on with full KV in host memory."""
+        held = max(row.length for row in self.rows)
+        self.rearrange(arranged, home.moved(self.full, held, device))
 
     def staging(self, planned: Staging | None) -> Staging | None:
         """The ring that a plan has, as large as this sequence may have it."""
@@ -271,7 +278,7 @@ class Sequence:
     def fork(self, number: int, rows: Rows[int], columns: int) -> Sequence:
         """A new sequence of the given rows (repeats allowed), holding the first `columns` columns."""
         made = Sequence(number, self.full.select(rows, columns), self.arranged)
-        made.forked = True
+        made.forked, made.pace = True, Pace(wary=self.pace.is_wary)
         made.regular, made.version, made.horizon, made.cut = self.regular, self.version, self.horizon, set(self.cut)
         for new, old in zip(made.rows, (self.rows[r] for r in rows), strict=True):
             new.pad, new.offset, new.length = old.pad, old.offset, min(old.length, columns)

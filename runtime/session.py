@@ -29,7 +29,7 @@ from vericache_compile.runtime.recovery import Call, record, recover, version_of
 from vericache_compile.runtime.ring import Ring
 from vericache_compile.runtime.rotations import Rotations
 from vericache_compile.runtime.sequence_table import SequenceTable, copy_in
-from vericache_compile.runtime.sequences import RESIDENT, Sequence
+from vericache_compile.runtime.sequences import Sequence
 from vericache_compile.runtime.sliding import columns_of, columns_shown, is_short
 from vericache_compile.runtime.store import Store
 from vericache_compile.runtime.tiers import Home, PagedKV
@@ -74,6 +74,7 @@ class Session:
         self.compressor = compressor
         self.home = home or Home()
         self.ring = ring or Ring()
+        self.table.rings.add(self.ring)
         self.counts = Counts()
         self.casts = casts
         self.prefill_seconds = 0.0
@@ -141,12 +142,14 @@ class Session:
         self._note_fed(plan, inputs, sequence.number, columns)
         self._make_room(sequence, columns + count + 1, device)
         sequence.repeated = sequence.repeated and sequence.repeated.cut([columns] * batch)
-        sequence.full.reserve(columns + count + 1, device)  # the next token's too: after whole blocks it would copy all
+        self._reserve(
+            sequence, columns + count + 1, device
+        )  # the next token's too: after whole blocks it would copy all
         pads = self._padding(sequence, roles, inputs)
         draft, starts = sequence.draft, [columns] * batch
         if draft is not None and (not draft.valid(starts) or draft.pads != pads or draft.room(starts) < count):
             sequence.draft = None
-        if "attention" not in self.compressor.wants:
+        if "attention" not in self.compressor.wants or sequence.arranged.way is Way.OFF:
             sequence.drawn = None
         elif columns == 0:
             sequence.drawn = Drawn.empty(plan.sites, batch, device)
@@ -249,6 +252,8 @@ class Session:
             self._note_fed(captured, inputs, None, columns)
             return list(captured.module(*inputs))
         mirror = find_mirror(self.table, captured, inputs, columns)
+        if mirror.sequence.decode is None:
+            mirror.sequence.pace = Pace(wary=self._pace.is_wary)
         made = iter(self._rows(plan, inputs, mirror.sequence, fed, columns))
         write_back(mirror, captured, inputs, columns)
         self._note(mirror.sequence)
@@ -284,42 +289,48 @@ class Session:
         self.table.release_orphans()
         if self.home.weighs(device):
             self.table.collect_captured()
-        if self.table.all_resident:
-            self.ring.clear()
-        sequence = self.table.create(sites, batch, columns, device, self.home, self.ring.nbytes)
-        self._pace = sequence.pace = Pace(wary=self._pace.failed > 0)
+            if self.table.all_resident and self.home.link is not None:
+                self.home.link.catch_up()  # a round that was given up may still have copies to it under way
+                self.ring.clear()
+        sequence = self.table.create(sites, batch, columns, device, self.home)
+        self._pace = sequence.pace = Pace(wary=self._pace.is_wary)
         return sequence
 
     def _make_room(self, sequence: Sequence, columns: int, device: torch.device) -> None:
-        """Weigh anew how a sequence is decoded before its full KV, which lives on the device, grows to so many columns;
-        where an explicit placement leaves no choice, forget what another configuration chose."""
-        if self.home.tier is not None:
-            if sequence.arranged.way is Way.OFF:
-                sequence.arranged = RESIDENT
+        """Weigh anew how a sequence is decoded where its full KV, which lives on the device, grows to so many columns,
+        or another configuration chose."""
+        full, mine = sequence.full, sequence.arranged.by == self.home.key
+        grows = full.resident and 0 < full.columns < columns
+        if mine and (self.home.tier is not None or not grows):
             return
-        full = sequence.full
-        if not full.resident or not 0 < full.columns < columns:
+        if self.home.tier is not None or not full.resident:
+            way = Way.RESIDENT if full.resident else Way.SWAPPED
+            sequence.arranged = Arrangement(way, by=self.home.key)
             return
-        taken, promised = self.table.taken(sequence)
-        taken += self.ring.nbytes
-        arranged = self.home.arrange(full.batch, columns, device, taken, promised, sequence.on_device)
-        if arranged.way is not Way.SWAPPED:
-            if arranged.way is not sequence.arranged.way:
-                sequence.rearrange(full, arranged)
-            try:
-                full.reserve(columns, device)
-            except torch.OutOfMemoryError:  # there is less in one piece than there seemed to be
-                arranged = Arrangement(Way.SWAPPED)
+        arranged = self.home.arrange(full.batch, columns, device, self.table.taken(sequence))
         if arranged.way is Way.SWAPPED:
-            held = max(row.length for row in sequence.rows)
-            sequence.rearrange(self.home.moved(full, held, device), arranged)
+            sequence.move(self.home, device, arranged)
+        elif arranged.way is not sequence.arranged.way:
+            sequence.rearrange(arranged)
+        self._reserve(sequence, columns, device)
+
+    def _reserve(self, sequence: Sequence, columns: int, device: torch.device) -> None:
+        """Room for so many columns; in host memory where the device has less of it in one piece than there seemed to
+        be, and where full KV lives was for us to choose."""
+        try:
+            sequence.full.reserve(columns, device)
+        except torch.OutOfMemoryError:
+            if self.home.tier is not None or not sequence.full.resident:
+                raise
+            sequence.move(self.home, device, Arrangement(Way.SWAPPED, ring_bytes=0, by=self.home.key))
+            sequence.full.reserve(columns, device)
 
     def _recover(self, sequence: Sequence, lost: PageLost) -> None:
         """Compute the sequence's full KV again, into host memory; raises `lost` where that cannot be done."""
         full = sequence.full
         assert isinstance(full, PagedKV), "pages are lost from files only"
         batch = len(sequence.calls[0].before) if sequence.calls else full.batch
-        replica = Sequence(-1, PagedKV(full.sites, batch, Tier.HOST, None, full.link))
+        replica = Sequence(-1, PagedKV(full.sites, batch, Tier.HOST, None, full.link), sequence.arranged)
         replica.full.reserve(full.columns, full.device)
         replica.decode = sequence.decode
 

@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from vericache_compile.kernels.block_attention import BLOCK
 from vericache_compile.plan import Arrangement, Site, Tier, Way
-from vericache_compile.runtime.caches import FullKV, room_for
+from vericache_compile.runtime.caches import GROWTH, FullKV, room_for
 from vericache_compile.runtime.pages import (
     FilePage,
     HostPage,
@@ -38,6 +39,19 @@ CHUNK_BYTES = 1 << 20
 Page = HostPage | FilePage
 
 
+class Taken(NamedTuple):
+    """Bytes of device memory that sequences take."""
+
+    held: float = 0
+    """By KV of all but the one that is asked for."""
+    promised: float = 0
+    """What draft caches of these will take."""
+    ring: float = 0
+    """By rings, which all sequences share."""
+    own: float = 0
+    """By KV of the one that is asked for: free for it, too."""
+
+
 @dataclass(frozen=True)
 class Home:
     """The place that new sequences' full KV goes to."""
@@ -50,27 +64,26 @@ class Home:
     """Of the disk tier: where its file is made; None for the system's folder for temporary files."""
     link: Link | None = None
     """What brings pages to the device; None on the device tier."""
-    weigh: Callable[[int, int, float], Arrangement] | None = None
-    """(rows, columns, bytes of room) -> how so much is decoded; where no tier is given."""
+    weigh: Callable[[int, int, float, float], Arrangement] | None = None
+    """(rows, columns, bytes of room, bytes of the ring beside it) -> how so much is decoded; where no tier is given."""
+
+    @property
+    def key(self) -> tuple[Tier | None, int | None]:
+        """What decides where full KV lives."""
+        return self.tier, self.device_bytes
 
     def weighs(self, device: torch.device) -> bool:
         """Whether there is something to weigh: no tier is given, and room on the device is bounded."""
-        return self.tier is None and self._room(device) is not None
+        return self.tier is None and self._room(device, Taken()) is not None
 
-    def arrange(
-        self, batch: int, columns: int, device: torch.device, taken: float = 0, promised: float = 0, own: float = 0
-    ) -> Arrangement:
-        """How a sequence of so many columns is decoded.
-
-        Of the room other sequences have `taken` so many bytes, and `promised` is what their draft caches will take; its
-        `own` is free for it, too.
-        """
+    def arrange(self, batch: int, columns: int, device: torch.device, taken: Taken) -> Arrangement:
+        """How a sequence of so many columns, that may grow by GROWTH, is decoded beside what is taken."""
         if self.tier is not None:
-            return Arrangement(Way.RESIDENT if self.tier is Tier.DEVICE else Way.SWAPPED)
-        room = self._room(device, taken, promised, own)
+            return Arrangement(Way.RESIDENT if self.tier is Tier.DEVICE else Way.SWAPPED, by=self.key)
+        room = self._room(device, taken)
         if room is None or self.weigh is None:
-            return Arrangement(Way.RESIDENT)
-        return self.weigh(batch, columns, room)
+            return Arrangement(Way.RESIDENT, by=self.key)
+        return replace(self.weigh(batch, columns + GROWTH, room, taken.ring), by=self.key)
 
     def make(self, sites: Sequence[Site], batch: int, way: Way) -> FullKV:
         """An empty cache."""
@@ -83,17 +96,18 @@ class Home:
         """The first `columns` columns of a cache on the device, in host memory; said once."""
         _tell_moved(str(device))
         made = self.make(full.sites, full.batch, Way.SWAPPED)
-        made.reserve(columns, device)
-        for layer in range(len(full.sites)):
-            made.append(layer, *full.read(layer, 0, columns), [0] * full.batch)
+        if columns:
+            made.reserve(columns, device)
+            for layer in range(len(full.sites)):
+                made.append(layer, *full.read(layer, 0, columns), [0] * full.batch)
         return made
 
-    def _room(self, device: torch.device, taken: float = 0, promised: float = 0, own: float = 0) -> float | None:
+    def _room(self, device: torch.device, taken: Taken) -> float | None:
         """Bytes of device memory that are left for KV; torch's own cache of freed blocks counts as free."""
         if self.device_bytes is not None:
-            return self.device_bytes - taken - promised
+            return self.device_bytes - taken.held - taken.promised - taken.ring
         free = self._free(device)
-        return None if free is None else free - promised + own
+        return None if free is None else free - taken.promised + taken.own
 
     @staticmethod
     def _free(device: torch.device) -> int | None:

@@ -28,14 +28,15 @@ from test_canonical import compiled, logits_of, random_guess, shared, use_drafte
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from vericache_compile import load, stats
+from vericache_compile import backend, load, stats
 from vericache_compile.compressors import table
 from vericache_compile.compressors.base import Compressor
 from vericache_compile.compressors.dense import DenseKV
+from vericache_compile.estimate import Measured
 from vericache_compile.machine import Bandwidths
 from vericache_compile.model_state import state_of
-from vericache_compile.plan import Way
-from vericache_compile.runtime import compression, drafting, sequence_table, tiers
+from vericache_compile.plan import Site, Way
+from vericache_compile.runtime import compression, drafting, tiers
 from vericache_compile.runtime.caches import BLOCK, FullKV, bytes_of
 from vericache_compile.runtime.pace import Pace
 from vericache_compile.runtime.ring import Ring, aligned
@@ -394,15 +395,14 @@ def close(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sequences are planned with few tokens beyond their prompt, for a fast link, and as if drafts were good."""
     monkeypatch.setattr(load.Auto, "tokens_per_round", None)
     monkeypatch.setattr(load, "bandwidths", lambda device: Bandwidths(10.0, 50.0))
-    monkeypatch.setattr(sequence_table, "GROWTH", 16)
+    monkeypatch.setattr(tiers, "GROWTH", 16)
 
 
 def on_device(model: PreTrainedModel) -> int:
     """Bytes of KV that are on the device, of all sequences, and of the ring."""
     state = state_of(list(model.parameters()))
     assert state is not None
-    assert state.latest is not None
-    return int(state.table.taken()[0] + state.latest.session.ring.nbytes)
+    return int(state.table.taken().held + state.table.taken().ring)
 
 
 def test_auto_leaves_the_device_when_its_room_is_taken(close: None) -> None:
@@ -482,11 +482,77 @@ def test_a_sequence_that_outgrows_the_device_goes_on_in_host_memory(
         assert torch.equal(first, rows_of(model, inputs, 260))
         assert stats(model)["way"] == Way.SWAPPED
         assert stats(model)["bytes"]["full_on_device"] == 0
-        assert on_device(model) <= 1.1 * 3.3 * TOKENS
+        assert on_device(model) <= 1.2 * 3.3 * TOKENS
         use_drafter(monkeypatch, random_guess(VOCABULARY))
     assert len(moved) == 2
     assert all(480 < columns < 512 for columns in moved)
     assert caplog.text.count("full KV goes on in host memory") == 1
+
+
+@pytest.mark.parametrize("compressor", ["h2o", pytest.param("kvzip", marks=pytest.mark.slow)])
+def test_what_has_moved_is_cropped_and_goes_on(compressor: str, close: None) -> None:
+    """Further turns, and another try at one, of a sequence that began on the device."""
+    model, ids = make_tiny("llama"), make_prompt(300, 2)["input_ids"]
+    how = {"device_memory_mb": 3.3 * TOKENS / 2**20, "compressor": compressor, **EAGER}
+
+    def talk() -> list[Tensor]:
+        cache, out = DynamicCache(config=model.config), []
+        given = grow(model, ids, cache, 215)
+        for turn, crop in ((1, 0), (2, 0), (3, 260)):
+            if crop:
+                cache.crop(crop - cache.get_seq_length())
+            given = torch.cat(
+                [given[:, : cache.get_seq_length() + 1], make_prompt(5, 2, seed=turn)["input_ids"]], dim=1
+            )
+            given = grow(model, given, cache, 20)
+            out.append(given)
+        return out
+
+    plain = talk()
+    model.compile(backend="vericache", options=how)
+    made = talk()
+    assert stats(model)["way"] == Way.SWAPPED
+    assert all(map(torch.equal, made, plain))
+
+
+def test_a_device_without_memory_for_growth_leaves_it_to_host_memory(
+    monkeypatch: pytest.MonkeyPatch, close: None
+) -> None:
+    """There was room by the count, and not in one piece; where an explicit placement asks for the device, it raises."""
+    model, inputs, move = make_tiny("llama"), make_prompt(300), FullKV._move
+    plain = model.generate(**inputs, max_new_tokens=260, do_sample=False)
+
+    def refuse(self: FullKV, room: int, device: torch.device) -> None:
+        move(self, room, device) if room <= 512 else refused()
+
+    def refused() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(FullKV, "_move", refuse)
+    model.compile(backend="vericache", options={"device_memory_mb": 1000, **EAGER})
+    assert torch.equal(model.generate(**inputs, max_new_tokens=260, do_sample=False), plain)
+    assert stats(model)["way"] == Way.SWAPPED
+    model.compile(backend="vericache", options={"placement": "device", **EAGER})
+    with pytest.raises(torch.OutOfMemoryError):
+        model.generate(**inputs, max_new_tokens=260, do_sample=False)
+
+
+def test_auto_knows_which_layers_slide(close: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a prompt's graph by what it cuts off its caches."""
+    seen: list[list[int | None]] = []
+    measure = backend.measure
+
+    def note(compressor: Compressor, sites: Sequence[Site]) -> Measured:
+        seen.append([site.window for site in sites])
+        return measure(compressor, sites)
+
+    monkeypatch.setattr(backend, "measure", note)
+    model, inputs = make_tiny("gemma3_text"), make_prompt(300)
+    plain = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+    model.compile(backend="vericache", options={"device_memory_mb": 1000, **EAGER})
+    assert torch.equal(model.generate(**inputs, max_new_tokens=12, do_sample=False), plain)
+    assert any(seen[0])
+    assert seen[0] == seen[-1]
 
 
 @pytest.mark.parametrize("count", [4, pytest.param(3, marks=pytest.mark.slow)])
@@ -500,7 +566,7 @@ def test_forks_leave_the_device_when_its_room_is_taken(count: int, close: None) 
         model(ids[:, :-1], past_key_values=cache)
     for own in [copy.deepcopy(cache) for _ in range(count)]:
         assert torch.equal(model.generate(ids, past_key_values=own, max_new_tokens=12, do_sample=False), plain)
-        assert on_device(model) <= 1.05 * 4.5 * TOKENS
+        assert on_device(model) <= 1.1 * 4.5 * TOKENS
         held.append(own)
     assert stats(model)["way"] == Way.SWAPPED
 
@@ -514,7 +580,7 @@ def test_a_prompt_in_chunks_is_weighed_as_one(close: None) -> None:
     for chunk in (None, 200):
         made = model.generate(**inputs, max_new_tokens=12, do_sample=False, prefill_chunk_size=chunk)
         assert torch.equal(made, plain)
-        assert stats(model)["way"] != Way.RESIDENT
+        assert stats(model)["way"] == Way.SWAPPED
         assert on_device(model) <= 1.05 * 2.3 * TOKENS
 
 

@@ -15,6 +15,7 @@ from vericache_compile.config import Config, make_config
 from vericache_compile.errors import VericacheError
 from vericache_compile.model_state import Compilation, ModelState, state_of
 from vericache_compile.optimized_module import calls_compiled
+from vericache_compile.plan import Way
 
 
 @dataclass(frozen=True)
@@ -237,6 +238,8 @@ def _lossy_divergence(compiled: Any, inputs: Mapping[str, Tensor], plain: Tensor
     if made.session.last is None:
         return None
     assert made.session.newest is not None, "a prefill makes a sequence"
+    if made.session.newest.arranged.way is Way.OFF:
+        return None  # there is no room for a compressed cache
     alone = made.session.draft_alone(made.session.newest, plain[:, 0].tolist(), plain.shape[1] - 1)
     del held
     differs = torch.tensor(alone) != plain[:, 1:].cpu()

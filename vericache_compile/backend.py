@@ -149,11 +149,12 @@ def _take(
     def run(*inputs: Any) -> Any:
         session = compilation_of(inputs, parameters, config).session
         device = inputs[parameters[0]].device
-        if session.home.weigh is None and session.home.weighs(device):
-            weights = count_weights([inputs[i] for i in parameters])
+        if session.home.weighs(device):
             measured = measured_for(compilation_of(inputs, parameters, config), captured.sites)
-            weigh = Auto(config, measured, weights, device, session.counts, session.casts)
-            session.home = replace(session.home, weigh=weigh)
+            if not isinstance(held := session.home.weigh, Auto) or held.measured is not measured:
+                weights = count_weights([inputs[i] for i in parameters])
+                weigh = Auto(config, measured, weights, device, session.counts, session.casts)
+                session.home = replace(session.home, weigh=weigh)
         try:
             chosen = plan_for(inputs, inputs[tokens].shape[0])
         except UnsupportedGraph as reason:  # taken for one model or batch, and not for another that runs it
@@ -167,10 +168,13 @@ def _take(
 
 
 def measured_for(made: Compilation, sites: Sequence[Site]) -> Measured:
-    """What the compressor of a compilation takes at its sites, measured once."""
-    if made.measured is None:
-        made.measured = measure(made.session.compressor, sites)
-    return made.measured
+    """What the compressor of a compilation takes at its sites, measured once, and again when decode steps show which of
+    them slide. Of a prefill's those slide whose tensors it cuts."""
+    known = made.measured
+    sites = [site if site.kept is None or site.window else replace(site, window=site.kept + 1) for site in sites]
+    if known is None or sum(bool(site.window) for site in sites) > sum(bool(site.window) for site in known.sites):
+        known = made.measured = measure(made.session.compressor, sites)
+    return known
 
 
 def staging_of(config: Config, inputs: Sequence[Any], parameters: Sequence[int], batch: int) -> Staging | None:

@@ -81,7 +81,7 @@ def make_load(
 
 @dataclass
 class Auto:
-    """How a new sequence of one model is decoded under `placement="auto"`; holds numbers of the model, no tensors."""
+    """How a new sequence of one model is decoded under `placement="auto"`."""
 
     config: Config
     measured: Measured
@@ -91,8 +91,9 @@ class Auto:
     casts: WeightCasts
     _said: set[str] = field(default_factory=set)
 
-    def __call__(self, batch: int, columns: int, room: float) -> Arrangement:
-        """How sequences that may become so long are decoded, where `room` bytes of device memory are left for them.
+    def __call__(self, batch: int, columns: int, room: float, ring: float = 0) -> Arrangement:
+        """How sequences that may become so long are decoded, where `room` bytes of device memory are left for them, and
+        a ring of so many bytes is there already.
 
         Verifying in place wherever that fits: what a round saves of it, drafting decides later (`runtime/pace.py`).
         Else the faster one of decoding in place without drafts, where that fits, and of swapping; by the acceptance
@@ -104,15 +105,17 @@ class Auto:
         link = self.config.link_gbps or found.link_gbps
         machine = Machine(room + load.weights, found.memory_gbps, link)
         made = choices(load, machine, self.config.staging_bytes)
+        shared = choices(load, replace(machine, device_bytes=machine.device_bytes + ring), self.config.staging_bytes)
         whole = {each.name: each for each in made if each.name in set(Way)}
+        whole |= {each.name: each for each in shared if each.name == Way.SWAPPED}
         if whole[Way.RESIDENT].fits:
             return Arrangement(Way.RESIDENT, load.compressed_held)
         best = choose([whole[Way.OFF], whole[Way.SWAPPED]]) or whole[Way.SWAPPED]
         self._say(best, choose(made), columns, room)
         if best.name == Way.OFF:
             return Arrangement(Way.OFF)
-        ring = best.staging_bytes if self.config.staging_bytes is None else None
-        return Arrangement(Way.SWAPPED, load.compressed_held, ring)
+        left = max(room + ring - load.copies - load.compressed_held, 0)
+        return Arrangement(Way.SWAPPED, load.compressed_held, left if self.config.staging_bytes is None else None)
 
     @property
     def tokens_per_round(self) -> float | None:

@@ -139,6 +139,8 @@ class Arrangement:
     """Of its draft cache, by estimate."""
     ring_bytes: float | None = None
     """The most that the ring may take; None: as much as pays."""
+    by: tuple[Tier | None, int | None] | None = None
+    """Whose choice it was (`Home.key`)."""
 
 
 @dataclass(frozen=True)
