@@ -25,6 +25,7 @@ def test_json_is_the_explanation(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert made["not_taken"] == []
 
 
+@pytest.mark.slow
 def test_tables_for_people(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("COLUMNS", "140")
     monkeypatch.setattr(cli_explain, "load", lambda *args: (make_tiny("gpt2", layers=3), None))

@@ -104,6 +104,7 @@ def test_the_pipeline_uses_the_compiled_model() -> None:
     assert out.endswith("same")
 
 
+@pytest.mark.slow
 def test_the_patch_can_be_switched_off() -> None:
     out = run(
         """

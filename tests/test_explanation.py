@@ -116,6 +116,7 @@ def test_a_mask_of_another_kind_is_named_with_its_line() -> None:
     assert "test_explanation.py" in reason["where"]
 
 
+@pytest.mark.slow
 def test_attention_spelled_out_has_the_same_sites() -> None:
     model = make_tiny("llama")
     fused = explain(model, **make_prompt(7), options=OPTIONS)

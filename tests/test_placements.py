@@ -489,7 +489,8 @@ def test_a_sequence_that_outgrows_the_device_goes_on_in_host_memory(
     assert caplog.text.count("full KV goes on in host memory") == 1
 
 
-@pytest.mark.parametrize("compressor", ["h2o", pytest.param("kvzip", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("compressor", ["h2o", "kvzip"])
 def test_what_has_moved_is_cropped_and_goes_on(compressor: str, close: None) -> None:
     """Further turns, and another try at one, of a sequence that began on the device."""
     model, ids = make_tiny("llama"), make_prompt(300, 2)["input_ids"]
@@ -571,6 +572,7 @@ def test_forks_leave_the_device_when_its_room_is_taken(count: int, close: None) 
     assert stats(model)["way"] == Way.SWAPPED
 
 
+@pytest.mark.slow
 def test_a_prompt_in_chunks_is_weighed_as_one(close: None) -> None:
     """Its first chunk would fit, and full KV of all of them, but not drafts' besides."""
     model, inputs = make_tiny("llama"), make_prompt(900)

@@ -75,7 +75,7 @@ CALLERS = [
     pytest.param(several_ways, marks=pytest.mark.slow),
     a_cache_without_a_configuration,
     a_cache_from_the_uncompiled_model,
-    pytest.param(prompt_lookup, marks=ALIKE),
+    pytest.param(prompt_lookup, marks=[ALIKE, pytest.mark.slow]),
 ]
 
 

@@ -440,6 +440,7 @@ def test_whatever_went_before_rows_are_right_or_there_are_none(history: Callable
     assert len(made) == len(expected) or history in NO_WAY_BACK
 
 
+@pytest.mark.slow
 def test_a_copy_of_a_state_that_was_dropped_is_an_error() -> None:
     """With no page lost: the cache went on another way since."""
     model, ids = make_tiny("llama", layers=2), make_prompt(300)["input_ids"]

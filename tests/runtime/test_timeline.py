@@ -88,6 +88,7 @@ def test_a_trace_changes_no_token(tmp_path: Path) -> None:
     assert torch.equal(run(tmp_path / "trace.json", 3)[1], plain)
 
 
+@pytest.mark.slow
 def test_a_trace_ends_where_the_option_is_gone_and_begins_anew_with_it(tmp_path: Path) -> None:
     first, second, model = tmp_path / "first.json", tmp_path / "second.json", make_tiny("llama")
     sizes = []
