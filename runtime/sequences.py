@@ -203,9 +203,8 @@ class Sequence:
         staging = self.staging(staging)
         if staging is None or self.full.tier is not Tier.HOST or not compressor.is_lasting or self.forked:
             return False
-        return self.full.batch * columns * sum(site.bytes_per_token for site in self.full.sites) > staging.bytes_beside(
-            0
-        )
+        full = self.full.batch * columns * sum(site.bytes_per_token for site in self.full.sites)
+        return full > staging.bytes_beside(0)
 
     def take_early(self, compressor: Compressor, columns: Rows[int]) -> Early | None:
         """What prefill made for this compressor, once; None where there is nothing that still holds."""

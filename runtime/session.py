@@ -142,9 +142,8 @@ class Session:
         self._note_fed(plan, inputs, sequence.number, columns)
         self._make_room(sequence, columns + count + 1, device)
         sequence.repeated = sequence.repeated and sequence.repeated.cut([columns] * batch)
-        self._reserve(
-            sequence, columns + count + 1, device
-        )  # the next token's too: after whole blocks it would copy all
+        # the next token's too: after whole blocks it would copy all
+        self._reserve(sequence, columns + count + 1, device)
         pads = self._padding(sequence, roles, inputs)
         draft, starts = sequence.draft, [columns] * batch
         if draft is not None and (not draft.valid(starts) or draft.pads != pads or draft.room(starts) < count):
@@ -286,8 +285,8 @@ class Session:
 
     def _begin(self, sites: Rows[Site], batch: int, columns: int, device: torch.device) -> Sequence:
         """A new sequence, which drafts warily where the one that ran last had no gain of it."""
-        self.table.release_orphans()
         if self.home.weighs(device):
+            self.table.release_orphans()
             self.table.collect_captured()
             if self.table.all_resident and self.home.link is not None:
                 self.home.link.catch_up()  # a round that was given up may still have copies to it under way

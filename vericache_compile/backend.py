@@ -147,14 +147,10 @@ def _take(
     first.clear()
 
     def run(*inputs: Any) -> Any:
-        session = compilation_of(inputs, parameters, config).session
-        device = inputs[parameters[0]].device
-        if session.home.weighs(device):
-            measured = measured_for(compilation_of(inputs, parameters, config), captured.sites)
-            if not isinstance(held := session.home.weigh, Auto) or held.measured is not measured:
-                weights = count_weights([inputs[i] for i in parameters])
-                weigh = Auto(config, measured, weights, device, session.counts, session.casts)
-                session.home = replace(session.home, weigh=weigh)
+        made = compilation_of(inputs, parameters, config)
+        session = made.session
+        if not isinstance(held := session.home.weigh, Auto) or held.measured is not made.measured:
+            let_weigh(made, inputs, parameters, captured.sites)
         try:
             chosen = plan_for(inputs, inputs[tokens].shape[0])
         except UnsupportedGraph as reason:  # taken for one model or batch, and not for another that runs it
@@ -165,6 +161,16 @@ def _take(
         return session.run(chosen, inputs)
 
     return run
+
+
+def let_weigh(made: Compilation, inputs: Sequence[Any], parameters: Sequence[int], sites: Sequence[Site]) -> None:
+    """Have a session weigh where full KV lives, where there is something to weigh; the inputs at `parameters` are the
+    model's."""
+    session, device = made.session, inputs[parameters[0]].device
+    if session.home.weighs(device):
+        measured, weights = measured_for(made, sites), count_weights([inputs[i] for i in parameters])
+        weigh = Auto(made.config, measured, weights, device, session.counts, session.casts)
+        session.home = replace(session.home, weigh=weigh)
 
 
 def measured_for(made: Compilation, sites: Sequence[Site]) -> Measured:
