@@ -55,7 +55,7 @@ class Pace:
     """The latest rounds of one sequence. Each is noted when it ends, and counted when its caller wants the next."""
 
     def __init__(self, *, wary: bool = False) -> None:
-        """`wary`: drafting did not pay for the sequence before, so it begins as if it had failed here once."""
+        """`wary`: drafts were in vain for the sequence before, so it begins as if they had been here once."""
         self.seen: deque[Seen] = deque(maxlen=ROUNDS)
         self.took: deque[float] = deque(maxlen=ROUNDS)
         """Rows that the caller took of each, averaged over the batch."""
@@ -65,12 +65,14 @@ class Pace:
         """Rounds still to come without drafts."""
         self.failed = int(wary)
         """How often drafting has been turned off since it last paid."""
+        self.gain = 1.0
+        """Rows that the caller took of a round, over those that were looked at last."""
         self._last: Seen | None = None
 
     @property
     def is_wary(self) -> bool:
-        """Whether drafting failed, and its latest rounds, if any, did not give twice what verifying alone would."""
-        return self.failed > 0 and sum(self.took) < 2 * max(len(self.took), 1)
+        """Whether drafting failed because it gave little, not because of the time that it took just then."""
+        return self.failed > 0 and self.gain < 2
 
     def note(self, seen: Seen) -> None:
         """A round has ended."""
@@ -87,6 +89,7 @@ class Pace:
             return
         self.seen.append(last)
         self.took.append(took)
+        self.gain = sum(self.took) / len(self.took)
         wrong = len(self.took) >= (WARY if self.failed else WRONG) and max(self.took) <= 1
         if wrong or (len(self.seen) == ROUNDS and not self.pays()):
             self.resting = min(REST << self.failed, LONGEST_REST)

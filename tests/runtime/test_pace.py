@@ -57,6 +57,19 @@ def test_it_is_tried_again_and_less_often_each_time_that_it_fails() -> None:
     assert pace.resting == REST, "it had paid in between"
 
 
+def test_the_next_sequence_is_wary_where_drafts_gave_little() -> None:
+    """Not where they were right, and slow: what else the machine did then is no reason."""
+    for took, wary in ((1, True), (1.5, True), (4, False)):
+        pace = Pace()
+        rounds(pace, took=took, draft_seconds=8.0)
+        assert pace.failed
+        assert pace.is_wary is wary
+    pace = Pace(wary=True)
+    assert pace.is_wary
+    rounds(pace, took=5, draft_seconds=1.0, count=2)
+    assert not pace.is_wary, "though it has not paid for long"
+
+
 def test_a_little_slower_is_no_reason() -> None:
     """Within five per cent, drafting stays on."""
     pace = Pace()
