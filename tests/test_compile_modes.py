@@ -55,7 +55,8 @@ def test_autocast() -> None:
     assert stats(model)["rounds"] > 0
 
 
-@pytest.mark.parametrize("inductor", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("inductor", [False, True])
 def test_methods_that_multiply_keep_the_caches_type_under_autocast(
     inductor: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -118,6 +118,7 @@ def test_the_patch_can_be_switched_off() -> None:
     assert out == "False"
 
 
+@pytest.mark.slow
 def test_the_first_compilation_says_one_line() -> None:
     program = textwrap.dedent(MODEL) + textwrap.dedent(
         """

@@ -222,6 +222,7 @@ def test_a_batch_after_a_prompt_lookup_is_taken(compiled: PreTrainedModel) -> No
         assert stats(compiled)["rounds"] > before
 
 
+@pytest.mark.slow
 def test_assistant_and_model_may_both_be_compiled(compiled: PreTrainedModel) -> None:
     """Each has sequences of its own; the assistant's cache is cropped after each of its turns."""
     plain = greedy(make_tiny("llama"), prompt(), count=15)

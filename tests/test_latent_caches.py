@@ -51,7 +51,9 @@ def make_prompt(tokens: int, batch: int = 1) -> dict[str, Tensor]:
     ("attention", "changes", "batch", "compressors"),
     [
         pytest.param("sdpa", {}, 3, ["none"], marks=pytest.mark.slow),
-        ("eager", {"q_lora_rank": None} | DENSE, 3, ["none", "streaming(keep=0.1)"]),
+        pytest.param(
+            "eager", {"q_lora_rank": None} | DENSE, 3, ["none", "streaming(keep=0.1)"], marks=pytest.mark.slow
+        ),
         ("sdpa", {"rope_interleave": False} | DENSE, 3, COMPRESSORS),
         ("sdpa", DENSE, 1, ["none"]),
         pytest.param("sdpa", {}, 1, COMPRESSORS, marks=pytest.mark.slow),

@@ -62,7 +62,8 @@ def test_long_outputs_of_every_method_are_plain(name: str) -> None:
         check_long_output(text, tokens=120, batch=1, count=count)
 
 
-@pytest.mark.parametrize("name", ["h2o", pytest.param("expected_attention", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["h2o", "expected_attention"])
 def test_what_is_noted_can_be_added_to_in_any_mode(name: str) -> None:
     """A prefill under inference_mode, then steps under no_grad and inference_mode by turns."""
     from transformers import DynamicCache

@@ -71,6 +71,7 @@ def test_by_default_there_is_one_line_for_a_model_and_one_warning_for_a_graph_no
     ]
 
 
+@pytest.mark.slow
 def test_torchs_channels_carry_our_lines_artifacts_and_dumps(tmp_path: Path) -> None:
     traces, debug = tmp_path / "traces", tmp_path / "debug"
     said = run(

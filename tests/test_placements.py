@@ -437,7 +437,9 @@ def rows_of(model: PreTrainedModel, inputs: dict[str, Tensor], count: int) -> Te
     return torch.stack(model.generate(**inputs, max_new_tokens=count, **settings).logits)
 
 
-@pytest.mark.parametrize(("link_gbps", "way"), [(1000.0, Way.SWAPPED), (0.01, Way.OFF)])
+@pytest.mark.parametrize(
+    ("link_gbps", "way"), [pytest.param(1000.0, Way.SWAPPED, marks=pytest.mark.slow), (0.01, Way.OFF)]
+)
 def test_auto_weighs_the_link_where_drafts_do_not_fit(
     link_gbps: float, way: Way, close: None, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -538,6 +540,7 @@ def test_a_device_without_memory_for_growth_leaves_it_to_host_memory(
         model.generate(**inputs, max_new_tokens=260, do_sample=False)
 
 
+@pytest.mark.slow
 def test_auto_knows_which_layers_slide(close: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a prompt's graph by what it cuts off its caches."""
     seen: list[list[int | None]] = []
@@ -586,6 +589,7 @@ def test_a_prompt_in_chunks_is_weighed_as_one(close: None) -> None:
         assert on_device(model) <= 1.05 * 2.3 * TOKENS
 
 
+@pytest.mark.slow
 def test_what_auto_chose_is_no_choice_of_another_placement(close: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sequence that was decoded without drafts goes on with them."""
     monkeypatch.setattr(load, "bandwidths", lambda device: Bandwidths(10.0, 0.01))

@@ -87,6 +87,7 @@ def test_callers_with_sliding_layers_get_plain_tokens(call: Caller) -> None:
     assert stats(model)["rounds"] > 0 or call is prompt_lookup
 
 
+@pytest.mark.slow
 def test_a_first_call_on_a_full_sliding_cache_falls_back_once() -> None:
     """Where all layers slide, nothing in that call's graph says how long the cache is."""
     plain, ours, model = both(a_cache_from_the_uncompiled_model, "mistral")

@@ -52,7 +52,7 @@ def test_a_family_with_recurrent_layers_is_left_with_its_reason(name: str) -> No
 @pytest.mark.parametrize(
     ("name", "attention"),
     [
-        ("gpt_oss", "eager"),
+        pytest.param("gpt_oss", "eager", marks=pytest.mark.slow),
         pytest.param("bloom", "eager", marks=pytest.mark.slow),
         pytest.param("falcon-alibi", "sdpa", marks=pytest.mark.slow),
         pytest.param("mpt", "eager", marks=pytest.mark.slow),

@@ -117,6 +117,7 @@ def test_masks_are_as_they_were_whatever_came_after() -> None:
     assert bytes_of(*grown) < 4 * bytes_of(torch.ones(2, 400))
 
 
+@pytest.mark.slow
 def test_the_caller_may_write_to_what_it_has_handed_over() -> None:
     """A prompt in two chunks that came in one buffer."""
     model, ids = make_tiny("llama", layers=3), make_prompt(600)["input_ids"]
@@ -261,6 +262,7 @@ def test_rows_in_another_order(rows: list[int], chunk: int) -> None:
     assert torch.equal(drive(True), drive(False))
 
 
+@pytest.mark.slow
 def test_beams_over_a_lost_page(monkeypatch: pytest.MonkeyPatch) -> None:
     model, prompt = make_tiny("llama", layers=3), make_prompt(300)
     settings = {"do_sample": False, "max_new_tokens": 30, "num_beams": 3}

@@ -203,7 +203,7 @@ def test_queries_are_the_newest_tokens_own_whatever_the_window(told: Told) -> No
 @pytest.mark.parametrize(
     "count",
     [
-        1,
+        pytest.param(1, marks=pytest.mark.slow),
         3,
         pytest.param(2, marks=pytest.mark.slow),
         pytest.param(7, marks=pytest.mark.slow),
@@ -275,7 +275,9 @@ def test_what_was_repeated_stays_known_in_later_turns_and_not_beyond_a_cut() -> 
         pytest.param(
             "kvzip(window=4, refresh=200)", None, [TOKENS], id="a refresh that is not due", marks=pytest.mark.slow
         ),
-        pytest.param("kvzip(window=4, refresh=20)", None, [TOKENS, TOKENS + 44], id="a refresh"),
+        pytest.param(
+            "kvzip(window=4, refresh=20)", None, [TOKENS, TOKENS + 44], id="a refresh", marks=pytest.mark.slow
+        ),
         pytest.param("kvzip(window=4)", 30, [TOKENS, 70], id="a cut"),
     ],
 )
