@@ -457,6 +457,7 @@ def test_auto_weighs_the_link_where_drafts_do_not_fit(
     assert (made["rounds"] == made["rounds_without_drafts"] == 19) is (way == Way.OFF)
     assert bool(made["bytes"]["draft"]) is (way == Way.SWAPPED)
     assert made["bytes"]["full_on_device"] == (TOKENS if way == Way.OFF else 0)
+    assert (made["bytes"]["stored"] >= 319 * TOKENS / 512) is (way == Way.SWAPPED), "every column went to host memory"
 
 
 @pytest.mark.parametrize(

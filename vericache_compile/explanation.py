@@ -11,11 +11,10 @@ import torch
 from torch.fx import GraphModule
 
 from vericache_compile.backend import buffers_of, check_parameters, check_sites, parameters_of, staging_of
-from vericache_compile.compressors.base import Compressor
 from vericache_compile.config import Config, make_config
 from vericache_compile.dump.describe import describe_segments, describe_sites
 from vericache_compile.errors import UnsupportedGraph
-from vericache_compile.estimate import compressed_bytes, measure, weight_bytes
+from vericache_compile.estimate import Measured, measure, weight_bytes
 from vericache_compile.observers import make_observers
 from vericache_compile.passes import pipeline
 from vericache_compile.passes.bind_scalars import scalar_inputs
@@ -141,12 +140,12 @@ class _Recorder:
         if program is not None:
             made.batch, made.sites = program.batch, describe_sites(program)
             sites = [nodes.site for nodes in program.sites]
+            measured = measure(self.config.make_compressor(), sites)
             full = sum(site.bytes_per_token for site in sites)
-            compressed = compressed_bytes(self.config.make_compressor(), sites)
-            made.cache_bytes_per_token = {"full": full, "compressed": compressed}
-        if self.decode is not None:
-            _add_variants(made, self.decode, self.config.make_compressor())
-        elif not made.not_taken:
+            made.cache_bytes_per_token = {"full": full, "compressed": measured.draft}
+            if self.decode is not None:
+                _add_variants(made, self.decode, measured)
+        if self.decode is None and not made.not_taken:
             made.not_taken = [_row(None, _no_decode(model))]
         return made
 
@@ -165,7 +164,7 @@ def take(
     return program
 
 
-def _add_variants(made: Explanation, program: Program, compressor: Compressor) -> None:
+def _add_variants(made: Explanation, program: Program, measured: Measured) -> None:
     variants, weights = program.variants, program.found_roles.weights
     made.nodes = {"captured": len(program.module.graph.nodes)}
     made.nodes |= {name: len(module.graph.nodes) for name, module in variants.items()}
@@ -173,8 +172,7 @@ def _add_variants(made: Explanation, program: Program, compressor: Compressor) -
         keys = [segment["key"] for segment in describe_segments(program, name)]
         made.segments[name] = {"total": len(keys), "distinct": len(set(keys))}
     read = {name: weight_bytes(module, weights) for name, module in variants.items()}
-    cached = measure(compressor, [nodes.site for nodes in program.sites]).read(AT_TOKENS)
-    full, compressed = (program.batch * size for size in cached)
+    full, compressed = (program.batch * size for size in measured.read(AT_TOKENS))
     written = program.batch * int(made.cache_bytes_per_token["full"])
     made.bytes_per_step = {
         "at_tokens": AT_TOKENS,
