@@ -147,7 +147,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         dtype = torch.get_autocast_dtype(device)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     own = bias is None or bias.shape == weight.shape[:1]
-    made: Tensor = ops.linear(x, weight, bias if own else None)
+    made: Tensor = ops.LINEAR(x, weight, bias if own else None)
     return made if own or bias is None else made + bias
 
 

@@ -87,7 +87,7 @@ def run_round(
         drafted_at = moment(device)
         keep, show = compressor.queries > 0, _late(sequence, start)
         outputs, queries = verify_window(coming, draft, plan, verify, start, drafted, keep, show)
-        greedy = outputs[plan.logits][:, :, -1].argmax(-1).t()
+        greedy = outputs[plan.logits][: drafted.shape[1], :, -1].argmax(-1).t()
         verified_at = moment(device)
         predicted = greedy.tolist()  # the round's host wait
     finally:

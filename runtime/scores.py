@@ -1,7 +1,8 @@
 """Attention whose scores are changed before the softmax: soft caps, ALiBi, attention sinks.
 
-On the CPU the kernel does it, for other types than float32 on copies in float32. Elsewhere, and where there is no
-kernel, the same fixed blocks are worked on here, on the CPU with sums that do not depend on where a row stands.
+On the CPU the kernel does it, for other types than float32 and bfloat16 on copies in float32. Elsewhere, and where
+there is no kernel, the same fixed blocks are worked on here, on the CPU with sums that do not depend on where a row
+stands.
 
 Shapes: B batch, H query heads, K KV heads, G = H / K, W window, C columns, D head size, E value head size, P places.
 """
@@ -50,10 +51,12 @@ def attend_scores(
     row b sees columns from lefts[b][k] up to its own, and of these the last `reach` (None: all). Returns
     [B, H, W, E]."""
     end = max(starts) + q.shape[2]
-    own, k, v = (x.float() for x in (q, keys[:, :, :end], values[:, :, :end]))
-    if block_attention.serves(own):
-        return block_attention.attend(own, k, v, starts, lefts, scale, scores, reach).to(q.dtype)
-    rows = zip(own, k, v, starts, lefts, strict=True)
+    given = (q, keys[:, :, :end], values[:, :, :end])
+    if not block_attention.serves(q):
+        given = (given[0].float(), given[1].float(), given[2].float())
+    if block_attention.serves(given[0]):
+        return block_attention.attend(*given, starts, lefts, scale, scores, reach).to(q.dtype)
+    rows = zip(*given, starts, lefts, strict=True)
     return torch.stack([_attend_row(*row, scale, scores, reach) for row in rows]).to(q.dtype)
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vericache_compile import ops
-from vericache_compile.ops import attend, fill, has_onednn, heads_mm, linear
+from vericache_compile.kernels import native
+from vericache_compile.ops import LINEAR, attend, fill, has_onednn, heads_mm
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -84,8 +85,8 @@ BY_HEAD = (draw(2, 3, 4, 8), draw(4, 8, 5, seed=1))
         (attend, CALL),
         (attend, CHANGED),
         (attend, LATENT),
-        (linear, PRODUCT),
-        (linear, (*PRODUCT[:2], None)),
+        (LINEAR, PRODUCT),
+        (LINEAR, (*PRODUCT[:2], None)),
         (heads_mm, BY_HEAD),
     ],
 )
@@ -100,7 +101,7 @@ def test_fake_results_have_the_strides_of_real_ones(transposed: bool) -> None:
     by_head = BY_HEAD[0].transpose(0, 1) if transposed else BY_HEAD[0]
     for operator, inputs in (
         (attend, (q, k, v, *rest)),
-        (linear, (x, *PRODUCT[1:])),
+        (LINEAR, (x, *PRODUCT[1:])),
         (heads_mm, (by_head, BY_HEAD[1])),
     ):
         real = operator(*inputs)
@@ -170,13 +171,13 @@ def test_each_heads_rows_are_multiplied_by_its_own_weight() -> None:
 @pytest.mark.parametrize("bias", [PRODUCT[2], None])
 def test_a_window_of_products_is_one_product(bias: Tensor | None, axis: int) -> None:
     x, weight = draw(4, 2, 3, 8), PRODUCT[1]
-    made = torch.func.vmap(lambda x: linear(x, weight, bias), in_dims=axis)(x.movedim(0, axis))
-    assert torch.equal(made, linear(x, weight, bias))
+    made = torch.func.vmap(lambda x: LINEAR(x, weight, bias), in_dims=axis)(x.movedim(0, axis))
+    assert torch.equal(made, LINEAR(x, weight, bias))
 
 
 def test_a_weight_that_varies_over_a_window_is_refused() -> None:
     with pytest.raises(NotImplementedError, match="a weight differs over the window"):
-        torch.func.vmap(lambda weight: linear(PRODUCT[0], weight, None))(draw(4, 5, 8))
+        torch.func.vmap(lambda weight: LINEAR(PRODUCT[0], weight, None))(draw(4, 5, 8))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -190,9 +191,42 @@ def test_a_rows_product_has_the_same_bits_at_each_place(size: int, out: int, dty
         x = torch.randn(rows, size, generator=generator).to(dtype)
         places, others = torch.randperm(rows, generator=generator), torch.randn(rows, size).to(dtype)
         others[places[0]] = x[0]
-        made = linear(x, weight, None)
-        assert torch.equal(linear(x[places], weight, None), made[places]), rows
-        assert torch.equal(linear(others, weight, None)[places[0]], made[0]), rows
+        made = LINEAR(x, weight, None)
+        assert torch.equal(LINEAR(x[places], weight, None), made[places]), rows
+        assert torch.equal(LINEAR(others, weight, None)[places[0]], made[0]), rows
+
+
+def cancelling(rows: int, size: int, sign: int, seed: int) -> Tensor:
+    """Numbers [rows, size] whose products with those of the other sign sum to zero: what is left is how it was done."""
+    half, order = draw(rows, size // 2, seed=seed), torch.randperm(size, generator=torch.Generator().manual_seed(9))
+    return torch.cat([half, sign * half], dim=1)[:, order].contiguous()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("size", "out"), [(64, 97), (576, 192), (1536, 576)])
+@pytest.mark.parametrize("batch", [1, 3, 8])
+@pytest.mark.parametrize("bias", [False, True])
+def test_of_a_window_the_rows_that_are_wanted_have_the_bits_that_they_have_among_all(
+    size: int, out: int, batch: int, bias: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By oneDNN, which may sum in another order for few rows than for many."""
+    monkeypatch.setattr(native, "load", lambda: None)
+    weight, x = (cancelling(*each).to(dtype) for each in ((out, size, 1, 1), (16 * batch, size, -1, 2)))
+    if not has_onednn(weight):
+        pytest.skip("oneDNN does not take this type here")
+    x, added = x.view(16, batch, 1, size), draw(out).to(dtype) / 1024 if bias else None
+    whole = LINEAR(x, weight, added, True)
+    assert whole.count_nonzero() > whole.numel() // 16
+    for wanted in (1, 2, 5, 16):
+        token = ops.WANTED.set(wanted)
+        try:
+            made, other = LINEAR(x, weight, added, True), LINEAR(x, weight, added)
+        finally:
+            ops.WANTED.reset(token)
+        assert made.shape == whole.shape and made.is_contiguous()
+        assert torch.equal(made[:wanted], whole[:wanted])
+        assert torch.equal(made[wanted:], whole[:1].expand_as(whole[wanted:]))
+        assert torch.equal(other, whole), "rows that are no window's"
 
 
 def test_row_counts_are_filled_where_onednn_treats_what_is_left_of_a_tile_in_another_way(
@@ -200,9 +234,9 @@ def test_row_counts_are_filled_where_onednn_treats_what_is_left_of_a_tile_in_ano
 ) -> None:
     assert [fill(rows) for rows in (*range(1, 14), 16, 32)] == [*[0] * 6, 3, 2, 1, 0, 0, 0, 3, 0, 2]
     x, weight = draw(4, 2, 8), draw(5, 8)
-    expected = linear(x, weight, None)
+    expected = LINEAR(x, weight, None)
     monkeypatch.setattr(ops, "_are_rows_alike", lambda: False)
-    filled = linear(x, weight, None)
+    filled = LINEAR(x, weight, None)
     assert filled.shape == expected.shape
     torch.testing.assert_close(filled, expected)
 

@@ -17,7 +17,7 @@ from vericache_compile import optimized_module
 from vericache_compile.config import Config, make_config
 from vericache_compile.errors import UnsupportedGraph
 from vericache_compile.estimate import Measured, bytes_per_weight, measure
-from vericache_compile.kernels import native
+from vericache_compile.kernels import block_attention, native
 from vericache_compile.load import Auto, count_weights
 from vericache_compile.machine import bandwidths
 from vericache_compile.model_state import ATTRIBUTE, Compilation, ModelState, state_of
@@ -140,7 +140,7 @@ def _take(
     check_sites(captured.sites)
     compressor = compilation_of(example_inputs, parameters, config).session.compressor
     compressor.check_model(captured.sites, [example_inputs[i].shape for i in parameters])
-    if native.takes(example_inputs[parameters[0]].device, captured.sites[0].dtype):
+    if block_attention.takes(example_inputs[parameters[0]].device, captured.sites[0].dtype):
         native.start_build()
     _tell(compilation_of(example_inputs, parameters, config), plan)
     tokens = captured.roles.tokens

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from vericache_compile.kernels.row_invariant_linear import (
-    costs_by_row,
     is_row_invariant,
     row_invariant_by_head,
     row_invariant_linear,
@@ -122,23 +121,27 @@ def _as_tokens(x: Tensor, dim: int | None, window: int) -> Tensor:
 torch.library.register_vmap("vericache::attend", _attend_window)
 
 
-@torch.library.custom_op("vericache::linear", mutates_args=())
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, window: bool = False) -> Tensor:
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, window: bool = False) -> Tensor:
     """One GEMM over all leading axes: x [..., in], weight [out, in], bias [out] or None. Returns [..., out].
 
     By a kernel of ours, or oneDNN, where they take the weight: a row's bits then do not depend on where it stands among
     the others, nor on what they hold (`tests/test_ops.py` tries it for many row counts). Whether x is that of a
     `window`, its first axis, is for `WANTED`.
     """
-    if window and costs_by_row(weight):
-        return filled(row_invariant_linear(x[: WANTED.get()], weight, bias), x.shape[0])
+    wanted = WANTED.get() if window else None
     if is_row_invariant(weight):
-        return row_invariant_linear(x, weight, bias)
-    return _onednn(x, weight, bias) if has_onednn(weight) else F.linear(x, weight, bias).contiguous()
+        return row_invariant_linear(x, weight, bias, wanted)
+    return _onednn(x, weight, bias, wanted) if has_onednn(weight) else F.linear(x, weight, bias).contiguous()
+
+
+# what `custom_op` does, without what that does in each call: a token's forward pass makes some hundred
+SCHEMA = "(Tensor x, Tensor weight, Tensor? bias, bool window=False) -> Tensor"
+torch.library.define("vericache::linear", SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
+torch.library.impl("vericache::linear", "default", _linear)
 
 
 def keeps_rows_apart(weight: Tensor) -> bool:
-    """Whether `linear` gives a row the same bits wherever it stands, for a weight as it lies in memory."""
+    """Whether `LINEAR` gives a row the same bits wherever it stands, for a weight as it lies in memory."""
     return has_onednn(weight) or is_row_invariant(weight)
 
 
@@ -151,13 +154,54 @@ def has_onednn(weight: Tensor) -> bool:
     return weight.dtype is torch.float32
 
 
-def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [..., in] by weight [out, in], by oneDNN, with a row count that gives each row the same bits."""
-    rows = x.reshape(-1, x.shape[-1])
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, wanted: int | None = None) -> Tensor:
+    """x [..., in] by weight [out, in], by oneDNN, each row with the bits that it has among all; along the first axis
+    only the first `wanted` (None: all) need be right."""
+    rows, outs = x.reshape(-1, x.shape[-1]), weight.shape[0]
+    if wanted is None or wanted >= x.shape[0]:
+        return _multiply(rows, weight, bias).view(*x.shape[:-1], outs)
+    count = rows.shape[0] // x.shape[0] * wanted
+    enough = _rows_enough(weight.shape, weight.dtype, bias is not None, rows.shape[0], count, torch.get_num_threads())
+    made = _multiply(rows[:enough], weight, bias)[:count]
+    return filled(made.view(wanted, *x.shape[1:-1], outs), x.shape[0])
+
+
+def _multiply(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Rows [M, in] by weight [out, in], by oneDNN, of as many that each has the same bits wherever it stands."""
     missing = 0 if _are_rows_alike() else fill(rows.shape[0])
-    filled = F.pad(rows, (0, 0, 0, missing)) if missing else rows.contiguous()
-    made: Tensor = torch.ops.mkldnn._linear_pointwise(filled, weight, bias, "none", [], "")
-    return made[: rows.shape[0]].view(*x.shape[:-1], weight.shape[0])
+    given = F.pad(rows, (0, 0, 0, missing)) if missing else rows.contiguous()
+    made: Tensor = torch.ops.mkldnn._linear_pointwise(given, weight, bias, "none", [], "")
+    return made[: rows.shape[0]]
+
+
+@cache
+def _rows_enough(shape: torch.Size, dtype: torch.dtype, has_bias: bool, rows: int, wanted: int, threads: int) -> int:
+    """The fewest of `rows` rows, `wanted` or more, that oneDNN multiplies by a weight of this shape as it does among
+    all of them: for few it may sum in another order. Tried once, with products that cancel each other out, so that
+    what is left of a sum is how it was taken.
+    """
+    outs, size = shape
+    if size < TELLING:
+        return rows
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(count: int, sign: int) -> Tensor:
+        half = torch.randn(count, size // 2, generator=generator, dtype=torch.float32, device="cpu")
+        return torch.cat([half, sign * half, torch.zeros(count, size % 2, dtype=torch.float32, device="cpu")], dim=1)
+
+    order = torch.randperm(size, generator=generator, device="cpu")
+    x, part = (draw(*each)[:, order].to(dtype) for each in ((rows, -1), (min(outs, TELLING), 1)))
+    weight = part.repeat(-(-outs // part.shape[0]), 1)[:outs].contiguous()
+    bias = torch.zeros(outs, dtype=dtype, device="cpu") if has_bias else None
+    whole = _multiply(x, weight, bias)
+    least, enough = wanted, rows
+    while least < enough:
+        middle = (least + enough) // 2
+        if torch.equal(_multiply(x[:middle], weight, bias)[:wanted], whole[:wanted]):
+            enough = middle
+        else:
+            least = middle + 1
+    return enough
 
 
 def fill(rows: int) -> int:
@@ -188,7 +232,7 @@ def _are_rows_alike() -> bool:
     )
 
 
-@linear.register_fake
+@torch.library.register_fake("vericache::linear")
 def _linear_fake(x, weight, bias, window=False):  # type: ignore[no-untyped-def]
     assert x.dtype is weight.dtype, f"{x.dtype} by a weight of {weight.dtype}"
     assert bias is None or bias.shape == weight.shape[:1], f"a bias of {bias.shape} for {weight.shape[0]} outputs"
@@ -199,7 +243,7 @@ def _linear_window(info, in_dims, x, weight, bias, window=False):  # type: ignor
     """The window is one more leading axis of the same GEMM; the weight is never expanded."""
     if in_dims[1] is not None or in_dims[2] is not None:
         raise NotImplementedError("a weight differs over the window")
-    return linear(x.movedim(in_dims[0], 0), weight, bias, True), 0
+    return LINEAR(x.movedim(in_dims[0], 0), weight, bias, True), 0
 
 
 torch.library.register_vmap("vericache::linear", _linear_window)
@@ -209,7 +253,7 @@ torch.library.register_vmap("vericache::linear", _linear_window)
 def heads_mm(x: Tensor, weight: Tensor) -> Tensor:
     """Each head's rows by its own weight: x [..., H, in], weight [H, in, out]. Returns [..., H, out].
 
-    As in `linear`, a row's bits do not depend on where it stands among the others, nor on what they hold.
+    As in `LINEAR`, a row's bits do not depend on where it stands among the others, nor on what they hold.
     """
     flat = x.flatten(0, -3)
     if is_row_invariant(weight):
@@ -222,7 +266,7 @@ def heads_mm(x: Tensor, weight: Tensor) -> Tensor:
 def _rows_apart(x: Tensor, weight: Tensor) -> Tensor:
     """x [M, in] by weight [out, in], either way round in memory."""
     if has_onednn(weight) or has_onednn(weight.t()):
-        return _onednn(x, weight, None)
+        return _multiply(x, weight, None)
     count = x.shape[0]
     padded = F.pad(x, (0, 0, 0, -count % ROWS)) if count > 2 else x
     return F.linear(padded, weight)[:count]
@@ -283,7 +327,7 @@ def experts_mm(x: Tensor, weight: Tensor, experts: Tensor, rows: int) -> Tensor:
         own = (chosen == expert).nonzero()[:, 0]
         for part in own.split(rows or own.shape[0]) if expert < weight.shape[0] else ():
             given = F.pad(flat[part], (0, 0, 0, rows - part.shape[0])) if rows else flat[part]
-            out[part] = linear(given, weight[expert].t(), None)[: part.shape[0]]
+            out[part] = _linear(given, weight[expert].t(), None)[: part.shape[0]]
     return out.view(*x.shape[:-1], weight.shape[2])
 
 
@@ -307,6 +351,8 @@ torch.library.register_vmap("vericache::experts_mm", _experts_mm_window)
 
 ROWS = 4
 """Row counts above 2 are filled up to a multiple of this where a library was seen to keep rows apart only then."""
+TELLING = 64
+"""Products of a sum, and outputs, from which on two orders of summing are told apart by the bits that are left."""
 TILE = 6
 """Rows of a tile, where oneDNN treats those that are left over in another way."""
 EXPERT_ROWS = 16

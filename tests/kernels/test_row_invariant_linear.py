@@ -89,7 +89,7 @@ def test_the_canonical_operator_takes_it_where_it_serves(device: torch.device) -
     x, weight = draw(device, torch.float32, 4, 2, 40), draw(device, torch.float32, 20, 40, seed=1)
     assert is_row_invariant(weight)
     assert not is_row_invariant(weight.to(torch.float64))
-    assert torch.equal(ops.linear(x, weight, None), row_invariant_linear(x, weight, None))
+    assert torch.equal(ops.LINEAR(x, weight, None), row_invariant_linear(x, weight, None))
 
 
 CPU = torch.device("cpu")
@@ -146,10 +146,10 @@ def test_what_does_not_fit_is_not_read() -> None:
 def test_of_a_window_only_what_is_wanted_is_computed(wanted: int) -> None:
     """The rows that are wanted have the bits that they have among all; the others are the first one's."""
     x, weight = draw(CPU, torch.float32, 5, 3, 1, 40), draw(CPU, torch.float32, 20, 40, seed=1)
-    whole = ops.linear(x, weight, None, True)
+    whole = ops.LINEAR(x, weight, None, True)
     token = ops.WANTED.set(wanted)
     try:
-        made, other = ops.linear(x, weight, None, True), ops.linear(x, weight, None)
+        made, other = ops.LINEAR(x, weight, None, True), ops.LINEAR(x, weight, None)
     finally:
         ops.WANTED.reset(token)
     assert torch.equal(made[:wanted], whole[:wanted])

@@ -1,4 +1,5 @@
-// Attention over blocks of 256 columns, float32, for the CPU.
+// Attention over blocks of 256 columns, for the CPU, in float32. Keys and values of bfloat16 are widened block by block,
+// and what is made of them is rounded once, at the end.
 //
 // Rows are lanes: a vector holds one number of LANES query rows, so all rows of a window go through the same
 // instructions in the same order, whatever they hold and wherever they stand. A block is attended on its own; blocks
@@ -97,6 +98,7 @@ struct Score {
 };
 
 // One block for N vectors of rows: probabilities' products with values to out [E][N * LANES], maxima and sums after it.
+// Keys and values are those of columns [from, to).
 template <int N>
 static void attend_block(const float* query, const float* keys, const float* values, const Shape& shape,
                          const Score& how, int64_t from, int64_t to, int64_t first, int64_t start, int64_t reach,
@@ -104,7 +106,7 @@ static void attend_block(const float* query, const float* keys, const float* val
   constexpr int64_t rows = N * LANES;
   alignas(64) float scores[BLOCK * rows];
   const int64_t count = to - from;
-  product<N>(keys + from * shape.k_row, count, shape.k_row, 1, query, rows, shape.size, scores, rows);
+  product<N>(keys, count, shape.k_row, 1, query, rows, shape.size, scores, rows);
   for (int n = 0; n < N; ++n) {
     const Ints own = *reinterpret_cast<const Ints*>(token + n * LANES);
     Floats highest = fill(HIDDEN);
@@ -140,7 +142,7 @@ static void attend_block(const float* query, const float* keys, const float* val
     store(out + shape.value_size * rows + n * LANES, highest);
     store(out + (shape.value_size + 1) * rows + n * LANES, total);
   }
-  product<N>(values + from * shape.v_row, shape.value_size, 1, shape.v_row, scores, rows, count, out, rows);
+  product<N>(values, shape.value_size, 1, shape.v_row, scores, rows, count, out, rows);
 }
 
 // Blocks' parts [blocks][E + 2][N * LANES] into part 0, in block order, divided by the sum of all shares and sinks'.
@@ -183,8 +185,8 @@ constexpr int FEW_ROWS = LANES / 2;
 constexpr int SHARING = TILE / 2;  // of them, rows that share one read of a value
 
 // out[e * rows + r] = sum over c of shares[r][c] * values[c][e] for N vectors of numbers e, and whole[r] = sum of shares[r].
-template <int R, int N>
-static inline void weigh(const float* shares, const float* values, const Shape& shape, int64_t count, float* out,
+template <int R, int N, typename T>
+static inline void weigh(const float* shares, const T* values, const Shape& shape, int64_t count, float* out,
                          float* whole, int64_t rows) {
   Floats total[R][N] = {}, sums[R] = {};
   for (int64_t c = 0; c < count; ++c) {
@@ -202,8 +204,8 @@ static inline void weigh(const float* shares, const float* values, const Shape& 
   }
 }
 
-template <int R>
-static inline void weigh_all(const float* shares, const float* values, const Shape& shape, int64_t count, float* out,
+template <int R, typename T>
+static inline void weigh_all(const float* shares, const T* values, const Shape& shape, int64_t count, float* out,
                              int64_t rows) {
   float* whole = out + (shape.value_size + 1) * rows;
   int64_t e = 0;
@@ -215,8 +217,8 @@ static inline void weigh_all(const float* shares, const float* values, const Sha
 
 // As attend_block<1>, but only for its first R rows: what is merged of the others is not read. Sizes are multiples of
 // LANES.
-template <int R>
-static void attend_few(const float* query, const float* keys, const float* values, const Shape& shape, const Score& how,
+template <int R, typename T>
+static void attend_few(const float* query, const T* keys, const T* values, const Shape& shape, const Score& how,
                        int64_t from, int64_t to, int64_t first, int64_t start, int64_t reach, const int32_t* token,
                        const int32_t* head, float* out) {
   constexpr int64_t rows = LANES;
@@ -226,7 +228,7 @@ static void attend_few(const float* query, const float* keys, const float* value
     Floats total[R] = {};
     for (int64_t d = 0; d < shape.size; d += LANES) {
       Floats part[LANES];
-      for (int i = 0; i < LANES; ++i) part[i] = load(keys + (from + (c + i < last ? c + i : last)) * shape.k_row + d);
+      for (int i = 0; i < LANES; ++i) part[i] = load(keys + (c + i < last ? c + i : last) * shape.k_row + d);
       transpose(part);
 #pragma GCC unroll 16
       for (int i = 0; i < LANES; ++i)
@@ -261,10 +263,9 @@ static void attend_few(const float* query, const float* keys, const float* value
     }
     out[shape.value_size * rows + r] = highest;
   }
-  const float* own_values = values + from * shape.v_row;
   int r = 0;
-  for (; r + SHARING <= R; r += SHARING) weigh_all<SHARING>(scores[r], own_values, shape, count, out + r, rows);
-  if constexpr (R % SHARING != 0) weigh_all<R % SHARING>(scores[r], own_values, shape, count, out + r, rows);
+  for (; r + SHARING <= R; r += SHARING) weigh_all<SHARING>(scores[r], values, shape, count, out + r, rows);
+  if constexpr (R % SHARING != 0) weigh_all<R % SHARING>(scores[r], values, shape, count, out + r, rows);
 }
 
 template <int R = FEW_ROWS, typename... Arguments>
@@ -278,10 +279,14 @@ static int64_t group_floats(const Shape& shape, int64_t blocks, int64_t rows) {
   return (shape.size + blocks * (shape.value_size + 2)) * rows;
 }
 
-extern "C" int64_t workspace(const Shape* shape, int64_t blocks) {
+// Floats in which a thread widens a block's keys and values.
+static int64_t wide_floats(const Shape& shape) { return BLOCK * (shape.size + shape.value_size); }
+
+extern "C" int64_t workspace(const Shape* shape, int64_t blocks, int narrow, int threads) {
   const int64_t rows = shape->heads / shape->kv_heads * shape->window;
   const int64_t vectors = (rows + LANES - 1) / LANES;
-  return shape->batch * shape->kv_heads * group_floats(*shape, blocks, vectors * LANES);
+  const int64_t groups = shape->batch * shape->kv_heads * group_floats(*shape, blocks, vectors * LANES);
+  return groups + (narrow ? threads * wide_floats(*shape) : 0);
 }
 
 #define BY_WIDTH(n, call)      \
@@ -291,19 +296,29 @@ extern "C" int64_t workspace(const Shape* shape, int64_t blocks) {
     default: call(3); break;   \
   }
 
-// q [B, H, W, D], keys [B, K, C, D], values [B, K, C, E] with the strides in `shape` (innermost 1), out [B, H, W, E].
-// The token at place w of row b sees columns pads[b * K + k] .. starts[b] + w of KV head k, and of these the last `reach`
-// (all of them where it is 0).
-extern "C" void attend(const float* q, const float* keys, const float* values, const int64_t* starts,
-                       const int64_t* pads, const Shape* given, const Score* score, int64_t reach, int64_t blocks,
-                       float* work, float* out, int threads) {
-  const Shape shape = *given;
-  const Score how = *score;
+// Rows of `size` numbers as floats: as they are, or widened to `wide`, which has no gaps between rows.
+static inline const float* widened(const float* rows, int64_t, int64_t, int64_t, float*) { return rows; }
+static inline const float* widened(const Narrow* rows, int64_t count, int64_t stride, int64_t size, float* wide) {
+  for (int64_t i = 0; i < count; ++i) {
+    int64_t d = 0;
+    for (; d + LANES <= size; d += LANES) store(wide + i * size + d, load(rows + i * stride + d));
+    for (; d < size; ++d) wide[i * size + d] = widened(rows[i * stride + d]);
+  }
+  return wide;
+}
+
+template <typename T>
+static void attend_as(const T* q, const T* keys, const T* values, const int64_t* starts, const int64_t* pads,
+                      const Shape& shape, const Score& how, int64_t reach, int64_t blocks, float* work, T* out,
+                      int threads) {
   const int64_t group = shape.heads / shape.kv_heads, count = group * shape.window;
   const int64_t vectors = (count + LANES - 1) / LANES, chunks = (vectors + WIDE - 1) / WIDE;
   const int64_t sites = shape.batch * shape.kv_heads;
   const bool few = count <= FEW_ROWS && shape.size % LANES == 0 && shape.value_size % LANES == 0;
   const int64_t site_floats = group_floats(shape, blocks, vectors * LANES);
+  constexpr bool narrow = !std::is_same<T, float>::value;
+  Shape inner = shape;  // of what a block is attended from
+  if (narrow) inner.k_row = shape.size, inner.v_row = shape.value_size;
 
   // Of one site (row of the batch, KV head) and chunk of its rows.
   auto left = [&](int64_t site) {
@@ -334,8 +349,8 @@ extern "C" void attend(const float* q, const float* keys, const float* values, c
         std::memset(to, 0, shape.size * rows * sizeof(float));
         for (int64_t r = 0; r < rows && chunk * WIDE * LANES + r < count; ++r) {
           const int64_t row = chunk * WIDE * LANES + r, h = k * group + row / shape.window, w = row % shape.window;
-          const float* from = q + b * shape.q_batch + h * shape.q_head + w * shape.q_row;
-          for (int64_t d = 0; d < shape.size; ++d) to[d * rows + r] = from[d] * how.scale;
+          const T* from = q + b * shape.q_batch + h * shape.q_head + w * shape.q_row;
+          for (int64_t d = 0; d < shape.size; ++d) to[d * rows + r] = widened(from[d]) * how.scale;
         }
       }
 #pragma omp for collapse(2) schedule(dynamic)
@@ -345,15 +360,19 @@ extern "C" void attend(const float* q, const float* keys, const float* values, c
         const int64_t first = left(site), begin = (first / BLOCK + block) * BLOCK, end = starts[b] + shape.window;
         const int64_t from = begin > first ? begin : first, to = begin + BLOCK < end ? begin + BLOCK : end;
         if (from >= to) continue;
-        const float* own_keys = keys + b * shape.k_batch + k * shape.k_head;
-        const float* own_values = values + b * shape.v_batch + k * shape.v_head;
+        const T* own_keys = keys + b * shape.k_batch + k * shape.k_head + from * shape.k_row;
+        const T* own_values = values + b * shape.v_batch + k * shape.v_head + from * shape.v_row;
+        float* wide = work + sites * site_floats + (narrow ? thread_number() * wide_floats(shape) : 0);
+        const float* block_keys = few ? nullptr : widened(own_keys, to - from, shape.k_row, shape.size, wide);
+        const float* block_values =
+            few ? nullptr : widened(own_values, to - from, shape.v_row, shape.value_size, wide + BLOCK * shape.size);
         for (int64_t chunk = 0; chunk < chunks; ++chunk) {
           int32_t token[WIDE * LANES], head[WIDE * LANES];
           places(k, chunk, token, head);
           float* at = parts(site, chunk) + block * (shape.value_size + 2) * width(chunk) * LANES;
-#define HERE query(site, chunk), own_keys, own_values, shape, how, from, to, pads[site], starts[b], span, token, head, at
-#define CALL(N) attend_block<N>(HERE)
-          if (few) attend_rows(count, HERE);
+#define HERE how, from, to, pads[site], starts[b], span, token, head, at
+#define CALL(N) attend_block<N>(query(site, chunk), block_keys, block_values, inner, HERE)
+          if (few) attend_rows(count, query(site, chunk), own_keys, own_values, shape, HERE);
           else BY_WIDTH(width(chunk), CALL)
 #undef CALL
 #undef HERE
@@ -372,9 +391,22 @@ extern "C" void attend(const float* q, const float* keys, const float* values, c
 #undef CALL
         for (int64_t r = 0; r < rows && chunk * WIDE * LANES + r < count; ++r) {
           const int64_t row = chunk * WIDE * LANES + r, h = k * group + row / shape.window, w = row % shape.window;
-          float* to = out + ((b * shape.heads + h) * shape.window + w) * shape.value_size;
-          for (int64_t e = 0; e < shape.value_size; ++e) to[e] = from[e * rows + r];
+          T* to = out + ((b * shape.heads + h) * shape.window + w) * shape.value_size;
+          for (int64_t e = 0; e < shape.value_size; ++e) narrowed(from[e * rows + r], to[e]);
         }
       }
   }
+}
+
+// q [B, H, W, D], keys [B, K, C, D], values [B, K, C, E] with the strides in `shape` (innermost 1), out [B, H, W, E], of
+// float32 or (narrow) bfloat16. The token at place w of row b sees columns pads[b * K + k] .. starts[b] + w of KV head k,
+// and of these the last `reach` (all of them where it is 0).
+extern "C" void attend(const void* q, const void* keys, const void* values, const int64_t* starts, const int64_t* pads,
+                       const Shape* shape, const Score* how, int64_t reach, int64_t blocks, float* work, void* out,
+                       int narrow, int threads) {
+#define AS(T)                                                                                                      \
+  attend_as(static_cast<const T*>(q), static_cast<const T*>(keys), static_cast<const T*>(values), starts, pads,    \
+            *shape, *how, reach, blocks, work, static_cast<T*>(out), threads)
+  narrow ? AS(Narrow) : AS(float);
+#undef AS
 }

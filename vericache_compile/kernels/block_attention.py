@@ -1,4 +1,4 @@
-"""Attention over blocks of 256 columns on the CPU, in float32.
+"""Attention over blocks of 256 columns on the CPU, of float32 or bfloat16, in float32.
 
 `vericache_compile.runtime.attention` is its reference, and runs wherever this kernel does not.
 """
@@ -52,11 +52,18 @@ class Scores(NamedTuple):
 
 
 PLAIN = Scores()
+TYPES = (torch.float32, torch.bfloat16)
+"""What it reads and gives."""
+
+
+def takes(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernel is for such tensors."""
+    return device.type == "cpu" and dtype in TYPES
 
 
 def serves(q: Tensor) -> bool:
     """Whether the kernel is for queries like these, and there."""
-    return native.takes(q.device, q.dtype) and native.load() is not None
+    return takes(q.device, q.dtype) and native.load() is not None
 
 
 def attend(
@@ -77,7 +84,7 @@ def attend(
     """
     library = native.load()
     assert library is not None, "ask `serves` first"
-    assert q.dtype is keys.dtype is values.dtype is torch.float32, "the kernel reads float32 numbers"
+    assert q.dtype is keys.dtype is values.dtype and q.dtype in TYPES, "the kernel reads float32 or bfloat16 numbers"
     assert keys.stride(-1) == values.stride(-1) == 1, "numbers of a key, and of a value, lie side by side"
     if q.stride(-1) != 1:
         q = q.contiguous()
@@ -89,7 +96,8 @@ def attend(
     lefts = [max(min(row), least) for row, least in zip(pads, oldest, strict=True)]
     blocks = max(end - left // BLOCK for end, left in zip(ends, lefts, strict=True))
     how = _score(scale, scores)
-    work = q.new_empty(library.workspace(ctypes.byref(shape), ctypes.c_int64(blocks)))
+    numbers = (ctypes.c_int(q.dtype is not torch.float32), ctypes.c_int(torch.get_num_threads()))
+    work = q.new_empty(library.workspace(ctypes.byref(shape), ctypes.c_int64(blocks), *numbers), dtype=torch.float32)
     out = q.new_empty((batch, heads, window, values.shape[3]))
     heads_pads = [pad for row in pads for pad in row]
     library.attend(
@@ -101,7 +109,7 @@ def attend(
         ctypes.c_int64(reach or 0),
         ctypes.c_int64(blocks),
         *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (work, out)),
-        ctypes.c_int(torch.get_num_threads()),
+        *numbers,
     )
     return out
 

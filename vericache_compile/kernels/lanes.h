@@ -2,7 +2,15 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
+
+#if defined(_OPENMP)
+#include <omp.h>
+static inline int thread_number() { return omp_get_thread_num(); }
+#else
+static inline int thread_number() { return 0; }
+#endif
 
 #if defined(__FMA__) || defined(__AVX512F__)
 #include <immintrin.h>
@@ -22,8 +30,33 @@ constexpr int LANES = 4, REGISTERS = 16;
 
 typedef float Floats __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef int32_t Ints __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef uint16_t Halves __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
+
+// A bfloat16: the upper half of a float.
+struct Narrow {
+  uint16_t bits;
+};
+
+static inline float widened(float x) { return x; }
+static inline float widened(Narrow x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float made;
+  std::memcpy(&made, &bits, sizeof made);
+  return made;
+}
+
+// To the nearest, of two that are as near to the even one; NaN stays NaN.
+static inline void narrowed(float x, float& to) { to = x; }
+static inline void narrowed(float x, Narrow& to) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  to.bits = static_cast<uint16_t>(x == x ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fc0);
+}
 
 static inline Floats load(const float* p) { return *reinterpret_cast<const Floats*>(p); }
+static inline Floats load(const Narrow* p) {
+  return reinterpret_cast<Floats>(__builtin_convertvector(*reinterpret_cast<const Halves*>(p), Ints) << 16);
+}
 static inline void store(float* p, Floats x) { *reinterpret_cast<Floats*>(p) = x; }
 static inline Floats fill(float x) { return x - Floats{}; }
 

@@ -1,4 +1,4 @@
-"""The kernels of the CPU, in C++ and float32: one library, built at first use by Inductor's builder.
+"""The kernels of the CPU, in C++: one library, built at first use by Inductor's builder.
 
 VERICACHE_KERNELS=0 leaves everything to torch's kernels.
 """
@@ -12,8 +12,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
-import torch
-
 log = logging.getLogger(__name__)
 
 SOURCES = ("lanes.h", "block_attention.cpp", "row_invariant_linear.cpp")
@@ -21,11 +19,7 @@ FLAGS = ("-fno-unsafe-math-optimizations", "-fno-finite-math-only", "-ffp-contra
 """Sums keep their order and NaN its meaning, whatever Inductor is set to; what fuses is written so."""
 
 
-def takes(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernels are for such tensors."""
-    return device.type == "cpu" and dtype is torch.float32
-
-
+@cache
 def load() -> ctypes.CDLL | None:
     """The library, kept on disk in Inductor's cache; None where it cannot be built (no C++ compiler)."""
     return start_build().result()

@@ -40,11 +40,11 @@ def tiles_of(outs: int, itemsize: int) -> Tiles:
     return Tiles(64, 64, 128, 6) if outs >= WIDE else Tiles(64, 32, 256, 4)
 
 
-def row_invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def row_invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None, wanted: int | None = None) -> Tensor:
     """x [..., in], weight [out, in], bias [out] or None; for the kernel on the CPU weights lie as [out, in]. Returns
-    [..., out]."""
+    [..., out]; along the first axis of x only the first `wanted` (None: all) need be right, see `ops.WANTED`."""
     if costs_by_row(weight):
-        return _multiply_rows(x, weight, bias)
+        return _multiply_rows(x, weight, bias, wanted)
     flat = x.reshape(-1, 1, x.shape[-1])
     return _multiply(flat, weight[None], bias).view(*x.shape[:-1], weight.shape[0])
 
@@ -72,7 +72,7 @@ def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out
 
 
-def _multiply_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _multiply_rows(x: Tensor, weight: Tensor, bias: Tensor | None, wanted: int | None) -> Tensor:
     library = native.load()
     assert library is not None, "ask `is_row_invariant` first"
     assert x.dtype is weight.dtype is torch.float32, "the kernel reads float32 numbers"
@@ -82,10 +82,16 @@ def _multiply_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         assert bias.shape == weight.shape[:1], f"a bias of {tuple(bias.shape)} for {weight.shape[0]} outputs"
         bias = bias.contiguous()
     x = x.contiguous()
-    out = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    outs, size = weight.shape
+    out = x.new_empty((*x.shape[:-1], outs))
+    rows = total = x.shape[:-1].numel()
+    token = 0
+    if wanted is not None and wanted < x.shape[0]:
+        token = total // x.shape[0]
+        rows = wanted * token
     library.multiply_rows(
         *(None if held is None else ctypes.c_void_p(held.data_ptr()) for held in (x, weight, bias)),
-        *map(ctypes.c_int64, (x.shape[:-1].numel(), weight.shape[1], weight.shape[0])),
+        *map(ctypes.c_int64, (rows, total, token, size, outs)),
         ctypes.c_void_p(out.data_ptr()),
         ctypes.c_int(torch.get_num_threads()),
     )
@@ -100,7 +106,7 @@ def is_row_invariant(weight: Tensor) -> bool:
 def costs_by_row(weight: Tensor) -> bool:
     """Whether the kernel is that of the CPU, to which a row less is work less; tiles on a GPU are filled anyway."""
     fits = weight.dim() == 2 and weight.is_contiguous() and not serves(weight)
-    return fits and native.takes(weight.device, weight.dtype) and native.load() is not None
+    return fits and weight.device.type == "cpu" and weight.dtype is torch.float32 and native.load() is not None
 
 
 def row_invariant_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
