@@ -54,9 +54,9 @@ class Clock:
         return (self.times[-1] - self.times[0]) / (len(self.times) - 1)
 
 
-def load() -> Any:
-    """The demo model in float32; greedy runs never stop early."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(demo_model_path(), dtype=torch.float32).eval()
+def load(dtype: torch.dtype = torch.float32) -> Any:
+    """The demo model; greedy runs never stop early."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(demo_model_path(), dtype=dtype).eval()
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 2
     return model
 
@@ -171,7 +171,8 @@ def machine() -> dict[str, Any]:
 def show(report: dict[str, Any], console: Console) -> None:
     """Print the table."""
     table = Table(
-        title=f"{report['machine']['device']}, {report['machine']['threads']} threads, float32, ms per decode step"
+        title=f"{report['machine']['device']}, {report['machine']['threads']} threads, {report['dtype']}, "
+        "ms per decode step"
     )
     for column in ("batch x prompt", *report["sides"], "tokens per round", "identical"):
         table.add_column(column)
@@ -191,6 +192,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--keep", type=float, default=0.25)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of weights and KV")
     parser.add_argument(
         "--cases", nargs="*", default=[f"{b}x{t}" for b, t in CASES], help="batch x prompt tokens, as 1x4096"
     )
@@ -199,8 +201,9 @@ def main() -> None:
     arguments = parser.parse_args()
     console = Console(stderr=True, width=WIDTH)
     options = {"compressor": "snapkv", "keep": arguments.keep}
-    model = load()
-    report: dict[str, Any] = {"machine": machine(), "options": options, "sides": list(SIDES), "cases": []}
+    model = load(getattr(torch, arguments.dtype))
+    report: dict[str, Any] = {"machine": machine(), "dtype": arguments.dtype, "options": options}
+    report |= {"sides": list(SIDES), "cases": []}
     for case in arguments.cases:
         batch, tokens = (int(part) for part in case.split("x"))
         with console.status(f"batch {batch}, prompt of {tokens} tokens"):

@@ -92,14 +92,18 @@ class Pace:
         self.gain = sum(self.took) / len(self.took)
         wrong = len(self.took) >= (WARY if self.failed else WRONG) and max(self.took) <= 1
         if wrong or (len(self.seen) == ROUNDS and not self.pays()):
-            self.resting = min(REST << self.failed, LONGEST_REST)
-            self.failed += 1
-            self.seen.clear()
-            self.took.clear()
+            self.rest()
         elif len(self.seen) == ROUNDS:
             self.failed = 0
             if not self.alone and not self.pays(CLOSE):
                 self.resting = TRIES
+
+    def rest(self) -> None:
+        """Go on without drafts: each time that drafting failed since it last paid, for twice as many rounds."""
+        self.resting = min(REST << self.failed, LONGEST_REST)
+        self.failed += 1
+        self.seen.clear()
+        self.took.clear()
 
     def bytes_while_drafting(self) -> int:
         """What comes over the link while a round drafts; 0 while too little is known."""

@@ -5,9 +5,11 @@ The one host wait of a round is here, after verify.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Rows
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -39,6 +41,8 @@ from vericache_compile.runtime.token_record import Judged
 from vericache_compile.runtime.told import Telling
 from vericache_compile.runtime.verify import verify_tokens
 
+log = logging.getLogger(__name__)
+
 
 def run_round(
     sequence: Sequence,
@@ -68,9 +72,14 @@ def run_round(
     sequence.draft = usable_draft(sequence.draft, start, compressor, plan, counts, bool(horizon))
     sequence.repeated = sequence.repeated and sequence.repeated.cut(start.columns)
     if horizon or sequence.draft is not None:  # a round without drafts needs none, but is not to leave gaps in one
-        repeat_once(sequence, compressor, plan, verify, ring, counts, device)
-        telling = Telling(sequence, plan, inputs, rotations, compressor)
-        prepare_draft(sequence, start, compressor, plan.window, counts, telling)
+        try:
+            repeat_once(sequence, compressor, plan, verify, ring, counts, device)
+            telling = Telling(sequence, plan, inputs, rotations, compressor)
+            prepare_draft(sequence, start, compressor, plan.window, counts, telling)
+        except torch.OutOfMemoryError:
+            sequence.draft, sequence.horizon, horizon = None, 0, 0
+            sequence.pace.rest()
+            _say_no_room(device)
     draft = sequence.draft
     low = bind_weights(plan.draft, inputs, casts) if draft is not None else []
     where = (start.columns, start.pads, reaches_of(plan))
@@ -194,6 +203,16 @@ def _standing(row: Row, plan: DecodePlan, window: list[int], predicted: list[int
     if plan.position_limit is not None:
         kept = min(kept, max(plan.position_limit - (row.length + row.offset), 1))
     return kept if plan.column_limit is None else min(kept, plan.column_limit - row.length)
+
+
+@cache
+def _say_no_room(device: torch.device) -> None:
+    """Say once that there was no memory for drafts."""
+    log.warning(
+        "vericache: no device memory for a compressed cache: rounds go on without drafts, which are tried again later\n"
+        "  where: %s\n  fix: free device memory, or give placement='host' or device_memory_mb; rows are the same",
+        device,
+    )
 
 
 def _late(sequence: Sequence, start: Start) -> Callable[[int, Tensor], None] | None:

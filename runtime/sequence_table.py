@@ -5,15 +5,15 @@ from __future__ import annotations
 import gc
 import itertools
 import weakref
+from collections.abc import Callable
 from collections.abc import Sequence as Rows
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from vericache_compile.errors import GhostError
-from vericache_compile.plan import Arrangement, CapturedPlan, Site, Way
+from vericache_compile.plan import Arrangement, CapturedPlan, Site
 from vericache_compile.runtime import ghosts
 from vericache_compile.runtime.caches import FullKV
 from vericache_compile.runtime.ring import Ring
@@ -23,6 +23,8 @@ from vericache_compile.runtime.tiers import Home, Taken
 if TYPE_CHECKING:
     from vericache_compile.runtime.mirrors import Mirror
 
+ArrangeFork = Callable[[Sequence, int, int], Arrangement | None]
+"""(sequence, rows, columns) -> how a copy of so many of its rows, so long, is decoded; None: as it is itself."""
 CPU = torch.device("cpu")
 REBUILD = "run the prompt again, or keep the cache that it was copied from alive and uncropped while copies are in use"
 CROPPED = "an older state of a cache that was cropped below it since then"
@@ -169,20 +171,20 @@ class SequenceTable:
         return names[0].place if names else None
 
     def find(
-        self, past: Rows[Tensor], columns: int | None = None, home: Home | None = None
+        self, past: Rows[Tensor], columns: int | None = None, arrange: ArrangeFork | None = None
     ) -> tuple[Sequence, int] | None:
         """The sequence that a call's cache tensors [B, K, S, D] stand for, and how many columns it has there; None when
         they hold real data.
 
         `columns` is given where tensors do not show it (sliding layers). A cropped cache cuts the sequence, unless
-        another live ghost still shows what would be cut: then, as for a copied or permuted cache, a fork is made, for
-        which there may be no room at `home`.
+        another live ghost still shows what would be cut: then, as for a copied or permuted cache, a fork is made, and
+        decoded as `arrange` says.
         Raises GhostError for tensors that are neither ghosts nor data.
         """
         known = [minted for tensor in past if (minted := self._by_storage.get(tensor.data_ptr())) is not None]
         sequence = known[0].sequence if len(known) == len(past) else None
         if sequence is None or any(minted.sequence is not sequence for minted in known):
-            return self._by_value(past, columns, home)
+            return self._by_value(past, columns, arrange)
         if columns is None:
             lengths = {minted.total - minted.shown + x.shape[2] for minted, x in zip(known, past, strict=True)}
             if len(lengths) > 1:
@@ -192,12 +194,12 @@ class SequenceTable:
             raise GhostError("a cache that says it is longer than what was computed", f"column {columns}", REBUILD)
         batch = past[0].shape[0]
         if batch != len(sequence.rows) or (batch > 1 and not past[0].stride(0)):
-            return self._by_value(past, columns, home)  # a view of some of the rows, or of one row for many
+            return self._by_value(past, columns, arrange)  # a view of some of the rows, or of one row for many
         if not sequence.still_holds(min(minted.epoch for minted in known), columns):
             raise GhostError(CROPPED, HERE, REBUILD)
-        return self._continue(sequence, {minted.storage for minted in known}, columns, home), columns
+        return self._continue(sequence, {minted.storage for minted in known}, columns, arrange), columns
 
-    def _continue(self, sequence: Sequence, pointers: set[int], columns: int, home: Home | None) -> Sequence:
+    def _continue(self, sequence: Sequence, pointers: set[int], columns: int, arrange: ArrangeFork | None) -> Sequence:
         newest = max(sequence.live.values())
         if columns == newest and all(sequence.live[p] == newest for p in pointers):
             if columns < sequence.minted:  # what goes further was dropped, though there may be copies of it
@@ -205,11 +207,13 @@ class SequenceTable:
             return sequence
         others = [shown for pointer, shown in sequence.live.items() if pointer not in pointers]
         if any(shown > columns for shown in others):
-            return self._fork(sequence, range(len(sequence.rows)), columns, home)
+            return self._fork(sequence, range(len(sequence.rows)), columns, arrange)
         sequence.truncate(columns)
         return sequence
 
-    def _by_value(self, past: Rows[Tensor], columns: int | None, home: Home | None) -> tuple[Sequence, int] | None:
+    def _by_value(
+        self, past: Rows[Tensor], columns: int | None, arrange: ArrangeFork | None
+    ) -> tuple[Sequence, int] | None:
         spelled = [names for tensor in past if (names := ghosts.read(tensor)) is not None]
         if not spelled and not any(map(ghosts.is_hollow, past)):
             return None
@@ -229,7 +233,7 @@ class SequenceTable:
             columns = self._columns_shown(held, past, [names[0].place for names in spelled])
         if not held.still_holds(min(name.epoch for name in names), columns):
             raise GhostError(CROPPED, HERE, REBUILD)
-        return self._fork(held, [name.row for name in names], columns, home), columns
+        return self._fork(held, [name.row for name in names], columns, arrange), columns
 
     def _columns_shown(self, sequence: Sequence, past: Rows[Tensor], places: Rows[int]) -> int:
         """How many columns copied tensors stand for, by those of layers that show all."""
@@ -241,27 +245,15 @@ class SequenceTable:
             raise GhostError("cache tensors of different lengths", HERE, REBUILD)
         return shown.pop()
 
-    def _fork(self, sequence: Sequence, rows: Rows[int], columns: int, home: Home | None) -> Sequence:
+    def _fork(self, sequence: Sequence, rows: Rows[int], columns: int, arrange: ArrangeFork | None) -> Sequence:
         if any(sequence.rows[r].length < columns for r in rows):
             raise GhostError("a cache longer than what was computed for it", f"column {columns}", REBUILD)
         self.release_orphans(spared=sequence)
-        arranged = self._make_room(sequence, len(rows), columns, home)
+        arranged = arrange(sequence, len(rows), columns) if arrange is not None else None
         made = sequence.fork(next(self._numbers), list(rows), columns)
         made.arranged = arranged or made.arranged
         self._by_number[made.number] = made
         return made
-
-    def _make_room(self, sequence: Sequence, rows: int, columns: int, home: Home | None) -> Arrangement | None:
-        """How a fork of so many rows is decoded. Where the device has no room for it, what it is made of moves to host
-        memory, which it then shares."""
-        if home is None or not sequence.full.resident or not home.weighs(device := sequence.full.keys[0].device):
-            return None
-        arranged = home.arrange(rows, columns, device, self.taken())
-        if arranged.way is Way.SWAPPED:
-            if arranged.ring_bytes is not None:
-                arranged = replace(arranged, ring_bytes=arranged.ring_bytes + sequence.on_device)
-            sequence.move(home, device, arranged)
-        return arranged
 
 
 def copy_in(sequence: Sequence, plan: CapturedPlan, inputs: Rows[Any], columns: int) -> None:

@@ -16,12 +16,13 @@ from torch import Tensor
 from vericache_compile.compressors.base import Compressor
 from vericache_compile.compressors.facts import KINDS
 from vericache_compile.errors import GhostError, PageLost
-from vericache_compile.plan import Arrangement, CapturedPlan, DecodePlan, Output, Roles, Site, Tier, Way
+from vericache_compile.plan import CapturedPlan, DecodePlan, Output, Roles, Site, Tier, Way
 from vericache_compile.runtime import drafting, pieces, rounds
 from vericache_compile.runtime.compression import Early
 from vericache_compile.runtime.counts import Counts
 from vericache_compile.runtime.drawn import Drawn
 from vericache_compile.runtime.executor import WeightCasts, bind_weights
+from vericache_compile.runtime.housing import Housing
 from vericache_compile.runtime.mirrors import find_mirror, has_versions, paddings, write_back
 from vericache_compile.runtime.outputs import assemble, take
 from vericache_compile.runtime.pace import Pace
@@ -72,8 +73,8 @@ class Session:
     ) -> None:
         self.table = table
         self.compressor = compressor
-        self.home = home or Home()
         self.ring = ring or Ring()
+        self.housing = Housing(table, home or Home(), self.ring)
         self.table.rings.add(self.ring)
         self.counts = Counts()
         self.casts = casts
@@ -140,10 +141,10 @@ class Session:
             for row in sequence.rows:
                 row.truncate(columns)
         self._note_fed(plan, inputs, sequence.number, columns)
-        self._make_room(sequence, columns + count + 1, device)
+        self.housing.grow(sequence, columns + count + 1, device)
         sequence.repeated = sequence.repeated and sequence.repeated.cut([columns] * batch)
         # the next token's too: after whole blocks it would copy all
-        self._reserve(sequence, columns + count + 1, device)
+        self.housing.reserve(sequence, columns + count + 1, device)
         pads = self._padding(sequence, roles, inputs)
         draft, starts = sequence.draft, [columns] * batch
         if draft is not None and (not draft.valid(starts) or draft.pads != pads or draft.room(starts) < count):
@@ -221,7 +222,7 @@ class Session:
             sequence.decode = self.last = (plan, [x if i in own else None for i, x in enumerate(inputs)])
             if moves:
                 longest = max(row.length for row in sequence.rows)
-                self._make_room(sequence, longest + plan.window, inputs[plan.captured.roles.tokens].device)
+                self.housing.grow(sequence, longest + plan.window, inputs[plan.captured.roles.tokens].device)
             judged = self._run_round(sequence)
             if self._record is not None:
                 self._record.round(sequence.number, judged)
@@ -285,44 +286,9 @@ class Session:
 
     def _begin(self, sites: Rows[Site], batch: int, columns: int, device: torch.device) -> Sequence:
         """A new sequence, which drafts warily where the one that ran last had no gain of it."""
-        if self.home.weighs(device):
-            self.table.release_orphans()
-            self.table.collect_captured()
-            if self.table.all_resident and self.home.link is not None:
-                self.home.link.catch_up()  # a round that was given up may still have copies to it under way
-                self.ring.clear()
-        sequence = self.table.create(sites, batch, columns, device, self.home)
+        sequence = self.housing.begin(sites, batch, columns, device)
         self._pace = sequence.pace = Pace(wary=self._pace.is_wary)
         return sequence
-
-    def _make_room(self, sequence: Sequence, columns: int, device: torch.device) -> None:
-        """Weigh anew how a sequence is decoded where its full KV, which lives on the device, grows to so many columns,
-        or another configuration chose."""
-        full, mine = sequence.full, sequence.arranged.by == self.home.key
-        grows = full.resident and 0 < full.columns < columns
-        if mine and (self.home.tier is not None or not grows):
-            return
-        if self.home.tier is not None or not full.resident:
-            way = Way.RESIDENT if full.resident else Way.SWAPPED
-            sequence.arranged = Arrangement(way, by=self.home.key)
-            return
-        arranged = self.home.arrange(full.batch, columns, device, self.table.taken(sequence))
-        if arranged.way is Way.SWAPPED:
-            sequence.move(self.home, device, arranged)
-        elif arranged.way is not sequence.arranged.way:
-            sequence.rearrange(arranged)
-        self._reserve(sequence, columns, device)
-
-    def _reserve(self, sequence: Sequence, columns: int, device: torch.device) -> None:
-        """Room for so many columns; in host memory where the device has less of it in one piece than there seemed to
-        be, and where full KV lives was for us to choose."""
-        try:
-            sequence.full.reserve(columns, device)
-        except torch.OutOfMemoryError:
-            if self.home.tier is not None or not sequence.full.resident:
-                raise
-            sequence.move(self.home, device, Arrangement(Way.SWAPPED, ring_bytes=0, by=self.home.key))
-            sequence.full.reserve(columns, device)
 
     def _recover(self, sequence: Sequence, lost: PageLost) -> None:
         """Compute the sequence's full KV again, into host memory; raises `lost` where that cannot be done."""
@@ -406,7 +372,7 @@ class Session:
     def _sequence(self, plan: CapturedPlan, inputs: Rows[Any]) -> tuple[Sequence, int]:
         past = [inputs[i] for site in plan.sites if site.past is not None for i in site.past]
         columns = columns_of(plan, inputs)
-        return self.table.find(past, columns, self.home) or self._adopt(plan, inputs, columns)
+        return self.table.find(past, columns, self.housing.arrange_fork) or self._adopt(plan, inputs, columns)
 
     def _adopt(self, plan: CapturedPlan, inputs: Rows[Any], columns: int | None) -> tuple[Sequence, int]:
         """A sequence over a copy of real cached data (a cache that an uncompiled model built), and its columns."""

@@ -36,7 +36,7 @@ from vericache_compile.estimate import Measured
 from vericache_compile.machine import Bandwidths
 from vericache_compile.model_state import state_of
 from vericache_compile.plan import Site, Way
-from vericache_compile.runtime import compression, drafting, tiers
+from vericache_compile.runtime import compression, drafting, pace, rounds, tiers
 from vericache_compile.runtime.caches import BLOCK, FullKV, bytes_of
 from vericache_compile.runtime.pace import Pace
 from vericache_compile.runtime.ring import Ring, aligned
@@ -539,6 +539,35 @@ def test_a_device_without_memory_for_growth_leaves_it_to_host_memory(
     model.compile(backend="vericache", options={"placement": "device", **EAGER})
     with pytest.raises(torch.OutOfMemoryError):
         model.generate(**inputs, max_new_tokens=260, do_sample=False)
+
+
+@pytest.mark.parametrize("placement", ["device", "host"])
+@pytest.mark.parametrize("made", [0, 1])
+def test_a_device_without_memory_for_drafts_goes_on_without(
+    placement: str, made: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, close: None
+) -> None:
+    """For a while, then they are tried again; it may be the first draft cache, or what is compressed into one."""
+    model, inputs = make_tiny("llama"), make_prompt(300)
+    plain = model.generate(**inputs, max_new_tokens=200, do_sample=False)
+    monkeypatch.setattr(pace, "REST", 4)
+    rounds._say_no_room.cache_clear()
+    name = ("compress", "extend")[made]
+    real, failures = getattr(drafting, name), [2]
+
+    def refuse(*given: Any) -> Any:
+        if failures[0]:
+            failures[0] -= 1
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(*given)
+
+    monkeypatch.setattr(drafting, name, refuse)
+    model.compile(backend="vericache", options={"placement": placement, "compressor": "int8", **EAGER})
+    assert torch.equal(model.generate(**inputs, max_new_tokens=200, do_sample=False), plain)
+    found = stats(model)
+    assert failures == [made and 1]
+    assert found["drafted"] > 0
+    assert found["rounds_without_drafts"] >= (4 if made else 4 + 8)
+    assert sum("no device memory" in record.getMessage() for record in caplog.records) == 1
 
 
 @pytest.mark.slow

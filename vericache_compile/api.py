@@ -59,7 +59,7 @@ def stats(model: torch.nn.Module) -> dict[str, Any]:
     """
     state, made = _compilation(model)
     counts, session = made.session.counts, made.session
-    held = session.footprint
+    held, link = session.footprint, session.housing.home.link
     return {
         "rounds": counts.rounds,
         "drafted": counts.drafted,
@@ -89,7 +89,7 @@ def stats(model: torch.nn.Module) -> dict[str, Any]:
             "full_on_device": held.resident,
             "staging": held.staging,
             "transferred": counts.traffic.nbytes,
-            "stored": session.home.link.stored if session.home.link is not None else 0,
+            "stored": 0 if link is None else link.stored,
             "recalled": counts.recalled,
             "draft": held.draft,
             "set_apart": held.apart,

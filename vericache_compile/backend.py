@@ -149,7 +149,7 @@ def _take(
     def run(*inputs: Any) -> Any:
         made = compilation_of(inputs, parameters, config)
         session = made.session
-        if not isinstance(held := session.home.weigh, Auto) or held.measured is not made.measured:
+        if not isinstance(held := session.housing.home.weigh, Auto) or held.measured is not made.measured:
             let_weigh(made, inputs, parameters, captured.sites)
         try:
             chosen = plan_for(inputs, inputs[tokens].shape[0])
@@ -167,10 +167,10 @@ def let_weigh(made: Compilation, inputs: Sequence[Any], parameters: Sequence[int
     """Have a session weigh where full KV lives, where there is something to weigh; the inputs at `parameters` are the
     model's."""
     session, device = made.session, inputs[parameters[0]].device
-    if session.home.weighs(device):
+    if session.housing.home.weighs(device):
         measured, weights = measured_for(made, sites), count_weights([inputs[i] for i in parameters])
         weigh = Auto(made.config, measured, weights, device, session.counts, session.casts)
-        session.home = replace(session.home, weigh=weigh)
+        session.housing.home = replace(session.housing.home, weigh=weigh)
 
 
 def measured_for(made: Compilation, sites: Sequence[Site]) -> Measured:

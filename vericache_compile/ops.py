@@ -26,12 +26,14 @@ first token's, where that is less work: nobody reads it, and it is as harmless a
 
 def filled(made: Tensor, count: int, axis: int = 0) -> Tensor:
     """What was made of a window's first tokens, then that of its first token: `count` along the window's axis."""
-    missing = count - made.shape[axis]
-    if not missing:
+    have = made.shape[axis]
+    if have == count:
         return made
-    first = made.narrow(axis, 0, 1)
-    sizes = [missing if i == axis else size for i, size in enumerate(first.shape)]
-    return torch.cat([made, first.expand(sizes)], dim=axis)
+    sizes = list(made.shape)
+    sizes[axis] = count if have == 1 else count - have
+    if have == 1:
+        return made.expand(sizes).contiguous()
+    return torch.cat([made, made.narrow(axis, 0, 1).expand(sizes)], dim=axis)
 
 
 @torch.library.custom_op("vericache::attend", mutates_args=())
@@ -149,9 +151,12 @@ def has_onednn(weight: Tensor) -> bool:
     """Whether oneDNN multiplies by a weight [out, in] as it lies in memory."""
     if weight.device.type != "cpu" or not torch._C._has_mkldnn or not weight.is_contiguous():
         return False
-    if weight.dtype is torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return weight.dtype is torch.float32
+    return weight.dtype is torch.float32 or (weight.dtype is torch.bfloat16 and _multiplies_bfloat16())
+
+
+@cache
+def _multiplies_bfloat16() -> bool:
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, wanted: int | None = None) -> Tensor:
@@ -162,16 +167,16 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, wanted: int | None =
         return _multiply(rows, weight, bias).view(*x.shape[:-1], outs)
     count = rows.shape[0] // x.shape[0] * wanted
     enough = _rows_enough(weight.shape, weight.dtype, bias is not None, rows.shape[0], count, torch.get_num_threads())
-    made = _multiply(rows[:enough], weight, bias)[:count]
-    return filled(made.view(wanted, *x.shape[1:-1], outs), x.shape[0])
+    made = _multiply(rows[:enough], weight, bias)
+    return filled(made[:count].view(wanted, *x.shape[1:-1], outs), x.shape[0])
 
 
 def _multiply(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Rows [M, in] by weight [out, in], by oneDNN, of as many that each has the same bits wherever it stands."""
     missing = 0 if _are_rows_alike() else fill(rows.shape[0])
     given = F.pad(rows, (0, 0, 0, missing)) if missing else rows.contiguous()
-    made: Tensor = torch.ops.mkldnn._linear_pointwise(given, weight, bias, "none", [], "")
-    return made[: rows.shape[0]]
+    made: Tensor = torch.ops.mkldnn._linear_pointwise.default(given, weight, bias, "none", [], "")
+    return made[: rows.shape[0]] if missing else made
 
 
 @cache

@@ -68,7 +68,7 @@ class RotateKV(Fitted):
         """Codes of keys [K, S, D] and values [K, S, Dv]; S is a multiple of 32."""
         made = []
         for x, order in zip((keys, values), fit, strict=True):
-            turned = turn(flatten_heads(x)[:, :, order.flatten().long()])
+            turned = turn(flatten_heads(x).index_select(2, order.flatten().long()))
             channels = channel_group(turned.shape[2], self.group)
             made.append(quantize_values(turned.to(x.dtype), self.bits, GROUP, channels))
         return made[0], made[1]
@@ -78,7 +78,7 @@ class RotateKV(Fitted):
         made = []
         for codes, order in zip((keys, values), fit, strict=True):
             turned = dequantize_values(*Quantized(*codes), self.bits)
-            dealt = turn(turned.float())[0, :, order.flatten().long().argsort()]
+            dealt = turn(turned.float())[0].index_select(1, order.flatten().long().argsort())
             made.append(torch.unflatten(dealt.to(turned.dtype), 1, order.shape).transpose(0, 1))
         return made[0], made[1]
 

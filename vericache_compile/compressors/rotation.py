@@ -52,5 +52,6 @@ class Rotation:
 
 
 def turn(x: Tensor, pairs: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x * cos + x[pairs] * sin over the last axis."""
-    return torch.addcmul(x * cos, x[..., pairs], sin.expand_as(x))
+    """x [*, D] * cos + x[pairs] * sin over the last axis."""
+    paired = x.flatten(0, -2).index_select(1, pairs).view(x.shape)  # an index takes five times as long on the CPU
+    return (x * cos).addcmul_(paired, sin)
