@@ -27,7 +27,7 @@ from vericache_compile import demo_model_path, stats
 from vericache_compile.runtime import rounds
 
 CASES = ((1, 4096), (1, 7500), (4, 4096))
-PLAIN, STATIC, OURS, EXACT = "plain", "static cache, Inductor", "vericache", "vericache, float32 draft"
+PLAIN, STATIC, OURS, EXACT = "plain", "static cache, Inductor", "vericache", "vericache, same draft_dtype"
 RESTING = "vericache at rest"
 """Without drafts, as where they do not pay."""
 SIDES = (PLAIN, STATIC, OURS, EXACT, RESTING)
@@ -202,8 +202,13 @@ def main() -> None:
     console = Console(stderr=True, width=WIDTH)
     options = {"compressor": "snapkv", "keep": arguments.keep}
     model = load(getattr(torch, arguments.dtype))
-    report: dict[str, Any] = {"machine": machine(), "dtype": arguments.dtype, "options": options}
-    report |= {"sides": list(SIDES), "cases": []}
+    report: dict[str, Any] = {
+        "machine": machine(),
+        "dtype": arguments.dtype,
+        "options": options,
+        "sides": list(SIDES),
+        "cases": [],
+    }
     for case in arguments.cases:
         batch, tokens = (int(part) for part in case.split("x"))
         with console.status(f"batch {batch}, prompt of {tokens} tokens"):
@@ -211,7 +216,7 @@ def main() -> None:
             sides = [side for side in SIDES if side in (PLAIN, OURS, RESTING) or case in arguments.all_sides]
             report["cases"].append(measure(model, batch, tokens, options, arguments.repeats, sides))
         show(report, console)
-    write("decode", report, arguments.out)
+    write("decode" if arguments.dtype == "float32" else f"decode-{arguments.dtype}", report, arguments.out)
     show(report, Console(width=WIDTH))
 
 

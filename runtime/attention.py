@@ -2,10 +2,10 @@
 
 Verify's bits must not depend on where a round starts: keys are taken in blocks of 256 columns anchored at column 0,
 each block is attended on its own, and blocks are merged in order. A block that a row cannot see adds exactly zero.
-In float32 on the CPU that is a kernel of ours, and so it is on a GPU, in Triton, whatever the type. For other types on
-the CPU it is torch's flash kernel. In 16-bit types flash chooses how to multiply by the number of blocks it is given,
-so it gets them one by one; heads whose keys and values differ in size are filled up with zeros, which change no sum
-(plain batched products are not invariant).
+In float32 and bfloat16 on the CPU that is a kernel of ours, and so it is on a GPU, in Triton, whatever the type. In
+float16 on the CPU, and where no kernel could be built, it is torch's flash kernel. In 16-bit types flash chooses how to
+multiply by the number of blocks it is given, so it gets them one by one; heads whose keys and values differ in size are
+filled up with zeros, which change no sum (plain batched products are not invariant).
 
 Shapes: B batch, H query heads, K KV heads, G = H / K, W window, D head size, E value head size, N blocks.
 """

@@ -10,12 +10,13 @@ one that verifies a window, so where it is close a few are tried.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from statistics import median
 from typing import NamedTuple
 
 ROUNDS = 8
-"""Rounds of drafting that are looked at, and that must have been seen before it is turned off."""
+"""Rounds of drafting that are looked at."""
 REST = 64
 """Rounds without drafts before drafting is tried again: twice as many after each try that failed."""
 LONGEST_REST = 1024
@@ -23,6 +24,8 @@ WRONG = 5
 """Rounds that gained nothing by their drafts, after which no more are seen."""
 WARY = 3
 """The same where drafting has not paid lately."""
+AGAIN = 4
+"""Rounds that say whether it pays, where it did not for the sequence before."""
 ENOUGH = 5
 """Rounds that say how long drafting takes: the first two also compile and record kernels."""
 MARGIN = 1.05
@@ -54,8 +57,11 @@ class Seen(NamedTuple):
 class Pace:
     """The latest rounds of one sequence. Each is noted when it ends, and counted when its caller wants the next."""
 
-    def __init__(self, *, wary: bool = False) -> None:
-        """`wary`: drafts were in vain for the sequence before, so it begins as if they had been here once."""
+    def __init__(self, *, wary: bool = False, doubtful: bool = False) -> None:
+        """`wary`: drafts were in vain for the sequence before, so it begins as if they had been here once. `doubtful`:
+        drafting did not pay for it, so fewer rounds say whether it does here."""
+        self.looks = AGAIN if doubtful else ROUNDS
+        """Rounds that must have been seen before it is turned off for what it takes."""
         self.seen: deque[Seen] = deque(maxlen=ROUNDS)
         self.took: deque[float] = deque(maxlen=ROUNDS)
         """Rows that the caller took of each, averaged over the batch."""
@@ -65,7 +71,7 @@ class Pace:
         """Rounds still to come without drafts."""
         self.failed = int(wary)
         """How often drafting has been turned off since it last paid."""
-        self.gain = 1.0
+        self.gain = 1.0 if wary else math.inf
         """Rows that the caller took of a round, over those that were looked at last."""
         self._last: Seen | None = None
 
@@ -73,6 +79,10 @@ class Pace:
     def is_wary(self) -> bool:
         """Whether drafting failed because it gave little, not because of the time that it took just then."""
         return self.failed > 0 and self.gain < 2
+
+    def following(self) -> Pace:
+        """That of a sequence that comes after this one."""
+        return Pace(wary=self.is_wary, doubtful=self.failed > 0)
 
     def note(self, seen: Seen) -> None:
         """A round has ended."""
@@ -91,7 +101,7 @@ class Pace:
         self.took.append(took)
         self.gain = sum(self.took) / len(self.took)
         wrong = len(self.took) >= (WARY if self.failed else WRONG) and max(self.took) <= 1
-        if wrong or (len(self.seen) == ROUNDS and not self.pays()):
+        if wrong or (len(self.seen) >= self.looks and not self.pays()):
             self.rest()
         elif len(self.seen) == ROUNDS:
             self.failed = 0

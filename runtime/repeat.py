@@ -121,16 +121,18 @@ def repeat_context(
     """Scores of every row's columns at every site; needs the tokens of all of them (`knows_context`)."""
     rows, room = sequence.rows, sequence.full.columns
     longest, width = max(row.length - row.pad for row in rows), max(row.length for row in rows)
-    sequence.full.reserve(width + columns_fed(longest) + plan.window, device)
     scores = [torch.zeros(len(rows), site.kv_heads, width, device=device) for site in plan.captured.sites]
-    for begin in range(0, longest, CHUNK):
-        passages = [_passage(row.ids, row.pad, row.length, begin) for row in rows]
-        for step in range(0, max(len(passage.ids) for passage in passages), plan.window):
-            _repeat(sequence, plan, bound, ring, passages, step, scores, device)
+    sequence.full.reserve(width + columns_fed(longest) + plan.window, device)
+    try:
+        for begin in range(0, longest, CHUNK):
+            passages = [_passage(row.ids, row.pad, row.length, begin) for row in rows]
+            for step in range(0, max(len(passage.ids) for passage in passages), plan.window):
+                _repeat(sequence, plan, bound, ring, passages, step, scores, device)
+    finally:
+        sequence.full.give_back(room)
     for held in scores:
         for b, row in enumerate(rows):
             held[b, :, row.pad : row.pad + SINKS] = float("inf")
-    sequence.full.give_back(room)
     return Repeated(scores, [row.length for row in rows])
 
 

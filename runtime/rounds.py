@@ -57,8 +57,9 @@ def run_round(
 ) -> list[Judged]:
     """Draft, verify, accept and commit for every row of a sequence; rows already far ahead stay where they are.
 
-    Full KV that lives outside the device comes in through `ring` meanwhile. An error leaves the sequence as it was.
-    Where tokens [B, n] are `known` they stand for what would have been drafted. Returns what was made of each row.
+    Full KV that lives outside the device comes in through `ring` meanwhile. Where there is no memory for a draft cache
+    the round is one without drafts; an error leaves the sequence as it was. Where tokens [B, n] are `known` they stand
+    for what would have been drafted. Returns what was made of each row.
     """
     device = inputs[plan.captured.roles.weights[0]].device
     before = (counts.compress_seconds, counts.drafted, counts.accepted)
@@ -210,7 +211,7 @@ def _say_no_room(device: torch.device) -> None:
     """Say once that there was no memory for drafts."""
     log.warning(
         "vericache: no device memory for a compressed cache: rounds go on without drafts, which are tried again later\n"
-        "  where: %s\n  fix: free device memory, or give placement='host' or device_memory_mb; rows are the same",
+        "  where: %s\n  fix: free device memory, or choose a smaller keep or bits; rows are the same",
         device,
     )
 

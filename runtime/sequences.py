@@ -172,7 +172,7 @@ class Sequence:
         """Go on in another way, maybe with the same full KV elsewhere: without what belongs to the way before."""
         self.full, self.arranged = full or self.full, arranged
         self.draft = self.early = self.asked = None
-        self.has_drafted, self.pace = False, Pace(wary=self.pace.is_wary)
+        self.has_drafted, self.pace = False, self.pace.following()
 
     def move(self, home: Home, device: torch.device, arranged: Arrangement) -> None:
         """Go on with full KV in host memory."""
@@ -277,7 +277,7 @@ class Sequence:
     def fork(self, number: int, rows: Rows[int], columns: int) -> Sequence:
         """A new sequence of the given rows (repeats allowed), holding the first `columns` columns."""
         made = Sequence(number, self.full.select(rows, columns), self.arranged)
-        made.forked, made.pace = True, Pace(wary=self.pace.is_wary)
+        made.forked, made.pace = True, self.pace.following()
         made.regular, made.version, made.horizon, made.cut = self.regular, self.version, self.horizon, set(self.cut)
         for new, old in zip(made.rows, (self.rows[r] for r in rows), strict=True):
             new.pad, new.offset, new.length = old.pad, old.offset, min(old.length, columns)

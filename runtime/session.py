@@ -73,9 +73,8 @@ class Session:
     ) -> None:
         self.table = table
         self.compressor = compressor
-        self.ring = ring or Ring()
-        self.housing = Housing(table, home or Home(), self.ring)
-        self.table.rings.add(self.ring)
+        self.housing = Housing(table, home or Home(), ring or Ring())
+        self.table.rings.add(self.housing.ring)
         self.counts = Counts()
         self.casts = casts
         self.prefill_seconds = 0.0
@@ -253,7 +252,7 @@ class Session:
             return list(captured.module(*inputs))
         mirror = find_mirror(self.table, captured, inputs, columns)
         if mirror.sequence.decode is None:
-            mirror.sequence.pace = Pace(wary=self._pace.is_wary)
+            mirror.sequence.pace = self._pace.following()
         made = iter(self._rows(plan, inputs, mirror.sequence, fed, columns))
         write_back(mirror, captured, inputs, columns)
         self._note(mirror.sequence)
@@ -275,7 +274,7 @@ class Session:
             counts or self.counts,
             self.casts,
             self._rotations,
-            self.ring,
+            self.housing.ring,
             known,
         )
         try:
@@ -285,9 +284,9 @@ class Session:
             return rounds.run_round(sequence, *arguments)
 
     def _begin(self, sites: Rows[Site], batch: int, columns: int, device: torch.device) -> Sequence:
-        """A new sequence, which drafts warily where the one that ran last had no gain of it."""
+        """A new sequence, which drafts as what was seen of the one that ran last lets expect."""
         sequence = self.housing.begin(sites, batch, columns, device)
-        self._pace = sequence.pace = Pace(wary=self._pace.is_wary)
+        self._pace = sequence.pace = self._pace.following()
         return sequence
 
     def _recover(self, sequence: Sequence, lost: PageLost) -> None:
@@ -352,7 +351,7 @@ class Session:
     def _note(self, sequence: Sequence) -> None:
         full, draft = sequence.full, sequence.draft.nbytes if sequence.draft is not None else 0
         tokens = sum(row.length - row.pad for row in sequence.rows)
-        held = (full.nbytes, full.nbytes * full.resident, self.ring.nbytes, draft, sequence.apart)
+        held = (full.nbytes, full.nbytes * full.resident, self.housing.ring.nbytes, draft, sequence.apart)
         self.footprint = Footprint(*held, tokens)
         self.placement, self.way = str(full.tier), str(sequence.arranged.way)
         self._newest, self._pace = weakref.ref(sequence), sequence.pace

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
@@ -227,6 +228,19 @@ def test_of_a_window_the_rows_that_are_wanted_have_the_bits_that_they_have_among
         assert torch.equal(made[:wanted], whole[:wanted])
         assert torch.equal(made[wanted:], whole[:1].expand_as(whole[wanted:]))
         assert torch.equal(other, whole), "rows that are no window's"
+
+
+def test_as_few_rows_are_multiplied_as_are_summed_in_the_order_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a library that sums backwards for eight rows or less; where little can be told apart, all are."""
+
+    def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        products = (x[:, None] * weight).unbind(-1)
+        return functools.reduce(torch.add, reversed(products) if x.shape[0] <= 8 else products)
+
+    monkeypatch.setattr(ops, "_multiply", multiply)
+    enough = ops._rows_enough.__wrapped__
+    for shape, wanted, expected in (((64, 64), 2, 9), ((64, 64), 12, 12), ((63, 64), 2, 16), ((64, 63), 2, 16)):
+        assert enough(torch.Size(shape), torch.float32, False, 16, wanted, 1) == expected
 
 
 def test_row_counts_are_filled_where_onednn_treats_what_is_left_of_a_tile_in_another_way(

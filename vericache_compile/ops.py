@@ -26,13 +26,13 @@ first token's, where that is less work: nobody reads it, and it is as harmless a
 
 def filled(made: Tensor, count: int, axis: int = 0) -> Tensor:
     """What was made of a window's first tokens, then that of its first token: `count` along the window's axis."""
-    have = made.shape[axis]
+    sizes, have = list(made.shape), made.shape[axis]
     if have == count:
         return made
-    sizes = list(made.shape)
-    sizes[axis] = count if have == 1 else count - have
     if have == 1:
+        sizes[axis] = count
         return made.expand(sizes).contiguous()
+    sizes[axis] = count - have
     return torch.cat([made, made.narrow(axis, 0, 1).expand(sizes)], dim=axis)
 
 
@@ -136,7 +136,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, window: bool = False
     return _onednn(x, weight, bias, wanted) if has_onednn(weight) else F.linear(x, weight, bias).contiguous()
 
 
-# what `custom_op` does, without what that does in each call: a token's forward pass makes some hundred
+# not by `custom_op`: what that adds for gradients, which nothing here has, takes each call as long again
 SCHEMA = "(Tensor x, Tensor weight, Tensor? bias, bool window=False) -> Tensor"
 torch.library.define("vericache::linear", SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
 torch.library.impl("vericache::linear", "default", _linear)
@@ -165,14 +165,15 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, wanted: int | None =
     rows, outs = x.reshape(-1, x.shape[-1]), weight.shape[0]
     if wanted is None or wanted >= x.shape[0]:
         return _multiply(rows, weight, bias).view(*x.shape[:-1], outs)
-    count = rows.shape[0] // x.shape[0] * wanted
+    token = rows.shape[0] // x.shape[0]
+    count = token * min(1 << (wanted - 1).bit_length(), x.shape[0])  # few numbers of tokens are to be tried
     enough = _rows_enough(weight.shape, weight.dtype, bias is not None, rows.shape[0], count, torch.get_num_threads())
     made = _multiply(rows[:enough], weight, bias)
-    return filled(made[:count].view(wanted, *x.shape[1:-1], outs), x.shape[0])
+    return filled(made[: token * wanted].view(wanted, *x.shape[1:-1], outs), x.shape[0])
 
 
 def _multiply(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Rows [M, in] by weight [out, in], by oneDNN, of as many that each has the same bits wherever it stands."""
+    """Rows [M, in] by weight [out, in], by oneDNN, filled up to as many that each has the same bits at every place."""
     missing = 0 if _are_rows_alike() else fill(rows.shape[0])
     given = F.pad(rows, (0, 0, 0, missing)) if missing else rows.contiguous()
     made: Tensor = torch.ops.mkldnn._linear_pointwise.default(given, weight, bias, "none", [], "")
@@ -186,7 +187,7 @@ def _rows_enough(shape: torch.Size, dtype: torch.dtype, has_bias: bool, rows: in
     what is left of a sum is how it was taken.
     """
     outs, size = shape
-    if size < TELLING:
+    if min(shape) < TELLING:
         return rows
     generator = torch.Generator().manual_seed(0)
 
@@ -197,7 +198,7 @@ def _rows_enough(shape: torch.Size, dtype: torch.dtype, has_bias: bool, rows: in
     order = torch.randperm(size, generator=generator, device="cpu")
     x, part = (draw(*each)[:, order].to(dtype) for each in ((rows, -1), (min(outs, TELLING), 1)))
     weight = part.repeat(-(-outs // part.shape[0]), 1)[:outs].contiguous()
-    bias = torch.zeros(outs, dtype=dtype, device="cpu") if has_bias else None
+    bias = torch.full((outs,), 2.0**-20, dtype=dtype, device="cpu") if has_bias else None  # as small as what is left
     whole = _multiply(x, weight, bias)
     least, enough = wanted, rows
     while least < enough:
@@ -229,7 +230,7 @@ def _are_rows_alike() -> bool:
     weight = draw(97)
 
     def multiply(x: Tensor) -> Tensor:
-        made: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+        made: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, None, "none", [], "")
         return made
 
     return all(
@@ -357,7 +358,7 @@ torch.library.register_vmap("vericache::experts_mm", _experts_mm_window)
 ROWS = 4
 """Row counts above 2 are filled up to a multiple of this where a library was seen to keep rows apart only then."""
 TELLING = 64
-"""Products of a sum, and outputs, from which on two orders of summing are told apart by the bits that are left."""
+"""Products of a sum, and sums, from which on two orders of summing are told apart by the bits that are left."""
 TILE = 6
 """Rows of a tile, where oneDNN treats those that are left over in another way."""
 EXPERT_ROWS = 16

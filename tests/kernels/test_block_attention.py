@@ -64,14 +64,15 @@ def test_the_first_rows_of_a_window_alone_have_the_same_bits(
 
 @pytest.mark.parametrize("window", [1, 16])
 @pytest.mark.parametrize("reach", [None, 90])
-def test_bfloat16_is_widened_exactly_and_rounded_once(window: int, reach: int | None) -> None:
-    """Keys and values with gaps between rows; infinities and NaN where a row sees them."""
+@pytest.mark.parametrize("size", [32, 21])
+def test_bfloat16_is_widened_exactly_and_rounded_once(window: int, reach: int | None, size: int) -> None:
+    """Keys and values with gaps between rows; an infinity and a NaN where a row sees them."""
     generator = torch.Generator().manual_seed(0)
-    q = torch.randn(2, 6, window, 32, generator=generator).bfloat16()
-    k, v = (torch.randn(2, 2, 512, 80, generator=generator).bfloat16()[..., 8:40] for _ in range(2))
-    v[0, 0, 300], v[1, 1, 305, 3] = float("inf"), float("nan")
+    q = torch.randn(2, 6, window, size, generator=generator).bfloat16()
+    k, v = (torch.randn(2, 2, 512, 80, generator=generator).bfloat16()[..., 8 : 8 + size] for _ in range(2))
+    v[0, 0, 300], v[1, 0, 99, 3] = float("inf"), float("nan")
     how = ([330, 100], [[3, 70], [0, 99]], 0.3, Scores(), reach)
     made = block_attention.attend(q, k, v, *how)
     wide = block_attention.attend(q.float(), k.float(), v.float(), *how)
     torch.testing.assert_close(made, wide.bfloat16(), rtol=0, atol=0, equal_nan=True)
-    assert made[0, :3].isinf().any() and made[1].isfinite().all()
+    assert made[0, :3].isinf().any() and made[1, :3, :, 3].isnan().all() and made[1, 3:].isfinite().all()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from vericache_compile.runtime.acceptance import next_horizon
-from vericache_compile.runtime.pace import LONGEST_REST, REST, ROUNDS, TRIES, WARY, WRONG, Pace, Seen
+from vericache_compile.runtime.pace import AGAIN, LONGEST_REST, REST, ROUNDS, TRIES, WARY, WRONG, Pace, Seen
 
 
 def rounds(pace: Pace, took: float, draft_seconds: float, count: int = ROUNDS, compress_seconds: float = 0.0) -> None:
@@ -68,6 +68,24 @@ def test_the_next_sequence_is_wary_where_drafts_gave_little() -> None:
     assert pace.is_wary
     rounds(pace, took=5, draft_seconds=1.0, count=2)
     assert not pace.is_wary, "though it has not paid for long"
+    pace = Pace()
+    pace.rest()
+    assert not pace.is_wary, "nothing was drafted: there was no memory for it"
+
+
+def test_where_drafting_did_not_pay_fewer_rounds_tell_for_the_next_sequence() -> None:
+    """They say no sooner, and yes as well: then it is as any other."""
+    pace = Pace()
+    rounds(pace, took=8, draft_seconds=12.0)
+    assert pace.resting
+    for draft_seconds, rests in ((12.0, True), (3.0, False)):
+        following = pace.following()
+        rounds(following, took=8, draft_seconds=draft_seconds, count=AGAIN - 1)
+        assert not following.resting
+        rounds(following, took=8, draft_seconds=draft_seconds, count=1)
+        assert bool(following.resting) is rests
+    rounds(following, took=8, draft_seconds=3.0)
+    assert following.following().looks == ROUNDS
 
 
 def test_a_little_slower_is_no_reason() -> None:

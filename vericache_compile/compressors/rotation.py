@@ -43,7 +43,7 @@ class Rotation:
         """x [*, P, D] of the positions from `first` on, in float32, as it was before: the transposed turn, unscaled."""
         cos, sin = self.at(first, x.shape[-2])
         size = cos.square() + sin.square()
-        return turn(x.float(), self.pairs, cos / size, sin[:, self.pairs] / size)
+        return turn(x.float(), self.pairs, cos / size, sin.index_select(1, self.pairs) / size)
 
     def mean(self, first: int, count: int) -> tuple[Tensor, Tensor]:
         """The mean turn over `count` positions: cos and sin [D] to `turn` by."""
@@ -52,6 +52,6 @@ class Rotation:
 
 
 def turn(x: Tensor, pairs: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [*, D] * cos + x[pairs] * sin over the last axis."""
+    """x [..., N, D] * cos + x[pairs] * sin over the last axis."""
     paired = x.flatten(0, -2).index_select(1, pairs).view(x.shape)  # an index takes five times as long on the CPU
     return (x * cos).addcmul_(paired, sin)

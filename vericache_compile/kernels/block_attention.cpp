@@ -282,11 +282,16 @@ static int64_t group_floats(const Shape& shape, int64_t blocks, int64_t rows) {
 // Floats in which a thread widens a block's keys and values.
 static int64_t wide_floats(const Shape& shape) { return BLOCK * (shape.size + shape.value_size); }
 
+static bool are_few(const Shape& shape) {
+  const bool whole = shape.size % LANES == 0 && shape.value_size % LANES == 0;
+  return whole && shape.heads / shape.kv_heads * shape.window <= FEW_ROWS;
+}
+
 extern "C" int64_t workspace(const Shape* shape, int64_t blocks, int narrow, int threads) {
   const int64_t rows = shape->heads / shape->kv_heads * shape->window;
   const int64_t vectors = (rows + LANES - 1) / LANES;
   const int64_t groups = shape->batch * shape->kv_heads * group_floats(*shape, blocks, vectors * LANES);
-  return groups + (narrow ? threads * wide_floats(*shape) : 0);
+  return groups + (narrow && !are_few(*shape) ? threads * wide_floats(*shape) : 0);
 }
 
 #define BY_WIDTH(n, call)      \
@@ -297,8 +302,10 @@ extern "C" int64_t workspace(const Shape* shape, int64_t blocks, int narrow, int
   }
 
 // Rows of `size` numbers as floats: as they are, or widened to `wide`, which has no gaps between rows.
-static inline const float* widened(const float* rows, int64_t, int64_t, int64_t, float*) { return rows; }
-static inline const float* widened(const Narrow* rows, int64_t count, int64_t stride, int64_t size, float* wide) {
+static inline const float* widen(const float* rows, int64_t /*count*/, int64_t /*stride*/, int64_t /*size*/, float*) {
+  return rows;
+}
+static inline const float* widen(const Narrow* rows, int64_t count, int64_t stride, int64_t size, float* wide) {
   for (int64_t i = 0; i < count; ++i) {
     int64_t d = 0;
     for (; d + LANES <= size; d += LANES) store(wide + i * size + d, load(rows + i * stride + d));
@@ -314,7 +321,7 @@ static void attend_as(const T* q, const T* keys, const T* values, const int64_t*
   const int64_t group = shape.heads / shape.kv_heads, count = group * shape.window;
   const int64_t vectors = (count + LANES - 1) / LANES, chunks = (vectors + WIDE - 1) / WIDE;
   const int64_t sites = shape.batch * shape.kv_heads;
-  const bool few = count <= FEW_ROWS && shape.size % LANES == 0 && shape.value_size % LANES == 0;
+  const bool few = are_few(shape);
   const int64_t site_floats = group_floats(shape, blocks, vectors * LANES);
   constexpr bool narrow = !std::is_same<T, float>::value;
   Shape inner = shape;  // of what a block is attended from
@@ -362,10 +369,13 @@ static void attend_as(const T* q, const T* keys, const T* values, const int64_t*
         if (from >= to) continue;
         const T* own_keys = keys + b * shape.k_batch + k * shape.k_head + from * shape.k_row;
         const T* own_values = values + b * shape.v_batch + k * shape.v_head + from * shape.v_row;
-        float* wide = work + sites * site_floats + (narrow ? thread_number() * wide_floats(shape) : 0);
-        const float* block_keys = few ? nullptr : widened(own_keys, to - from, shape.k_row, shape.size, wide);
-        const float* block_values =
-            few ? nullptr : widened(own_values, to - from, shape.v_row, shape.value_size, wide + BLOCK * shape.size);
+        const float *block_keys = nullptr, *block_values = nullptr;
+        if (!few) {
+          float* wide = narrow ? work + sites * site_floats + thread_number() * wide_floats(shape) : nullptr;
+          float* behind = narrow ? wide + BLOCK * shape.size : nullptr;
+          block_keys = widen(own_keys, to - from, shape.k_row, shape.size, wide);
+          block_values = widen(own_values, to - from, shape.v_row, shape.value_size, behind);
+        }
         for (int64_t chunk = 0; chunk < chunks; ++chunk) {
           int32_t token[WIDE * LANES], head[WIDE * LANES];
           places(k, chunk, token, head);

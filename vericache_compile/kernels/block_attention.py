@@ -96,8 +96,9 @@ def attend(
     lefts = [max(min(row), least) for row, least in zip(pads, oldest, strict=True)]
     blocks = max(end - left // BLOCK for end, left in zip(ends, lefts, strict=True))
     how = _score(scale, scores)
-    numbers = (ctypes.c_int(q.dtype is not torch.float32), ctypes.c_int(torch.get_num_threads()))
-    work = q.new_empty(library.workspace(ctypes.byref(shape), ctypes.c_int64(blocks), *numbers), dtype=torch.float32)
+    narrow, threads = ctypes.c_int(q.dtype is not torch.float32), ctypes.c_int(torch.get_num_threads())
+    floats = library.workspace(ctypes.byref(shape), ctypes.c_int64(blocks), narrow, threads)
+    work = q.new_empty(floats, dtype=torch.float32)
     out = q.new_empty((batch, heads, window, values.shape[3]))
     heads_pads = [pad for row in pads for pad in row]
     library.attend(
@@ -109,7 +110,8 @@ def attend(
         ctypes.c_int64(reach or 0),
         ctypes.c_int64(blocks),
         *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (work, out)),
-        *numbers,
+        narrow,
+        threads,
     )
     return out
 
