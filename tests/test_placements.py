@@ -36,7 +36,7 @@ from vericache_compile.estimate import Measured
 from vericache_compile.machine import Bandwidths
 from vericache_compile.model_state import state_of
 from vericache_compile.plan import Site, Way
-from vericache_compile.runtime import compression, drafting, pace, rounds, tiers
+from vericache_compile.runtime import compression, drafting, pace, repeat, rounds, tiers
 from vericache_compile.runtime.caches import BLOCK, FullKV, bytes_of
 from vericache_compile.runtime.pace import Pace
 from vericache_compile.runtime.ring import Ring, aligned
@@ -568,6 +568,26 @@ def test_a_device_without_memory_for_drafts_goes_on_without(
     assert found["drafted"] > 0
     assert found["rounds_without_drafts"] >= (4 if made else 4 + 8)
     assert sum("no device memory" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_a_repetition_without_memory_gives_its_room_back(monkeypatch: pytest.MonkeyPatch, close: None) -> None:
+    """It fails half-way: full KV is as large as without it, and rounds go on without drafts."""
+    model, inputs = make_tiny("llama"), make_prompt(300)
+    plain = model.generate(**inputs, max_new_tokens=20, do_sample=False)
+    real, left = repeat._repeat, iter(range(4))
+
+    def refuse(*given: Any) -> None:
+        if next(left) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        real(*given)
+
+    monkeypatch.setattr(repeat, "_repeat", refuse)
+    held = []
+    for compressor in ("kvzip", "streaming"):
+        model.compile(backend="vericache", options={"placement": "device", "compressor": compressor, **EAGER})
+        assert torch.equal(model.generate(**inputs, max_new_tokens=20, do_sample=False), plain)
+        held.append((stats(model)["bytes"]["full"], stats(model)["drafted"] > 0))
+    assert held == [(held[1][0], False), (held[1][0], True)]
 
 
 @pytest.mark.slow
