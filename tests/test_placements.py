@@ -541,7 +541,7 @@ def test_a_device_without_memory_for_growth_leaves_it_to_host_memory(
         model.generate(**inputs, max_new_tokens=260, do_sample=False)
 
 
-@pytest.mark.parametrize("placement", ["device", "host"])
+@pytest.mark.parametrize("placement", ["device", pytest.param("host", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("made", [0, 1])
 def test_a_device_without_memory_for_drafts_goes_on_without(
     placement: str, made: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, close: None
