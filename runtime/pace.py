@@ -82,7 +82,7 @@ class Pace:
 
     def following(self) -> Pace:
         """That of a sequence that comes after this one."""
-        return Pace(wary=self.is_wary, doubtful=self.failed > 0)
+        return Pace(wary=self.is_wary, doubtful=self.failed > 0 or self.looks < ROUNDS)
 
     def note(self, seen: Seen) -> None:
         """A round has ended."""
@@ -104,7 +104,7 @@ class Pace:
         if wrong or (len(self.seen) >= self.looks and not self.pays()):
             self.rest()
         elif len(self.seen) == ROUNDS:
-            self.failed = 0
+            self.failed, self.looks = 0, ROUNDS
             if not self.alone and not self.pays(CLOSE):
                 self.resting = TRIES
 

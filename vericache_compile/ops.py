@@ -188,7 +188,7 @@ def _rows_enough(shape: torch.Size, dtype: torch.dtype, has_bias: bool, rows: in
     """
     outs, size = shape
     if min(shape) < TELLING:
-        return rows
+        return rows  # too little is left to tell by
     generator = torch.Generator().manual_seed(0)
 
     def draw(count: int, sign: int) -> Tensor:
@@ -196,8 +196,8 @@ def _rows_enough(shape: torch.Size, dtype: torch.dtype, has_bias: bool, rows: in
         return torch.cat([half, sign * half, torch.zeros(count, size % 2, dtype=torch.float32, device="cpu")], dim=1)
 
     order = torch.randperm(size, generator=generator, device="cpu")
-    x, part = (draw(*each)[:, order].to(dtype) for each in ((rows, -1), (min(outs, TELLING), 1)))
-    weight = part.repeat(-(-outs // part.shape[0]), 1)[:outs].contiguous()
+    x, part = (draw(*each)[:, order].to(dtype) for each in ((rows, -1), (TELLING, 1)))
+    weight = part.repeat(-(-outs // TELLING), 1)[:outs].contiguous()
     bias = torch.full((outs,), 2.0**-20, dtype=dtype, device="cpu") if has_bias else None  # as small as what is left
     whole = _multiply(x, weight, bias)
     least, enough = wanted, rows

@@ -82,6 +82,7 @@ def test_where_drafting_did_not_pay_fewer_rounds_tell_for_the_next_sequence() ->
         following = pace.following()
         rounds(following, took=8, draft_seconds=draft_seconds, count=AGAIN - 1)
         assert not following.resting
+        assert following.following().looks == AGAIN, "it has not told yet"
         rounds(following, took=8, draft_seconds=draft_seconds, count=1)
         assert bool(following.resting) is rests
     rounds(following, took=8, draft_seconds=3.0)
