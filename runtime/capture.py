@@ -1,4 +1,4 @@
-"""Owns torch.cuda.CUDAGraph: launches that are recorded once and replayed without their Python."""
+"""Launches that are recorded once and replayed without their Python: as CUDA graphs, or on the CPU as calls."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from functools import cache
 from typing import Any, Generic, TypeVar
 
 import torch
+
+from vericache_compile.runtime.host_capture import record_calls
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +29,7 @@ class Pool:
 
 
 class Captured(Generic[Made]):
-    """A launch: on a GPU eager the first time, recorded the second, replayed from then on; elsewhere always eager.
+    """A launch: eager the first time, recorded the second, replayed from then on.
 
     The first run compiles, tunes and allocates what a recording must not. Each call does the launch's work once, and
     returns what the launch returns: a replay, what it returned when it was recorded, filled anew. Where recording fails
@@ -35,9 +37,11 @@ class Captured(Generic[Made]):
     what owns both is then freed with its buffers as soon as nobody holds it.
     """
 
-    def __init__(self, device: torch.device, what: str, pool: Pool | None = None) -> None:
-        """`what` is launched, for the message; recordings share a `pool` or have memory of their own."""
-        self._eager = device.type != "cuda"
+    def __init__(self, device: torch.device, what: str, pool: Pool | None = None, *, calls: bool = False) -> None:
+        """`what` is launched, for the message; recordings share a `pool` or have memory of their own. On the CPU it is
+        recorded where it does nothing but `calls` that can be; elsewhere than there and on a GPU it stays eager."""
+        self._eager = device.type != "cuda" and not calls
+        self._calls = calls
         self._warm = False
         self._what, self._pool = what, pool or Pool()
         self._recorded: tuple[Any, Made] | None = None
@@ -61,11 +65,11 @@ class Captured(Generic[Made]):
         self._eager = self._pool.failed
         if not self._eager:
             try:
-                self._recorded = record(launch, self._pool)
+                self._recorded = record_calls(launch) if self._calls else record(launch, self._pool)
             except RuntimeError as error:  # out of memory too, and whatever a recording does not allow
                 self._eager = self._pool.failed = True
                 first = str(error).split(". ")[0].splitlines()[0]  # what follows says how much memory is free just now
-                _tell(self._what, f"{type(error).__name__}: {first}")
+                (_note if self._calls else _tell)(self._what, f"{type(error).__name__}: {first}")
 
 
 def record(launch: Launch[Made], pool: Pool) -> tuple[Any, Made]:
@@ -92,3 +96,8 @@ def _tell(what: str, reason: str) -> None:
         __name__,
         "free memory on the GPU, or choose a compressor that its kernels read (docs/gpu.md); tokens are the same",
     )
+
+
+@cache
+def _note(what: str, reason: str) -> None:
+    log.info("vericache: %s goes through Python on this CPU, a little slower: %s", what, reason)

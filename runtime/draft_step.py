@@ -14,14 +14,16 @@ import torch
 from torch import Tensor
 
 from vericache_compile.compressors.base import CompressedKV
-from vericache_compile.kernels import launch
-from vericache_compile.kernels.block_attention import Scores
+from vericache_compile.kernels import block_attention, launch, native
+from vericache_compile.kernels.block_attention import PLAIN, Scores
 from vericache_compile.kernels.draft_attention import Region, draft_attention, region_lefts
+from vericache_compile.kernels.draft_step import begin_step, end_step, write_rows
 from vericache_compile.plan import Act, DecodePlan
 from vericache_compile.runtime.attention import attend_compressed
 from vericache_compile.runtime.caches import DraftKV, DraftLayer
 from vericache_compile.runtime.capture import Captured
 from vericache_compile.runtime.executor import Incoming, execute
+from vericache_compile.runtime.host_capture import is_inductors, recordable
 from vericache_compile.runtime.scores import scores_of
 
 Bound = list[Tensor | None]
@@ -31,26 +33,43 @@ Bound = list[Tensor | None]
 def serves(device: torch.device, plan: DecodePlan, draft: DraftKV) -> bool:
     """Whether draft steps run with their lengths on the device: where kernels read lengths there, no bias has to be
     made for a length, no region chooses by the query what is read, and no segment reads numbers back."""
-    if plan.draft.waits_for_host:
+    if plan.draft.waits_for_host or any(site.alibi is not None for site in plan.captured.sites):
         return False
     regions = (region for layer in draft.layers for region in layer.regions)
     if any(type(region).select is not CompressedKV.select for region in regions):
         return False
-    return all(launch.takes(device, site.dtype) and site.alibi is None for site in plan.captured.sites)
+    return all(launch.takes(device, site.dtype) for site in plan.captured.sites) or makes_calls(device, plan, draft)
+
+
+def makes_calls(device: torch.device, plan: DecodePlan, draft: DraftKV) -> bool:
+    """Whether a step on the CPU does nothing but calls that can be recorded: the kernels there read regions that lie in
+    memory as numbers, and Inductor compiled what is between."""
+    sites = all(block_attention.takes(device, site.dtype) for site in plan.captured.sites)
+    there = sites and native.load() is not None and is_inductors(plan.draft)
+    return there and not any(layer.packed for layer in draft.layers)
 
 
 def step_of(draft: DraftKV, plan: DecodePlan, bound: Bound, batch: int, horizon: int) -> DraftStep:
     """The step over a draft cache's buffers, made anew when what it reads has moved."""
     held = draft.step
     if held is None or not held.fits(plan, bound, horizon) or not held.follows(draft.layers):
-        held = draft.step = DraftStep(draft.layers, plan, bound, batch, max(plan.window, horizon + 1))
+        calls = makes_calls(draft.layers[0].keys.device, plan, draft)
+        held = draft.step = DraftStep(draft.layers, plan, bound, batch, max(plan.window, horizon + 1), calls)
     return held
 
 
 class DraftStep:
     """The buffers of a step, and the step."""
 
-    def __init__(self, layers: Sequence[DraftLayer], plan: DecodePlan, bound: Bound, batch: int, capacity: int) -> None:
+    def __init__(
+        self,
+        layers: Sequence[DraftLayer],
+        plan: DecodePlan,
+        bound: Bound,
+        batch: int,
+        capacity: int,
+        calls: bool = False,
+    ) -> None:
         device = layers[0].keys.device
         self.plan, self.bound, self._places = plan, bound, _places(bound)
         with torch.inference_mode(False):
@@ -62,7 +81,11 @@ class DraftStep:
             self.starts = _starts(layers).to(device)
             self.before = _before(layers).to(device)
             self.sites = [_Site(layer) for layer in layers]
-        self._step: Captured[None] = Captured(device, "a draft step")
+            self.shifts = self.before.to(device) - self.starts[:, None]
+            self.places, self.shown = torch.zeros_like(self.shifts), torch.zeros_like(self.positions)
+        self._program = recordable(plan.draft) if calls else plan.draft
+        self._calls = calls
+        self._step: Captured[None] = Captured(device, "a draft step", calls=calls)
 
     def fits(self, plan: DecodePlan, bound: Bound, horizon: int) -> bool:
         """Whether this is a step of that plan, with those weights, and has room for so many tokens."""
@@ -77,6 +100,7 @@ class DraftStep:
             return False
         self.starts.copy_(_starts(layers))
         self.before.copy_(_before(layers))
+        self.shifts.copy_(self.before - self.starts[:, None])
         for site, layer in pairs:
             site.follow(layer)
         return True
@@ -108,8 +132,25 @@ class DraftStep:
             if horizon and coming is not None:
                 coming.prefetch(asked.layer)
         for _ in range(horizon):
-            self._step(self._launch)
+            self._step(self._call if self._calls else self._launch)
         return self.drafted[: horizon + 1].t().contiguous()
+
+    def _call(self) -> None:
+        """As `_launch`, by nothing but calls that can be recorded."""
+        begin_step(self.columns, self.shifts, self.positions, self.plan.position_limit, self.places, self.shown)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
+            site, held = self.plan.captured.sites[layer], self.sites[layer]
+            place, newest = self.places[layer].unbind(0)
+            write_rows(k, held.layer.keys, place)
+            write_rows(v, held.layer.values, place)
+            how = scores_of(site, sinks, 0, q.device) or PLAIN
+            own = (held.layer.keys, held.layer.values, newest, held.lefts)
+            return block_attention.attend_at(q, *own, site.scale, how, held.layer.reach)
+
+        (token,) = execute(self._program, self.bound, self.tokens, self.shown, attend)
+        ends = (self.tokens, self.drafted, self.place, self.positions, self.columns)
+        end_step(token, self.forced, self.first, *ends)
 
     def _launch(self) -> None:
         limit = self.plan.position_limit

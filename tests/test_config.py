@@ -16,6 +16,7 @@ from vericache_compile.compressors.streaming import Streaming
 from vericache_compile.compressors.table import COMPRESSORS
 from vericache_compile.config import AUTO, DRAFT_DTYPES, MAX_WINDOW, Config, make_config
 from vericache_compile.errors import OptionError
+from vericache_compile.kernels import native
 
 NAMES = [f.name for f in fields(Config)]
 
@@ -128,19 +129,17 @@ def test_draft_types(name: str) -> None:
     assert config({"draft_dtype": name}).draft_dtype == config(draft_dtype=name).draft_dtype == name
 
 
-@pytest.mark.parametrize(
-    ("capability", "dtype"),
-    [("AVX512", torch.int8), ("AVX512_VNNI", torch.int8), ("AVX2", None), ("DEFAULT", None)],
-)
-def test_draft_reads_what_the_cpu_is_fast_at_unless_told_otherwise(
-    capability: str, dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("there", [True, False])
+def test_draft_reads_int8_where_a_kernel_is_for_it_unless_told_otherwise(
+    there: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    assert config({}).draft_dtype_on(torch.device("cpu")) is dtype
-    assert config({}).draft_dtype_on(torch.device("cuda")) is None
-    assert config({"draft_dtype": "same"}).draft_dtype_on(torch.device("cpu")) is None
-    assert config({"draft_dtype": "int8"}).draft_dtype_on(torch.device("cuda")) is torch.bfloat16
-    assert config({"draft_dtype": "int8"}).draft_dtype_on(torch.device("cpu")) is torch.int8
+    monkeypatch.setattr(native, "load", lambda: object() if there else None)
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert config({}).draft_dtype_on(cpu) is (torch.int8 if there else None)
+    assert config({}).draft_dtype_on(gpu) is None
+    assert config({"draft_dtype": "same"}).draft_dtype_on(cpu) is None
+    assert config({"draft_dtype": "int8"}).draft_dtype_on(gpu) is torch.bfloat16
+    assert config({"draft_dtype": "int8"}).draft_dtype_on(cpu) is (torch.int8 if there else torch.bfloat16)
 
 
 @pytest.mark.parametrize("name", ["float32", "bf16", ""])

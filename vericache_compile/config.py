@@ -14,6 +14,7 @@ import torch
 from vericache_compile.compressors.base import Compressor
 from vericache_compile.compressors.spec import options_of, parse
 from vericache_compile.errors import OptionError
+from vericache_compile.kernels import int8_linear
 from vericache_compile.plan import Tier
 
 MAX_WINDOW = 256
@@ -23,7 +24,7 @@ PARAMETERS = ("keep", "bits")
 WHERE = "the options of backend 'vericache'"
 DRAFT_DTYPES = {"same": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
 AUTO = "auto"
-"""int8 where the CPU is fast at it: drafting is bound by reading weights, and memory is plenty; same elsewhere."""
+"""int8 on a CPU with our kernels: drafting is bound by reading weights, and memory is plenty; same elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Config:
         default=AUTO,
         metadata={
             "doc": "type that draft reads weights in (verify reads the model's own): same, bfloat16, float16, int8; "
-            "auto is int8 on a CPU with AVX-512, and same elsewhere"
+            "auto is int8 on a CPU, and same elsewhere"
         },
     )
     placement: str = field(
@@ -116,13 +117,12 @@ class Config:
     def draft_dtype_on(self, device: torch.device) -> torch.dtype | None:
         """The type that draft reads weights in on a device; None for the weights' own.
 
-        In place of int8 bfloat16 on a GPU: Inductor's reductions over codes took twice as long there (H200).
+        In place of int8 bfloat16 where no kernel is for it: Inductor's reductions over codes took twice as long as over
+        bfloat16 (H200).
         """
-        chosen = self.draft_dtype
-        if chosen == AUTO:
-            chosen = "int8" if device.type == "cpu" and _is_fast_at_int8() else "same"
-        dtype = DRAFT_DTYPES[chosen]
-        return torch.bfloat16 if dtype is torch.int8 and device.type != "cpu" else dtype
+        has_int8 = int8_linear.serves(device)
+        dtype = DRAFT_DTYPES[("int8" if has_int8 else "same") if self.draft_dtype == AUTO else self.draft_dtype]
+        return torch.bfloat16 if dtype is torch.int8 and not has_int8 else dtype
 
     def moves_on(self, device: torch.device) -> bool:
         """Whether full KV of a model on this device may live elsewhere, so that graphs need transfers."""
@@ -144,11 +144,6 @@ class Config:
         """The compression method with its parameters; raises OptionError for one that it does not take."""
         given = {name: getattr(self, name) for name in PARAMETERS}
         return parse(self.compressor, {name: value for name, value in given.items() if value is not None})
-
-
-def _is_fast_at_int8() -> bool:
-    """Whether the CPU has AVX-512: with AVX2 alone Inductor's reductions over int8 take longer than over float32."""
-    return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 def make_config(options: Mapping[str, Any] | None, environment: Mapping[str, str] | None = None) -> Config:

@@ -12,9 +12,10 @@ from vericache_compile.compressors.base import CompressedKV, Compressor
 from vericache_compile.compressors.dense import DenseKV
 from vericache_compile.compressors.facts import Facts, reader_of
 from vericache_compile.config import Config
+from vericache_compile.kernels.int8_linear import GROUP
 from vericache_compile.passes.program import example, placeholders
 from vericache_compile.passes.spell_products import dtype_read
-from vericache_compile.plan import FEW, GROUP, Site
+from vericache_compile.plan import Site
 
 PROBES = (1024, 16384)
 """Tokens compressed to measure a method's bytes per token: more of them where it covers none of a few."""
@@ -138,11 +139,10 @@ def _probe(method: Compressor, site: Site, probes: Sequence[int]) -> CompressedK
 
 def bytes_per_weight(config: Config, dtype: torch.dtype, device: torch.device, rows: int) -> float:
     """Bytes of a weight as drafts of so many rows read it, its share of an int8 copy's scale included."""
-    few = config.inductor and rows <= FEW.get(device.type, 1)
-    low = dtype_read(config.draft_dtype_on(device), device, few=few)
+    low = dtype_read(config.draft_dtype_on(device), device, rows)
     if low is None or low.itemsize >= dtype.itemsize:
         return dtype.itemsize
-    return low.itemsize + (0.0 if low.is_floating_point else torch.float32.itemsize / GROUP)
+    return low.itemsize + (0.0 if low.is_floating_point else torch.bfloat16.itemsize / GROUP)
 
 
 GATHERS = (torch.ops.aten.embedding.default, torch.ops.aten.index.Tensor, torch.ops.aten.index_select.default)

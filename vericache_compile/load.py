@@ -56,7 +56,7 @@ def make_load(
     )
     whole, codes = (measured.whole, measured.codes) if device.type == "cuda" else (0.0, 0.0)
     spare = context * (whole + codes) / SPARE + (EXACT * held if whole else 0.0) + (CHUNK + 2 * config.window) * codes
-    rows = (batch, min(batch, FEW.get(device.type, 1)))
+    rows = (batch, min(batch, FEW))
     read, few = (
         sum(count * bytes_per_weight(config, dtype, device, each) for dtype, count in weights.items()) for each in rows
     )

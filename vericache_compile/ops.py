@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from vericache_compile.kernels.calls import CALLING
+from vericache_compile.kernels.int8_linear import int8_linear
 from vericache_compile.kernels.row_invariant_linear import (
     is_row_invariant,
     row_invariant_by_head,
@@ -255,6 +257,19 @@ def _linear_window(info, in_dims, x, weight, bias, window=False):  # type: ignor
 torch.library.register_vmap("vericache::linear", _linear_window)
 
 
+torch.library.define(
+    "vericache::int8_linear",
+    "(Tensor x, Tensor[] codes, Tensor[] scales, int[] outs) -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+torch.library.impl("vericache::int8_linear", "default", int8_linear)
+
+
+@torch.library.register_fake("vericache::int8_linear")
+def _int8_linear_fake(x, codes, scales, outs):  # type: ignore[no-untyped-def]
+    return [x.new_empty((x.shape[0], count)) for count in outs]
+
+
 @torch.library.custom_op("vericache::heads_mm", mutates_args=())
 def heads_mm(x: Tensor, weight: Tensor) -> Tensor:
     """Each head's rows by its own weight: x [..., H, in], weight [H, in, out]. Returns [..., H, out].
@@ -378,5 +393,8 @@ EXPERTS_MM = torch.ops.vericache.experts_mm.default
 """The node target of a product with the weights of chosen experts; it waits for the host, which reads the choice."""
 HEADS_MM = torch.ops.vericache.heads_mm.default
 """The node target of a product of each head's rows with a weight of its own."""
+INT8_LINEAR = torch.ops.vericache.int8_linear.default
+"""The node target of products of the same rows with int8 copies of weights, see `kernels/int8_linear.py`."""
 LINEAR = torch.ops.vericache.linear.default
 """The node target of a product with a weight."""
+CALLING.update({INT8_LINEAR: int8_linear, LINEAR: _linear})

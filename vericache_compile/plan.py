@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-GROUP = 32
-"""Inputs of a weight that share the scale of their int8 codes."""
-FEW = {"cpu": 8}
-"""Up to how many rows of draft become reductions, by device: 1 where none is given."""
+from vericache_compile.kernels.int8_linear import quantize
+
+FEW = 16
+"""Up to how many rows of draft read int8 copies of weights."""
 Compiled = Callable[[list[Tensor]], Sequence[Tensor]]
 """A compiled segment."""
 
@@ -261,18 +261,9 @@ class Cast:
     """int8: whether this input is the scales rather than the codes."""
 
     def copies(self, weight: Tensor) -> tuple[Tensor, ...]:
-        """A copy in a smaller floating type; or int8 codes [out, N, in / N] and their scales [out, N, 1] (float32).
-
-        Symmetric, round to nearest, one scale per group of 32 inputs (per output where 32 does not divide them), as
-        GGML's Q8_0: w = code * scale, scale = max|w| / 127.
-        """
+        """A copy in a smaller floating type; or int8 codes and their scales, see `int8_linear.quantize`."""
         own = weight.t() if self.turned else weight
-        if self.dtype.is_floating_point:
-            return (own.to(self.dtype).contiguous(),)
-        out, size = own.shape
-        groups = own.reshape(out, -1, GROUP if size % GROUP == 0 else size).float()
-        scale = groups.abs().amax(-1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny) / 127
-        return (groups / scale).round_().to(self.dtype), scale
+        return (own.to(self.dtype).contiguous(),) if self.dtype.is_floating_point else quantize(own)
 
 
 class Act(StrEnum):

@@ -12,7 +12,7 @@ from vericache_compile.passes.partition import partition
 from vericache_compile.passes.program import Program, placeholders
 from vericache_compile.passes.spell_products import spell_products
 
-PRODUCTS = {"mm", "addmm", "mul", "sum", "linear"}
+PRODUCTS = {"mm", "addmm", "mul", "sum", "linear", "int8_linear"}
 
 
 def spelled(batch: int, *, inductor: bool, draft_dtype: torch.dtype | None = None, window: int = 4) -> Program:
@@ -42,6 +42,20 @@ def test_few_rows_are_reductions_and_many_rows_are_a_gemm(batch: int, inductor: 
     found = products_of(program, "draft")
     assert sorted(found) == (sorted(reductions * 3) if inductor and batch <= 8 else ["linear"] * 3)
     assert products_of(program, "verify") == ["linear"] * 3
+
+
+@pytest.mark.parametrize(("batch", "inductor"), [(1, True), (16, False), (17, False)])
+def test_the_same_rows_go_through_int8_copies_at_once(batch: int, inductor: bool) -> None:
+    program = spelled(batch, inductor=inductor, draft_dtype=torch.int8)
+    found = products_of(program, "draft")
+    if batch > 16:
+        assert "int8_linear" not in found
+        return
+    assert found == ["int8_linear"] * 2
+    outs = [
+        node.args[3] for node in program.variants["draft"].graph.find_nodes(op="call_function", target=ops.INT8_LINEAR)
+    ]
+    assert sorted(map(len, outs)) == [1, 2]
 
 
 @pytest.mark.usefixtures("no_kernel")
@@ -82,8 +96,8 @@ def test_verify_reads_the_models_own_weights(batch: int, inductor: bool, draft_d
         (3, False, torch.bfloat16, torch.bfloat16),
         (1, True, torch.int8, torch.int8),
         (3, True, torch.int8, torch.int8),
-        (3, False, torch.int8, torch.bfloat16),
-        (9, True, torch.int8, torch.bfloat16),
+        (3, False, torch.int8, torch.int8),
+        (17, True, torch.int8, torch.bfloat16),
     ],
 )
 def test_draft_reads_copies_of_the_draft_type(

@@ -21,7 +21,8 @@ from test_canonical import compiled, logits_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from vericache_compile.kernels import draft_attention, launch, verify_attention
+from vericache_compile.kernels import draft_attention, launch, native, verify_attention
+from vericache_compile.kernels.calls import Calls
 from vericache_compile.passes.pipeline import plan_capture
 from vericache_compile.plan import DecodePlan
 from vericache_compile.runtime import capture, compression, draft_step, drafting, incoming, rounds
@@ -54,7 +55,9 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def draft_tokens(sequence: Any, draft: DraftKV, *rest: Any) -> Tensor:
         before = [held.clone() for held in layers_of(draft)]
-        expected = original(sequence, draft, *rest)
+        with monkeypatch.context() as switched:
+            switched.setattr(draft_step, "serves", lambda device, plan, draft: False)
+            expected = original(sequence, draft, *rest)
         written = [held.clone() for held in layers_of(draft)]
         for held, was in zip(layers_of(draft), before, strict=True):
             held.copy_(was)
@@ -80,6 +83,41 @@ def test_tokens_and_caches_are_those_of_lengths_in_python(batch: int, compared: 
         logits_of(model, switch, make_prompt(150, batch), 24, **method, window=4, **OPTIONS)
     assert len(set(compared)) == len(methods)
     assert len(compared) > 3 * len(methods)
+
+
+@pytest.mark.skipif(native.load() is None, reason="no C++ compiler")
+@pytest.mark.parametrize(
+    ("batch", "dtype", "options"),
+    [
+        (1, torch.float32, {"draft_dtype": "int8", "compressor": "none"}),
+        (3, torch.float32, {"draft_dtype": "same", "compressor": "snapkv", "keep": 0.9}),
+        pytest.param(2, torch.bfloat16, {"draft_dtype": "int8", "compressor": "none"}, marks=pytest.mark.slow),
+    ],
+)
+def test_on_the_cpu_steps_are_calls_that_are_recorded(
+    batch: int,
+    dtype: torch.dtype,
+    options: dict[str, Any],
+    compared: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """To the bit what goes through Python gives, also when regions have been compressed anew."""
+    monkeypatch.setattr(drafting, "CHUNK", 16)
+    replays: list[None] = []
+    replay = Calls.replay
+
+    def counted(self: Calls) -> None:
+        replays.append(None)
+        replay(self)
+
+    monkeypatch.setattr(Calls, "replay", counted)
+    model = make_tiny("llama").to(dtype)
+    with caplog.at_level(logging.INFO, "vericache_compile"):
+        logits_of(model, compiled(model), make_prompt(150, batch), 60, **options, window=4)
+    assert not [told for told in caplog.messages if "through Python" in told]
+    assert len(replays) > 15
+    assert len(compared) > 10
 
 
 @pytest.mark.parametrize("name", ["gpt_oss", pytest.param("gemma2", marks=pytest.mark.slow)])
@@ -207,7 +245,7 @@ def test_steps_are_replayed_or_where_recording_fails_launched(
     monkeypatch.setattr(capture, "record", record)
     monkeypatch.setattr(drafting, "CHUNK", 8)
     monkeypatch.setattr(draft_step, "serves", lambda device, plan, draft: True)
-    monkeypatch.setattr(draft_step, "Captured", lambda device, what: Captured(torch.device("cuda"), what))
+    monkeypatch.setattr(draft_step, "Captured", lambda device, what, calls: Captured(torch.device("cuda"), what))
     model, inputs = make_tiny("llama"), make_prompt(40, 3)
     plain = model.generate(**inputs, max_new_tokens=30, do_sample=False)
     model.compile(backend="vericache", options={"compressor": "streaming", "window": 4, **OPTIONS})

@@ -287,7 +287,7 @@ static bool are_few(const Shape& shape) {
   return whole && shape.heads / shape.kv_heads * shape.window <= FEW_ROWS;
 }
 
-extern "C" int64_t workspace(const Shape* shape, int64_t blocks, int narrow, int threads) {
+extern "C" int64_t workspace(const Shape* shape, int64_t blocks, int64_t narrow, int64_t threads) {
   const int64_t rows = shape->heads / shape->kv_heads * shape->window;
   const int64_t vectors = (rows + LANES - 1) / LANES;
   const int64_t groups = shape->batch * shape->kv_heads * group_floats(*shape, blocks, vectors * LANES);
@@ -413,7 +413,7 @@ static void attend_as(const T* q, const T* keys, const T* values, const int64_t*
 // and of these the last `reach` (all of them where it is 0).
 extern "C" void attend(const void* q, const void* keys, const void* values, const int64_t* starts, const int64_t* pads,
                        const Shape* shape, const Score* how, int64_t reach, int64_t blocks, float* work, void* out,
-                       int narrow, int threads) {
+                       int64_t narrow, int64_t threads) {
 #define AS(T)                                                                                                      \
   attend_as(static_cast<const T*>(q), static_cast<const T*>(keys), static_cast<const T*>(values), starts, pads,    \
             *shape, *how, reach, blocks, work, static_cast<T*>(out), threads)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vericache_compile.kernels import native
+from vericache_compile.kernels.calls import Argument, call
 
 BLOCK = 256
 SIZES = ("batch", "heads", "kv_heads", "window", "size", "value_size")
@@ -82,6 +83,42 @@ def attend(
     q [B, H, W, D], keys [B, K, C, D], values [B, K, C, E], the latter two with any strides but the innermost, which is
     1. Returns [B, H, W, E]. A row's bits do not depend on W, nor on its place in the window, nor on the batch.
     """
+    window = q.shape[2]
+    ends = [(start + window - 1) // BLOCK + 1 for start in starts]
+    oldest = [0 if reach is None else max(start + 1 - reach, 0) for start in starts]
+    lefts = [max(min(row), least) for row, least in zip(pads, oldest, strict=True)]
+    blocks = max(end - left // BLOCK for end, left in zip(ends, lefts, strict=True))
+    heads_pads = [pad for row in pads for pad in row]
+    where = ((ctypes.c_int64 * len(starts))(*starts), (ctypes.c_int64 * len(heads_pads))(*heads_pads))
+    return _attend(q, keys, values, *where, blocks, scale, scores, reach)
+
+
+def attend_at(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    starts: Tensor,
+    pads: Tensor,
+    scale: float,
+    scores: Scores = PLAIN,
+    reach: int | None = None,
+) -> Tensor:
+    """As `attend`, for starts [B] and pads [B, K] (int64) that are read when the kernel runs."""
+    assert starts.is_contiguous() and pads.is_contiguous(), "whole numbers that lie side by side"
+    return _attend(q, keys, values, starts, pads, -(-keys.shape[2] // BLOCK), scale, scores, reach)
+
+
+def _attend(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    starts: Argument,
+    pads: Argument,
+    blocks: int,
+    scale: float,
+    scores: Scores,
+    reach: int | None,
+) -> Tensor:
     library = native.load()
     assert library is not None, "ask `serves` first"
     assert q.dtype is keys.dtype is values.dtype and q.dtype in TYPES, "the kernel reads float32 or bfloat16 numbers"
@@ -91,28 +128,26 @@ def attend(
     batch, heads, window, size = q.shape
     strides = (*q.stride()[:3], *keys.stride()[:3], *values.stride()[:3])
     shape = Shape(batch, heads, keys.shape[1], window, size, values.shape[3], *strides)
-    ends = [(start + window - 1) // BLOCK + 1 for start in starts]
-    oldest = [0 if reach is None else max(start + 1 - reach, 0) for start in starts]
-    lefts = [max(min(row), least) for row, least in zip(pads, oldest, strict=True)]
-    blocks = max(end - left // BLOCK for end, left in zip(ends, lefts, strict=True))
-    how = _score(scale, scores)
-    narrow, threads = ctypes.c_int(q.dtype is not torch.float32), ctypes.c_int(torch.get_num_threads())
-    floats = library.workspace(ctypes.byref(shape), ctypes.c_int64(blocks), narrow, threads)
+    narrow, threads = int(q.dtype is not torch.float32), torch.get_num_threads()
+    floats = library.workspace(ctypes.addressof(shape), blocks, narrow, threads)
     work = q.new_empty(floats, dtype=torch.float32)
     out = q.new_empty((batch, heads, window, values.shape[3]))
-    heads_pads = [pad for row in pads for pad in row]
-    library.attend(
-        *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (q, keys, values)),
-        (ctypes.c_int64 * batch)(*starts),
-        (ctypes.c_int64 * len(heads_pads))(*heads_pads),
-        ctypes.byref(shape),
-        ctypes.byref(how),
-        ctypes.c_int64(reach or 0),
-        ctypes.c_int64(blocks),
-        *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (work, out)),
+    given = (
+        q,
+        keys,
+        values,
+        starts,
+        pads,
+        shape,
+        _score(scale, scores),
+        reach or 0,
+        blocks,
+        work,
+        out,
         narrow,
         threads,
     )
+    call(library.attend, *given, held=scores)
     return out
 
 

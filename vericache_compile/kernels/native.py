@@ -14,7 +14,19 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-SOURCES = ("lanes.h", "block_attention.cpp", "row_invariant_linear.cpp")
+SOURCES = (
+    "lanes.h",
+    "block_attention.cpp",
+    "row_invariant_linear.cpp",
+    "int8_linear.cpp",
+    "draft_step.cpp",
+    "calls.cpp",
+)
+FUNCTIONS = {
+    "workspace": 4, "attend": 13, "multiply_rows": 10, "multiply_int8": 8, "begin_step": 8, "write_rows": 11,
+    "end_step": 9, "make_calls": 4,
+}  # fmt: skip
+"""How many arguments each takes: whole numbers and addresses, each 64 bits wide."""
 FLAGS = ("-fno-unsafe-math-optimizations", "-fno-finite-math-only", "-ffp-contract=off")
 """Sums keep their order and NaN its meaning, whatever Inductor is set to; what fuses is written so."""
 
@@ -50,5 +62,7 @@ def _build() -> ctypes.CDLL | None:
             "see `vericache doctor`; until then torch's kernels run, with the same tokens, slower",
         )
         return None
-    library.workspace.restype = ctypes.c_int64
+    for name, arguments in FUNCTIONS.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = [ctypes.c_int64] * arguments, ctypes.c_int64
     return library

@@ -7,7 +7,6 @@ That of the CPU is made for a window of a few rows: for a hundred a library that
 
 from __future__ import annotations
 
-import ctypes
 from typing import NamedTuple
 
 import torch
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vericache_compile.kernels import native
+from vericache_compile.kernels.calls import call, side_by_side
 from vericache_compile.kernels.launch import on, serves
 
 
@@ -80,8 +80,8 @@ def _multiply_rows(x: Tensor, weight: Tensor, bias: Tensor | None, wanted: int |
     if bias is not None:
         assert bias.dtype is torch.float32, "the kernel reads float32 numbers"
         assert bias.shape == weight.shape[:1], f"a bias of {tuple(bias.shape)} for {weight.shape[0]} outputs"
-        bias = bias.contiguous()
-    x = x.contiguous()
+        bias = side_by_side(bias)
+    x = side_by_side(x)
     outs, size = weight.shape
     out = x.new_empty((*x.shape[:-1], outs))
     rows = total = x.shape[:-1].numel()
@@ -89,12 +89,8 @@ def _multiply_rows(x: Tensor, weight: Tensor, bias: Tensor | None, wanted: int |
     if wanted is not None and wanted < x.shape[0]:
         token = total // x.shape[0]
         rows = wanted * token
-    library.multiply_rows(
-        *(None if held is None else ctypes.c_void_p(held.data_ptr()) for held in (x, weight, bias)),
-        *map(ctypes.c_int64, (rows, total, token, size, outs)),
-        ctypes.c_void_p(out.data_ptr()),
-        ctypes.c_int(torch.get_num_threads()),
-    )
+    numbers = (rows, total, token, size, outs)
+    call(library.multiply_rows, x, weight, bias, *numbers, out, torch.get_num_threads())
     return out
 
 
