@@ -1,4 +1,5 @@
-"""Verify's segments between attention sites, each recorded as a CUDA graph at its second run and replayed from then on.
+"""Verify's segments between attention sites, each recorded at its second run and replayed from then on, as a CUDA graph
+or, on the CPU, as calls.
 
 Attention and transfers between them are launched as they are: full KV moves, when it grows and from place to place in
 the ring, so that what reads it could not be replayed. Nothing else does, so growth records nothing anew. A plan is for
@@ -7,25 +8,40 @@ one batch and one window, and so are its recordings.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from vericache_compile.kernels import launch
+from vericache_compile.kernels import launch, native
+from vericache_compile.kernels.calls import recording
+from vericache_compile.ops import WANTED
 from vericache_compile.plan import Act, Compiled, DecodePlan, Step
 from vericache_compile.runtime.capture import Captured, Pool
+from vericache_compile.runtime.host_capture import is_inductors, recordable
 
 Bound = list[Tensor | None]
 """Slots of the verify program with its weights in place."""
+ALL = (1 << 31) - 1
+"""Tokens that are wanted where nobody says how many."""
 LATEST = 4
 """Plans whose recordings are kept."""
 
 
 def serves(device: torch.device, plan: DecodePlan) -> bool:
-    """Whether verify's segments can be recorded: on a GPU with our kernels, where none reads numbers back."""
-    return not plan.verify.waits_for_host and all(launch.takes(device, site.dtype) for site in plan.captured.sites)
+    """Whether verify's segments can be recorded: with our kernels, where none reads numbers back."""
+    if plan.verify.waits_for_host:
+        return False
+    return all(launch.takes(device, site.dtype) for site in plan.captured.sites) or makes_calls(device, plan)
+
+
+def makes_calls(device: torch.device, plan: DecodePlan) -> bool:
+    """Whether segments on the CPU may do nothing but calls that can be recorded: Inductor compiled them, and products
+    are ours."""
+    ours = device.type == "cpu" and native.load() is not None and is_inductors(plan.verify)
+    return ours and all(site.dtype is torch.float32 for site in plan.captured.sites)
 
 
 class Recordings:
@@ -51,7 +67,8 @@ class Recordings:
 
 def in_pieces(plan: DecodePlan, device: torch.device) -> DecodePlan:
     """The plan with verify's segments replaced by pieces that give the same."""
-    shared, verify = _Shared(device), plan.verify
+    calls = makes_calls(device, plan)
+    shared, verify = _Shared(device, calls), recordable(plan.verify) if calls else plan.verify
     weights = {slot for slot, _, _ in verify.weights}
     outputs = set(verify.outputs)
 
@@ -68,8 +85,10 @@ def in_pieces(plan: DecodePlan, device: torch.device) -> DecodePlan:
 class _Shared:
     """What the pieces of one program share."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, calls: bool = False) -> None:
+        self.device, self.calls = device, calls
+        self.wanted = (ctypes.c_int64 * 1)()
+        """Where replayed calls read how many tokens there are."""
         self.pool = Pool()
         self.made: dict[int, Sequence[Tensor]] = {}
         """By piece what its replays give: always the same tensors, which later pieces read where they lie."""
@@ -86,10 +105,12 @@ class Piece:
         self._run, self._own, self._leave, self._shared = run, own, leave, shared
         self._warm = False
         self._inputs: list[Tensor] | None = None
-        self._captured: Captured[Sequence[Tensor]] = Captured(shared.device, "a part of verify", shared.pool)
+        self._captured: Captured[Sequence[Tensor]] = Captured(
+            shared.device, "a part of verify", shared.pool, calls=shared.calls
+        )
 
     def __call__(self, inputs: list[Tensor]) -> Sequence[Tensor]:
-        if not self._warm:
+        if not self._warm or (self._shared.pool.failed and not self._captured.replays):
             self._warm = True
             return self._captured(lambda: self._run(inputs))
         if self._inputs is None:
@@ -98,10 +119,22 @@ class Piece:
         for place, given, own in zip(held, inputs, self._own, strict=True):
             if own and place is not given:
                 place.copy_(given)
-        made = self._captured(lambda: self._run(list(held)))
+        wanted = WANTED.get()
+        self._shared.wanted[0] = wanted if isinstance(wanted, int) else ALL
+        made = self._captured(lambda: self._launch(list(held)))
         if self._captured.replays:
             self._shared.made[id(self)] = made
         return [each.clone() if leaves else each for each, leaves in zip(made, self._leave, strict=True)]
+
+    def _launch(self, inputs: list[Tensor]) -> Sequence[Tensor]:
+        """The segment; calls that are recorded read how many tokens there are when they run."""
+        if recording() is None:
+            return self._run(inputs)
+        before = WANTED.set(self._shared.wanted)
+        try:
+            return self._run(inputs)
+        finally:
+            WANTED.reset(before)
 
     def _place(self, given: Tensor) -> Tensor:
         if any(given is each for made in self._shared.made.values() for each in made):

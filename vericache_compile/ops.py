@@ -13,16 +13,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from vericache_compile.kernels.calls import CALLING
+from vericache_compile.kernels.calls import CALLING, NotRecordedError, recording
 from vericache_compile.kernels.int8_linear import int8_linear
 from vericache_compile.kernels.row_invariant_linear import (
+    Wanted,
     is_row_invariant,
     row_invariant_by_head,
     row_invariant_linear,
 )
 
-WANTED: ContextVar[int | None] = ContextVar("vericache_wanted", default=None)
-"""How many of a window's tokens there are, while verify runs; None: all. What an operator gives for those beyond is the
+WANTED: ContextVar[Wanted] = ContextVar("vericache_wanted", default=None)
+"""How many of a window's tokens there are, while verify runs; None: all; an array for calls that are recorded, which
+read it when they run. What an operator gives for those beyond is the
 first token's, where that is less work: nobody reads it, and it is as harmless as what the first token is given."""
 
 
@@ -135,6 +137,9 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, window: bool = False
     wanted = WANTED.get() if window else None
     if is_row_invariant(weight):
         return row_invariant_linear(x, weight, bias, wanted)
+    if recording() is not None:
+        raise NotRecordedError("a product is torch's")
+    assert wanted is None or isinstance(wanted, int), "an array is for calls that are recorded"
     return _onednn(x, weight, bias, wanted) if has_onednn(weight) else F.linear(x, weight, bias).contiguous()
 
 

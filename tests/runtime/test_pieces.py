@@ -13,8 +13,10 @@ from models import make_prompt, make_tiny
 from torch import Tensor
 from transformers import DynamicCache
 
+from vericache_compile.kernels import native
+from vericache_compile.kernels.calls import Calls
 from vericache_compile.plan import Act, DecodePlan
-from vericache_compile.runtime import capture, pieces
+from vericache_compile.runtime import capture, draft_step, pieces, rounds
 from vericache_compile.runtime.capture import Launch, Pool
 from vericache_compile.runtime.pieces import Piece, Recordings, in_pieces
 
@@ -109,6 +111,48 @@ def test_rows_are_those_of_launches_and_growth_records_nothing_anew(
     for _ in range(2):
         assert torch.equal(two_turns(model, batch), expected)
     assert recorder.count == segments(in_use) >= 4
+
+
+@pytest.mark.skipif(native.load() is None, reason="no C++ compiler")
+@pytest.mark.parametrize(
+    ("how", "batch", "drafts"),
+    [
+        ({"placement": "host", "staging_mb": 0.001}, 1, "own"),
+        ({}, 2, "wrong"),
+        pytest.param({"draft_dtype": "same"}, 1, "wrong", marks=pytest.mark.slow),
+    ],
+)
+def test_on_the_cpu_pieces_are_calls_that_give_the_same_rows(
+    how: dict[str, Any], batch: int, drafts: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """However many tokens there are in a window: drafts that are wrong now and then make it shorter."""
+    replays: list[int] = []
+    replay, draft_tokens = Calls.replay, rounds.draft_tokens
+
+    def counted(self: Calls) -> None:
+        replays.append(len(self._made))
+        replay(self)
+
+    def draft(*given: Any) -> Tensor:
+        drafted = draft_tokens(*given)
+        if drafts == "wrong" and drafted.shape[1] > 2:
+            drafted[:, 2:] = (drafted[:, 2:] + 1) % 100
+        return drafted
+
+    monkeypatch.setattr(Calls, "replay", counted)
+    monkeypatch.setattr(rounds, "draft_tokens", draft)
+    model = make_tiny("llama", layers=3)
+    model.compile(backend="vericache", options={"window": 8, "compressor": "none", **how})
+    monkeypatch.setattr(draft_step, "serves", lambda device, plan, draft: False)
+    with monkeypatch.context() as launched:
+        launched.setattr(pieces, "serves", lambda device, plan: False)
+        expected = two_turns(model, batch)
+    assert not replays
+    with caplog.at_level(logging.INFO, "vericache_compile"):
+        assert torch.equal(two_turns(model, batch), expected)
+    assert len(replays) > 20
+    assert len(set(replays)) > 1, "segments differ"
+    assert not [told for told in caplog.messages if "through Python" in told]
 
 
 def test_a_recording_that_fails_leaves_launches_and_the_same_rows(

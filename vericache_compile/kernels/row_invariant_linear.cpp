@@ -75,10 +75,12 @@ static void add_block(const float* x, const float* weight, int64_t count, int64_
   }
 }
 
-// out[m][o] = sum over k of x[m][k] * weight[o][k], plus bias[o] where there is one; all of them without gaps. Only
-// `rows` of the `total` are multiplied: what comes after them is what the first `token` rows were given, over and over.
-extern "C" void multiply_rows(const float* x, const float* weight, const float* bias, int64_t rows, int64_t total,
-                              int64_t token, int64_t size, int64_t outs, float* out, int64_t threads) {
+// out[m][o] = sum over k of x[m][k] * weight[o][k], plus bias[o] where there is one; all of them without gaps. Of the
+// `total` rows only those of the first `wanted` tokens (null: of all), `token` rows each, are multiplied: what comes after
+// them is what the first token's rows were given, over and over.
+extern "C" void multiply_rows(const float* x, const float* weight, const float* bias, const int64_t* wanted,
+                              int64_t total, int64_t token, int64_t size, int64_t outs, float* out, int64_t threads) {
+  const int64_t rows = wanted && *wanted * token < total ? *wanted * token : total;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t block = 0; block < (outs + BLOCK_OUTS - 1) / BLOCK_OUTS; ++block) {
     const int64_t first = block * BLOCK_OUTS, own = outs - first < BLOCK_OUTS ? outs - first : BLOCK_OUTS;

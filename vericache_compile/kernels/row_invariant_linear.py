@@ -7,6 +7,7 @@ That of the CPU is made for a window of a few rows: for a hundred a library that
 
 from __future__ import annotations
 
+import ctypes
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,9 @@ from torch import Tensor
 from vericache_compile.kernels import native
 from vericache_compile.kernels.calls import call, side_by_side
 from vericache_compile.kernels.launch import on, serves
+
+Wanted = int | ctypes.Array[ctypes.c_int64] | None
+"""How many there are along the first axis of x; read from an array when the kernel runs; None: all."""
 
 
 class Tiles(NamedTuple):
@@ -40,7 +44,7 @@ def tiles_of(outs: int, itemsize: int) -> Tiles:
     return Tiles(64, 64, 128, 6) if outs >= WIDE else Tiles(64, 32, 256, 4)
 
 
-def row_invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None, wanted: int | None = None) -> Tensor:
+def row_invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None, wanted: Wanted = None) -> Tensor:
     """x [..., in], weight [out, in], bias [out] or None; for the kernel on the CPU weights lie as [out, in]. Returns
     [..., out]; along the first axis of x only the first `wanted` (None: all) need be right, see `ops.WANTED`."""
     if costs_by_row(weight):
@@ -72,7 +76,7 @@ def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out
 
 
-def _multiply_rows(x: Tensor, weight: Tensor, bias: Tensor | None, wanted: int | None) -> Tensor:
+def _multiply_rows(x: Tensor, weight: Tensor, bias: Tensor | None, wanted: Wanted) -> Tensor:
     library = native.load()
     assert library is not None, "ask `is_row_invariant` first"
     assert x.dtype is weight.dtype is torch.float32, "the kernel reads float32 numbers"
@@ -84,12 +88,10 @@ def _multiply_rows(x: Tensor, weight: Tensor, bias: Tensor | None, wanted: int |
     x = side_by_side(x)
     outs, size = weight.shape
     out = x.new_empty((*x.shape[:-1], outs))
-    rows = total = x.shape[:-1].numel()
-    token = 0
-    if wanted is not None and wanted < x.shape[0]:
-        token = total // x.shape[0]
-        rows = wanted * token
-    numbers = (rows, total, token, size, outs)
+    if not (total := x.shape[:-1].numel()):
+        return out
+    told = (ctypes.c_int64 * 1)(wanted) if isinstance(wanted, int) else wanted
+    numbers = (told, total, total // x.shape[0], size, outs)
     call(library.multiply_rows, x, weight, bias, *numbers, out, torch.get_num_threads())
     return out
 
