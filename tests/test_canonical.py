@@ -208,14 +208,12 @@ def all_cores() -> Iterator[None]:
     [
         (
             250,
-            (
-                {**CHOICES[1], "placement": "host", "staging_mb": 8},
-                {**CHOICES[4], "placement": "disk", "staging_mb": 2},
-            ),
+            ({**CHOICES[1], "placement": "host", "staging_mb": 8},),
         ),
+        pytest.param(250, ({**CHOICES[4], "placement": "disk", "staging_mb": 2},), marks=pytest.mark.slow),
         pytest.param(750, CHOICES[2:5], marks=pytest.mark.slow),
     ],
-    ids=["elsewhere", "device"],
+    ids=["elsewhere", "disk", "device"],
 )
 def test_rows_are_bit_equal_on_smollm2(
     tokens: int,

@@ -178,7 +178,9 @@ def a_forced_end(model: PreTrainedModel) -> Tensor:
 ASKED: list[Asked] = [
     a_cache_of_ones_own, scores_beside_tokens, a_stopping_rule, a_processor_of_ones_own, a_streamer,
     samples_of_a_padded_batch, beams, a_prompt_looked_up, a_prompt_in_chunks, a_forced_end,
-    an_allowed_prefix, a_prompt_to_stay_away_from, groups_of_beams, contrastive_search,
+    an_allowed_prefix, *(pytest.param(call, marks=pytest.mark.slow) for call in (
+        a_prompt_to_stay_away_from, groups_of_beams, contrastive_search,
+    )),
 ]  # fmt: skip
 SLOW = [pytest.param(ask, marks=pytest.mark.slow) for ask in (sampled_beams, an_assistant)]
 

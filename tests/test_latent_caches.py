@@ -55,7 +55,7 @@ def make_prompt(tokens: int, batch: int = 1) -> dict[str, Tensor]:
             "eager", {"q_lora_rank": None} | DENSE, 3, ["none", "streaming(keep=0.1)"], marks=pytest.mark.slow
         ),
         ("sdpa", {"rope_interleave": False} | DENSE, 3, COMPRESSORS),
-        ("sdpa", DENSE, 1, ["none"]),
+        pytest.param("sdpa", DENSE, 1, ["none"], marks=pytest.mark.slow),
         pytest.param("sdpa", {}, 1, COMPRESSORS, marks=pytest.mark.slow),
         pytest.param("eager", {}, 3, COMPRESSORS, marks=pytest.mark.slow),
     ],

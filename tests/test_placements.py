@@ -69,7 +69,7 @@ def rings(monkeypatch: pytest.MonkeyPatch) -> set[int]:
     return seen
 
 
-@pytest.mark.parametrize(("name", "batch"), [pytest.param("llama", 1, marks=pytest.mark.slow), ("gpt2", 3)])
+@pytest.mark.parametrize(("name", "batch"), [("llama", 1), pytest.param("gpt2", 3, marks=pytest.mark.slow)])
 def test_rows_are_bit_equal_wherever_full_kv_lives(
     name: str, batch: int, rings: set[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -701,7 +701,7 @@ class Malloc(ctypes.Structure):
 
 @pytest.mark.parametrize(
     ("placement", "many"),
-    [("disk", 60), *(pytest.param(name, 200, marks=pytest.mark.slow) for name in ("disk", "host"))],
+    [("disk", 30), *(pytest.param(name, 200, marks=pytest.mark.slow) for name in ("disk", "host"))],
 )
 def test_many_sequences_leave_nothing_behind(placement: str, many: int, tmp_path: Path) -> None:
     """Threads, files and memory are as many as after the first ones."""

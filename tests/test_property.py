@@ -177,7 +177,7 @@ def check(make_caller: Callable[[], Caller], actions: list[tuple[Any, ...]]) -> 
             act(caller, *arguments)
 
 
-@settings(max_examples=4, deadline=None, derandomize=True)
+@settings(max_examples=3, deadline=None, derandomize=True)
 @given(actions=SERIES)
 def test_every_step_equals_the_uncompiled_models(
     make_caller: Callable[[], Caller], actions: list[tuple[Any, ...]]

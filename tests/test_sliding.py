@@ -73,7 +73,7 @@ ALIKE = pytest.mark.skipif(
 )
 CALLERS = [
     pytest.param(several_ways, marks=pytest.mark.slow),
-    a_cache_without_a_configuration,
+    pytest.param(a_cache_without_a_configuration, marks=pytest.mark.slow),
     a_cache_from_the_uncompiled_model,
     pytest.param(prompt_lookup, marks=[ALIKE, pytest.mark.slow]),
 ]
@@ -96,7 +96,7 @@ def test_a_first_call_on_a_full_sliding_cache_falls_back_once() -> None:
     assert stats(model)["rounds"] > 0
 
 
-@pytest.mark.parametrize("tokens", [5, 40])
+@pytest.mark.parametrize("tokens", [pytest.param(5, marks=pytest.mark.slow), 40])
 def test_ghosts_have_the_shapes_of_the_plain_cache(tokens: int) -> None:
     def shapes(model: PreTrainedModel) -> list[tuple[int, ...]]:
         cache = DynamicCache(config=model.config)

@@ -57,7 +57,13 @@ def by_hand(model: PreTrainedModel) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "call", [pytest.param(padded, marks=pytest.mark.slow), one_cache_for_several_turns, sampling, by_hand]
+    "call",
+    [
+        pytest.param(padded, marks=pytest.mark.slow),
+        pytest.param(one_cache_for_several_turns, marks=pytest.mark.slow),
+        sampling,
+        by_hand,
+    ],
 )
 def test_static_caches_give_plain_tokens_from_rounds(call: Caller) -> None:
     plain, ours, model = both(call, "llama", strict=True)

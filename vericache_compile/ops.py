@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from vericache_compile.kernels.calls import CALLING, NotRecordedError, recording
+from vericache_compile.kernels.calls import CALLING, recording
 from vericache_compile.kernels.int8_linear import int8_linear
 from vericache_compile.kernels.row_invariant_linear import (
     Wanted,
     is_row_invariant,
+    multiplies_bfloat16,
     row_invariant_by_head,
     row_invariant_linear,
 )
@@ -137,9 +138,20 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, window: bool = False
     wanted = WANTED.get() if window else None
     if is_row_invariant(weight):
         return row_invariant_linear(x, weight, bias, wanted)
-    if recording() is not None:
-        raise NotRecordedError("a product is torch's")
+    if (calls := recording()) is not None:
+        out = x.new_empty((*x.shape[:-1], weight.shape[0]))
+        calls.run(lambda: _multiply_into(out, x, weight, bias, wanted))
+        return out
     assert wanted is None or isinstance(wanted, int), "an array is for calls that are recorded"
+    return _multiply_any(x, weight, bias, wanted)
+
+
+def _multiply_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, wanted: Wanted) -> None:
+    known = wanted if wanted is None or isinstance(wanted, int) else wanted[0]
+    out.copy_(_multiply_any(x, weight, bias, known))
+
+
+def _multiply_any(x: Tensor, weight: Tensor, bias: Tensor | None, wanted: int | None) -> Tensor:
     return _onednn(x, weight, bias, wanted) if has_onednn(weight) else F.linear(x, weight, bias).contiguous()
 
 
@@ -158,12 +170,7 @@ def has_onednn(weight: Tensor) -> bool:
     """Whether oneDNN multiplies by a weight [out, in] as it lies in memory."""
     if weight.device.type != "cpu" or not torch._C._has_mkldnn or not weight.is_contiguous():
         return False
-    return weight.dtype is torch.float32 or (weight.dtype is torch.bfloat16 and _multiplies_bfloat16())
-
-
-@cache
-def _multiplies_bfloat16() -> bool:
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return weight.dtype is torch.float32 or (weight.dtype is torch.bfloat16 and multiplies_bfloat16())
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, wanted: int | None = None) -> Tensor:

@@ -66,13 +66,12 @@ def test_attention_and_steps_read_places_when_they_run() -> None:
 def test_what_torch_computes_is_refused() -> None:
     x, weight = torch.zeros(40, 64), torch.randn(16, 64)
     codes, scales = quantize(weight)
-    narrow = weight.bfloat16()
+    other = torch.randn(16, 40)
     for compute in (
         lambda: x + 1,
         lambda: x.t().contiguous(),
         lambda: ops.INT8_LINEAR(x.t()[:, :32], [codes[:, :32]], [scales[:, :1]], [16]),
-        lambda: ops.LINEAR(x.t()[:, :32], weight[:, :32], None),
-        lambda: ops.LINEAR(narrow, narrow, None),
+        lambda: ops.LINEAR(x.t(), other, None),
         lambda: x[0, 0].item(),
     ):
         with pytest.raises(NotRecordedError, match="is torch's"), Calls():
@@ -80,6 +79,26 @@ def test_what_torch_computes_is_refused() -> None:
         assert recording() is None
     with Calls():
         assert x.view(-1)[3:].view(-1, 1).t().new_empty(4).shape == (4,), "room and views are no computation"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_read_how_many_tokens_there_are_when_they_run(dtype: torch.dtype) -> None:
+    """By our kernel, and by oneDNN, which recordings call through Python."""
+    x, weight, bias = torch.zeros(8, 3, 64, dtype=dtype), torch.randn(48, 64).to(dtype), torch.randn(48).to(dtype)
+    wanted = (ctypes.c_int64 * 1)(8)
+    ops.LINEAR(x, weight, bias)  # what a CPU can is asked once
+    before = ops.WANTED.set(wanted)
+    try:
+        with Calls() as calls:
+            made = ops.LINEAR(x, weight, bias, True)
+    finally:
+        ops.WANTED.reset(before)
+    for count in (8, 1, 5):
+        x.normal_()
+        wanted[0] = count
+        calls.replay()
+        assert torch.equal(made[:count], ops.LINEAR(x, weight, bias)[:count])
+        assert torch.equal(made[count:], made[:1].expand_as(made[count:])), "harmless beyond"
 
 
 def test_a_function_has_no_more_arguments_than_can_be_passed() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vericache_compile import ops
+from vericache_compile.kernels import row_invariant_linear as kernel
 from vericache_compile.kernels.row_invariant_linear import (
     costs_by_row,
     is_row_invariant,
@@ -95,42 +98,49 @@ def test_the_canonical_operator_takes_it_where_it_serves(device: torch.device) -
 CPU = torch.device("cpu")
 
 
+@patch.object(kernel, "multiplies_bfloat16", lambda: False)
 @settings(deadline=None, max_examples=50)
 @given(
     rows=st.integers(1, 150),
     size=st.sampled_from([1, 7, 16, 24, 70, 1100]),
     outs=st.sampled_from([1, 3, 32, 45]),
     biased=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     threads=st.sampled_from([1, 2]),
     data=st.data(),
 )
 def test_on_the_cpu_a_row_is_a_function_of_itself(
-    rows: int, size: int, outs: int, biased: bool, threads: int, data: st.DataObject
+    rows: int, size: int, outs: int, biased: bool, dtype: torch.dtype, threads: int, data: st.DataObject
 ) -> None:
     """Right against float64, and the same bits among any others, by any number of threads."""
-    x, weight = draw(CPU, torch.float32, rows, size), draw(CPU, torch.float32, outs, size, seed=1)
-    bias = draw(CPU, torch.float32, outs, seed=2) if biased else None
+    x, weight = draw(CPU, dtype, rows, size), draw(CPU, dtype, outs, size, seed=1)
+    bias = draw(CPU, dtype, outs, seed=2) if biased else None
     before = torch.get_num_threads()
     made = row_invariant_linear(x, weight, bias)
     expected = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
-    torch.testing.assert_close(made.double(), expected, rtol=1e-5, atol=1e-4)
+    near = {"rtol": 1e-5, "atol": 1e-4} if dtype is torch.float32 else {"rtol": 2**-8, "atol": 1e-4}
+    torch.testing.assert_close(made.double(), expected, **near)
     places = data.draw(st.lists(st.integers(0, rows - 1), min_size=1, max_size=20))
     torch.set_num_threads(threads)
     try:
         assert torch.equal(row_invariant_linear(x[places], weight, bias), made[places])
     finally:
         torch.set_num_threads(before)
-    others = torch.full((rows + 1, size), float("nan"))
+    others = torch.full((rows + 1, size), float("nan"), dtype=dtype)
     others[rows // 2] = x[0]
     assert torch.equal(row_invariant_linear(others, weight, bias)[rows // 2], made[0])
 
 
-def test_the_cpu_takes_float32_as_it_lies_in_a_linear_layer() -> None:
+def test_the_cpu_takes_weights_as_they_lie_in_a_linear_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of bfloat16 where oneDNN does not."""
     weight = torch.zeros(4, 6)
     assert is_row_invariant(weight)
     assert costs_by_row(weight)
-    for other in (weight.t(), weight.bfloat16(), weight.double(), weight[:, :3], weight[None]):
+    for other in (weight.t(), weight.half(), weight.double(), weight[:, :3], weight[None]):
         assert not is_row_invariant(other)
+    for there in (True, False):
+        monkeypatch.setattr(kernel, "multiplies_bfloat16", lambda there=there: there)
+        assert costs_by_row(weight.bfloat16()) is not there
 
 
 def test_what_does_not_fit_is_not_read() -> None:

@@ -13,7 +13,10 @@ from vericache_compile.passes.lift_positions import lift_positions
 
 
 @pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.slow), 3])
-@pytest.mark.parametrize(("loop", "rule"), [("generate", "given"), ("plain", "column"), ("masked", "column")])
+@pytest.mark.parametrize(
+    ("loop", "rule"),
+    [("generate", "given"), ("plain", "column"), pytest.param("masked", "column", marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize(("name", "limit"), [("llama", None), pytest.param("gpt2", 4096, marks=pytest.mark.slow)])
 def test_the_rule_of_real_models(name: str, limit: int | None, loop: str, rule: str, batch: int) -> None:
     program = run_until(tiny_decode(name, batch, loop), "prove_mask", batch=batch)

@@ -447,7 +447,10 @@ def test_where_keys_come_in_each_round_a_window_is_added_one_round_later() -> No
             assert not held[:, before - pad :].any()
 
 
-@pytest.mark.parametrize(("forked", "more"), [(False, 7), (True, 7), pytest.param(True, 0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("forked", "more"),
+    [pytest.param(False, 7, marks=pytest.mark.slow), (True, 7), pytest.param(True, 0, marks=pytest.mark.slow)],
+)
 def test_where_keys_come_in_each_round_no_window_is_lost_to_a_turn_or_a_fork(forked: bool, more: int) -> None:
     model, prompt = make_tiny("llama", layers=3), make_prompt(TOKENS, 1)
     options = {"compressor": "h2o", "window": 4, "inductor": False, "placement": "host"}

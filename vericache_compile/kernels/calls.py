@@ -38,19 +38,22 @@ class Calls:
     """What was recorded within `with calls:`, by this thread; nothing of it has run then."""
 
     def __init__(self) -> None:
-        self._made: list[tuple[int, ctypes.Array[Any]]] = []
-        self._held: list[object] = []
-        """What lies at the addresses that functions are given."""
-        self._calls: ctypes.Array[ctypes.c_int64] | None = None
-        """For each call `struct Call` of the C++ file."""
+        self._parts: list[_Batch | Callable[[], None]] = []
         self._guard: TorchDispatchMode = _Guard()  # type: ignore[no-untyped-call]
 
     def add(self, function: int, arguments: Sequence[Argument], held: object = None) -> None:
         """Call the function at an address with these arguments, each 64 bits wide, when the recording is replayed."""
         if len(arguments) > MOST:
             raise NotRecordedError(f"a function of {len(arguments)} arguments")
-        self._made.append((function, (ctypes.c_int64 * len(arguments))(*map(number_of, arguments))))
-        self._held.append((arguments, held))
+        last = self._parts[-1] if self._parts else None
+        if not isinstance(last, _Batch):
+            last = _Batch()
+            self._parts.append(last)
+        last.add(function, arguments, held)
+
+    def run(self, function: Callable[[], None]) -> None:
+        """Run Python when the recording is replayed: for what a library computes that takes long enough."""
+        self._parts.append(function)
 
     def __enter__(self) -> Calls:
         assert recording() is None, "recordings are taken one at a time"
@@ -63,16 +66,35 @@ class Calls:
     ) -> None:
         self._guard.__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
         _thread.calls = None
-        fields = [part for function, given in self._made for part in (function, ctypes.addressof(given), len(given))]
-        self._calls = (ctypes.c_int64 * len(fields))(*fields)
 
     def replay(self) -> None:
         """Make all calls in their order."""
-        assert self._calls is not None, "nothing was recorded"
+        for part in self._parts:
+            part()
+
+
+class _Batch:
+    """Calls of C functions with nothing else between."""
+
+    def __init__(self) -> None:
+        self._fields: list[int] = []
+        """For each call `struct Call` of the C++ file."""
+        self._laid_out: ctypes.Array[ctypes.c_int64] | None = None
+        self._held: list[object] = []
+        """What lies at the addresses that functions are given."""
+
+    def add(self, function: int, arguments: Sequence[Argument], held: object) -> None:
+        given = (ctypes.c_int64 * len(arguments))(*map(number_of, arguments))
+        self._fields += (function, ctypes.addressof(given), len(given))
+        self._held.append((given, arguments, held))
+
+    def __call__(self) -> None:
+        if self._laid_out is None:
+            self._laid_out = (ctypes.c_int64 * len(self._fields))(*self._fields)
         message, library = ctypes.create_string_buffer(1024), native.load()
         assert library is not None, "recorded by the library"
-        places = ctypes.addressof(self._calls), len(self._made), ctypes.addressof(message), len(message)
-        if library.make_calls(*places) < len(self._made):
+        places = ctypes.addressof(self._laid_out), len(self._held), ctypes.addressof(message), len(message)
+        if library.make_calls(*places) < len(self._held):
             raise RuntimeError(message.value.decode(errors="replace"))
 
 

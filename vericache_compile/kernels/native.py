@@ -23,7 +23,7 @@ SOURCES = (
     "calls.cpp",
 )
 FUNCTIONS = {
-    "workspace": 4, "attend": 13, "multiply_rows": 10, "multiply_int8": 8, "begin_step": 8, "write_rows": 11,
+    "workspace": 4, "attend": 13, "multiply_rows": 12, "multiply_int8": 8, "begin_step": 8, "write_rows": 11,
     "end_step": 9, "make_calls": 4,
 }  # fmt: skip
 """How many arguments each takes: whole numbers and addresses, each 64 bits wide."""

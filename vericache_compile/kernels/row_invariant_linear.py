@@ -1,13 +1,15 @@
 """The product of a few rows with a weight: a row's bits depend on that row and the weight alone.
 
 Libraries choose tiles and the split of the inner dimension by the number of rows. Here each number is a sum in float32
-in one order, whatever the other rows are: in Triton on a GPU, over tiles of the inner dimension; in C++ on the CPU.
-That of the CPU is made for a window of a few rows: for a hundred a library that may choose by their number is faster.
+in one order, whatever the other rows are: in Triton on a GPU, over tiles of the inner dimension; in C++ on the CPU,
+where bfloat16 is rounded once. That of the CPU is made for a window of a few rows: for a hundred a library that may
+choose by their number is faster.
 """
 
 from __future__ import annotations
 
 import ctypes
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -33,6 +35,8 @@ class Tiles(NamedTuple):
     """Steps in flight."""
 
 
+ON_CPU = (torch.float32, torch.bfloat16)
+"""What the kernel of the CPU reads and gives."""
 WIDE = 8192
 """Outputs from which on tiles of 64 keep every multiprocessor busy."""
 
@@ -79,10 +83,10 @@ def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _multiply_rows(x: Tensor, weight: Tensor, bias: Tensor | None, wanted: Wanted) -> Tensor:
     library = native.load()
     assert library is not None, "ask `is_row_invariant` first"
-    assert x.dtype is weight.dtype is torch.float32, "the kernel reads float32 numbers"
+    assert x.dtype is weight.dtype and x.dtype in ON_CPU, "the kernel reads float32 or bfloat16 numbers"
     assert x.shape[-1] == weight.shape[1], f"rows of {x.shape[-1]} numbers by a weight of {weight.shape[1]}"
     if bias is not None:
-        assert bias.dtype is torch.float32, "the kernel reads float32 numbers"
+        assert bias.dtype is weight.dtype, f"a bias of {bias.dtype} for a weight of {weight.dtype}"
         assert bias.shape == weight.shape[:1], f"a bias of {tuple(bias.shape)} for {weight.shape[0]} outputs"
         bias = side_by_side(bias)
     x = side_by_side(x)
@@ -91,8 +95,10 @@ def _multiply_rows(x: Tensor, weight: Tensor, bias: Tensor | None, wanted: Wante
     if not (total := x.shape[:-1].numel()):
         return out
     told = (ctypes.c_int64 * 1)(wanted) if isinstance(wanted, int) else wanted
+    narrow = x.dtype is not torch.float32
+    work = x.new_empty(x.numel(), dtype=torch.float32) if narrow else None
     numbers = (told, total, total // x.shape[0], size, outs)
-    call(library.multiply_rows, x, weight, bias, *numbers, out, torch.get_num_threads())
+    call(library.multiply_rows, x, weight, bias, *numbers, out, int(narrow), work, torch.get_num_threads())
     return out
 
 
@@ -104,7 +110,15 @@ def is_row_invariant(weight: Tensor) -> bool:
 def costs_by_row(weight: Tensor) -> bool:
     """Whether the kernel is that of the CPU, to which a row less is work less; tiles on a GPU are filled anyway."""
     fits = weight.dim() == 2 and weight.is_contiguous() and not serves(weight)
-    return fits and weight.device.type == "cpu" and weight.dtype is torch.float32 and native.load() is not None
+    if not fits or weight.device.type != "cpu" or native.load() is None:
+        return False
+    return weight.dtype is torch.float32 or (weight.dtype is torch.bfloat16 and not multiplies_bfloat16())
+
+
+@cache
+def multiplies_bfloat16() -> bool:
+    """Whether oneDNN does on this CPU: with the instructions for it, many rows take a fraction of the kernel's time."""
+    return bool(torch._C._has_mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def row_invariant_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
