@@ -27,6 +27,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
+from vericache_compile.kernels.row_invariant_linear import multiplies_bfloat16
 from vericache_compile.ops import HEADS_MM, INT8_LINEAR, LINEAR, ROWS, has_onednn, keeps_rows_apart
 from vericache_compile.passes.program import Program
 from vericache_compile.plan import FEW, Cast
@@ -72,7 +73,7 @@ def dtype_read(draft_dtype: torch.dtype | None, device: torch.device, rows: int)
     """The type that a draft of so many rows reads weights in: int8 pays for few. None for the weight's own."""
     if draft_dtype is not torch.int8 or rows <= FEW:
         return draft_dtype
-    return torch.bfloat16 if device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported() else None
+    return torch.bfloat16 if device.type != "cpu" or multiplies_bfloat16() else None
 
 
 class _Spelling:

@@ -42,6 +42,7 @@ class Captured(Generic[Made]):
         recorded where it does nothing but `calls` that can be; elsewhere than there and on a GPU it stays eager."""
         self._eager = device.type != "cuda" and not calls
         self._calls = calls
+        self._refusals = Exception if calls else RuntimeError  # what Inductor writes may change in any way
         self._warm = False
         self._what, self._pool = what, pool or Pool()
         self._recorded: tuple[Any, Made] | None = None
@@ -66,9 +67,10 @@ class Captured(Generic[Made]):
         if not self._eager:
             try:
                 self._recorded = record_calls(launch) if self._calls else record(launch, self._pool)
-            except RuntimeError as error:  # out of memory too, and whatever a recording does not allow
+            except self._refusals as error:  # out of memory too, and whatever a recording does not allow
                 self._eager = self._pool.failed = True
-                first = str(error).split(". ")[0].splitlines()[0]  # what follows says how much memory is free just now
+                # what follows the first sentence says how much memory is free just now
+                first = (str(error).split(". ")[0].splitlines() or [""])[0]
                 (_note if self._calls else _tell)(self._what, f"{type(error).__name__}: {first}")
 
 

@@ -84,6 +84,7 @@ class DraftStep:
             self.shifts = self.before.to(device) - self.starts[:, None]
             self.places, self.shown = torch.zeros_like(self.shifts), torch.zeros_like(self.positions)
         self._program = recordable(plan.draft) if calls else plan.draft
+        self._work: list[Tensor] = []
         self._calls = calls
         self._step: Captured[None] = Captured(device, "a draft step", calls=calls)
 
@@ -146,7 +147,7 @@ class DraftStep:
             write_rows(v, held.layer.values, place)
             how = scores_of(site, sinks, 0, q.device) or PLAIN
             own = (held.layer.keys, held.layer.values, newest, held.lefts)
-            return block_attention.attend_at(q, *own, site.scale, how, held.layer.reach)
+            return block_attention.attend_at(q, *own, site.scale, how, held.layer.reach, self._work)
 
         (token,) = execute(self._program, self.bound, self.tokens, self.shown, attend)
         ends = (self.tokens, self.drafted, self.place, self.positions, self.columns)

@@ -9,7 +9,7 @@ import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial
-from types import BuiltinFunctionType, FunctionType, MethodType
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -66,9 +66,10 @@ def _with_kernels_recorded(run: Compiled) -> Callable[[list[Tensor]], Any]:
             names[name] = partial(_record_kernel, _address_of(library))
         elif name not in HARMLESS and not isinstance(names[name], Tensor):
             raise NotRecordedError(f"a segment calls {name}")
-    if "partitions" in function.__code__.co_names:
+    code = function.__code__
+    if "partitions" in code.co_names or code.co_freevars or any(isinstance(each, CodeType) for each in code.co_consts):
         raise NotRecordedError("a segment is in parts")
-    copy = FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
+    copy = FunctionType(code, names, function.__name__, function.__defaults__)
     return copy if held is function else MethodType(copy, held.__self__)
 
 

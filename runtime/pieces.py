@@ -26,13 +26,16 @@ Bound = list[Tensor | None]
 """Slots of the verify program with its weights in place."""
 ALL = (1 << 31) - 1
 """Tokens that are wanted where nobody says how many."""
+MANY = 128
+"""Rows of a window and batch up to which recordings are taken on the CPU."""
 LATEST = 4
 """Plans whose recordings are kept."""
 
 
-def serves(device: torch.device, plan: DecodePlan) -> bool:
-    """Whether verify's segments can be recorded: with our kernels, where none reads numbers back."""
-    if plan.verify.waits_for_host:
+def serves(device: torch.device, plan: DecodePlan, batch: int = 1) -> bool:
+    """Whether verify's segments are recorded: with our kernels, where none reads numbers back. A recording on the CPU
+    keeps what each segment computes for itself, so there it is for as many rows as Python is a part of the time of."""
+    if plan.verify.waits_for_host or (device.type == "cpu" and batch * plan.window > MANY):
         return False
     return all(launch.takes(device, site.dtype) for site in plan.captured.sites) or makes_calls(device, plan)
 

@@ -107,10 +107,13 @@ def set_apart(
 ) -> Remainder | None:
     """What a region leaves out of the keys [K, S, D] and values [K, S, E] that it was made of, from column `begin` on.
 
-    None where it holds none of them as they were cached, or all of them (`exact`). The host waits for nothing.
+    None where it holds none of them as they were cached, or all of them (`exact`), or where a prompt's keys or values
+    have another type than the cache (under autocast). The host waits for nothing.
     """
     own = region.as_cached
     if own is None or not sum(own) or region.exact == region.covered:
+        return None
+    if not keys.dtype is values.dtype is site.dtype:
         return None
     keys, values = keys[:, : region.covered], values[:, : region.covered]
     held, sure = find_held(keys, values, *region.materialize(), own)

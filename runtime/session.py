@@ -265,7 +265,7 @@ class Session:
         assert sequence.decode is not None, "set by the decode call"
         plan, inputs = sequence.decode
         device = inputs[plan.captured.roles.weights[0]].device
-        if pieces.serves(device, plan):
+        if pieces.serves(device, plan, len(sequence.rows)):
             plan = self._recordings.of(plan, device, bind_weights(plan.verify, inputs, self.casts))
         arguments = (
             plan,

@@ -134,6 +134,7 @@ def test_draft_reads_int8_where_a_kernel_is_for_it_unless_told_otherwise(
     there: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(native, "load", lambda: object() if there else None)
+    monkeypatch.setattr("vericache_compile.config.multiplies_bfloat16", lambda: True)
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert config({}).draft_dtype_on(cpu) is (torch.int8 if there else None)
     assert config({}).draft_dtype_on(gpu) is None

@@ -332,7 +332,7 @@ def test_beams_share_pages() -> None:
 def test_memory_of_forks_of_one_prefix(placement: str) -> None:
     """A copy costs nothing until it is used: then the page that it writes to, on the device all of full KV."""
     model, ids = make_tiny("llama"), make_prompt(1100)["input_ids"]
-    options = {"placement": placement, "compressor": "streaming", "keep": 0.1, **EAGER}
+    options = {"placement": placement, "compressor": "streaming", "keep": 0.1, "draft_dtype": "same", **EAGER}
     model.compile(backend="vericache", options=options)
     cache = DynamicCache()
     prefix = grow(model, ids, cache, 2)
@@ -701,7 +701,7 @@ class Malloc(ctypes.Structure):
 
 @pytest.mark.parametrize(
     ("placement", "many"),
-    [("disk", 30), *(pytest.param(name, 200, marks=pytest.mark.slow) for name in ("disk", "host"))],
+    [("disk", 40), *(pytest.param(name, 200, marks=pytest.mark.slow) for name in ("disk", "host"))],
 )
 def test_many_sequences_leave_nothing_behind(placement: str, many: int, tmp_path: Path) -> None:
     """Threads, files and memory are as many as after the first ones."""

@@ -15,6 +15,7 @@ from vericache_compile.compressors.base import Compressor
 from vericache_compile.compressors.spec import options_of, parse
 from vericache_compile.errors import OptionError
 from vericache_compile.kernels import int8_linear
+from vericache_compile.kernels.row_invariant_linear import multiplies_bfloat16
 from vericache_compile.plan import Tier
 
 MAX_WINDOW = 256
@@ -45,7 +46,7 @@ class Config:
         default=AUTO,
         metadata={
             "doc": "type that draft reads weights in (verify reads the model's own): same, bfloat16, float16, int8; "
-            "auto is int8 on a CPU, and same elsewhere"
+            "auto is int8 on a CPU with a C++ compiler, and same elsewhere"
         },
     )
     placement: str = field(
@@ -122,7 +123,9 @@ class Config:
         """
         has_int8 = int8_linear.serves(device)
         dtype = DRAFT_DTYPES[("int8" if has_int8 else "same") if self.draft_dtype == AUTO else self.draft_dtype]
-        return torch.bfloat16 if dtype is torch.int8 and not has_int8 else dtype
+        if dtype is not torch.int8 or has_int8:
+            return dtype
+        return torch.bfloat16 if device.type != "cpu" or multiplies_bfloat16() else None
 
     def moves_on(self, device: torch.device) -> bool:
         """Whether full KV of a model on this device may live elsewhere, so that graphs need transfers."""

@@ -139,7 +139,8 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, window: bool = False
     if is_row_invariant(weight):
         return row_invariant_linear(x, weight, bias, wanted)
     if (calls := recording()) is not None:
-        out = x.new_empty((*x.shape[:-1], weight.shape[0]))
+        with torch.inference_mode(False):  # it is written in any mode
+            out = x.new_empty((*x.shape[:-1], weight.shape[0]))
         calls.run(lambda: _multiply_into(out, x, weight, bias, wanted))
         return out
     assert wanted is None or isinstance(wanted, int), "an array is for calls that are recorded"

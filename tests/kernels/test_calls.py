@@ -63,21 +63,27 @@ def test_attention_and_steps_read_places_when_they_run() -> None:
     assert (tokens.tolist(), drafted.tolist()) == ([[11], [8]], [[0, 0], [11, 8], [11, 8], [0, 0]])
 
 
-def test_what_torch_computes_is_refused() -> None:
+@pytest.mark.parametrize("inference", [False, True])
+def test_what_torch_computes_is_refused(inference: bool) -> None:
+    """In inference mode, too, where torch calls a copy a view."""
     x, weight = torch.zeros(40, 64), torch.randn(16, 64)
     codes, scales = quantize(weight)
-    other = torch.randn(16, 40)
+    place = whole(0)
+    other, rows = torch.randn(16, 40), torch.zeros(1, 1, 1, 64, dtype=torch.bfloat16)
     for compute in (
         lambda: x + 1,
         lambda: x.t().contiguous(),
+        lambda: x.to(torch.float64),
+        lambda: x.t().reshape(-1),
+        lambda: write_rows(rows, x.view(1, 1, 40, 64), place),
         lambda: ops.INT8_LINEAR(x.t()[:, :32], [codes[:, :32]], [scales[:, :1]], [16]),
         lambda: ops.LINEAR(x.t(), other, None),
         lambda: x[0, 0].item(),
     ):
-        with pytest.raises(NotRecordedError, match="is torch's"), Calls():
+        with torch.inference_mode(inference), pytest.raises(NotRecordedError, match="is torch's"), Calls():
             compute()
         assert recording() is None
-    with Calls():
+    with torch.inference_mode(inference), Calls():
         assert x.view(-1)[3:].view(-1, 1).t().new_empty(4).shape == (4,), "room and views are no computation"
 
 
@@ -118,6 +124,17 @@ def test_every_number_of_arguments_arrives(count: int) -> None:
     calls.replay()
     calls.replay()
     assert seen == [tuple(numbers)] * 2
+
+
+def test_rows_take_the_type_of_their_buffer() -> None:
+    """As under autocast, which makes keys and values of another type than the cache's."""
+    buffer, row = torch.zeros(2, 1, 8, 16), torch.randn(2, 1, 1, 16).bfloat16()
+    write_rows(row, buffer, whole(3, 5))
+    expected = torch.zeros(2, 1, 8, 16)
+    expected[0, :, 3], expected[1, :, 5] = row[0, :, 0].float(), row[1, :, 0].float()
+    assert torch.equal(buffer, expected)
+    with pytest.raises(AssertionError, match="a row per row"):
+        write_rows(row[..., :8].float(), buffer, whole(3, 5))
 
 
 def test_other_threads_call_while_one_records() -> None:

@@ -1,4 +1,4 @@
-"""Products with int8 copies of weights: right, and a row's numbers a function of that row alone."""
+"""Products with int8 copies of weights."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_codes_are_the_nearest_and_outputs_of_zeros_stay_zero() -> None:
     assert not read[:, 3].any()
 
 
-def test_a_rows_bits_do_not_depend_on_the_others() -> None:
+def test_rows_are_multiplied_alike_however_many_there_are() -> None:
     weight = draw(45, 200)
     codes, scales = quantize(weight)
     x = draw(23, 200, seed=1)

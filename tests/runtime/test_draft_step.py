@@ -120,6 +120,24 @@ def test_on_the_cpu_steps_are_calls_that_are_recorded(
     assert len(compared) > 10
 
 
+@pytest.mark.skipif(native.load() is None, reason="no C++ compiler")
+def test_under_autocast_steps_that_cannot_be_recorded_give_the_same_rows(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Keys come in another type than the cache's; what drafts hold is not brought in again, so it has to be right."""
+    capture._note.cache_clear()
+    model, inputs = make_tiny("llama"), make_prompt(300)
+    switch = compiled(model)
+    options = {"window": 4, "placement": "host", "staging_mb": 0.001}
+    with torch.autocast("cpu", torch.bfloat16):
+        with monkeypatch.context() as launched:
+            launched.setattr(draft_step, "serves", lambda device, plan, draft: False)
+            first = logits_of(model, switch, inputs, 24, **options)
+        with caplog.at_level(logging.INFO, "vericache_compile"):
+            assert torch.equal(logits_of(model, switch, inputs, 24, **options), first)
+    assert [told for told in caplog.messages if "a draft step goes through Python" in told]
+
+
 @pytest.mark.parametrize("name", ["gpt_oss", pytest.param("gemma2", marks=pytest.mark.slow)])
 def test_sinks_and_soft_caps_are_part_of_a_step(name: str, compared: list[str]) -> None:
     model = make_model(name, "eager")

@@ -67,7 +67,7 @@ def in_use(monkeypatch: pytest.MonkeyPatch) -> list[DecodePlan]:
         used.append(in_pieces(plan, GPU))
         return used[-1]
 
-    monkeypatch.setattr(pieces, "serves", lambda device, plan: True)
+    monkeypatch.setattr(pieces, "serves", lambda *given: True)
     monkeypatch.setattr(pieces, "in_pieces", on_a_gpu)
     return used
 
@@ -105,7 +105,7 @@ def test_rows_are_those_of_launches_and_growth_records_nothing_anew(
     model = make_tiny("llama", layers=3)
     model.compile(backend="vericache", options={**OPTIONS, **how})
     with monkeypatch.context() as launched:
-        launched.setattr(pieces, "serves", lambda device, plan: False)
+        launched.setattr(pieces, "serves", lambda *given: False)
         expected = two_turns(model, batch)
     assert not recorder.count
     for _ in range(2):
@@ -145,7 +145,7 @@ def test_on_the_cpu_pieces_are_calls_that_give_the_same_rows(
     model.compile(backend="vericache", options={"window": 8, "compressor": "none", **how})
     monkeypatch.setattr(draft_step, "serves", lambda device, plan, draft: False)
     with monkeypatch.context() as launched:
-        launched.setattr(pieces, "serves", lambda device, plan: False)
+        launched.setattr(pieces, "serves", lambda *given: False)
         expected = two_turns(model, batch)
     assert not replays
     with caplog.at_level(logging.INFO, "vericache_compile"):

@@ -114,7 +114,7 @@ def told() -> Iterator[Told]:
         plain.set_attn_implementation("eager")
         prompt = make_prompt(TOKENS, BATCH)
         model.compile(backend=switch)
-        switch.options = {"compressor": "listener", "window": 4, "inductor": False}
+        switch.options = {"compressor": "listener", "window": 4, "inductor": False, "draft_dtype": "same"}
         out = model.generate(**prompt, max_new_tokens=NEW, do_sample=False, return_dict_in_generate=True)
         ids = out.sequences
         assert stats(model)["seconds"]["repeat"] > 0

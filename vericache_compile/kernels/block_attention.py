@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vericache_compile.kernels import native
-from vericache_compile.kernels.calls import Argument, call
+from vericache_compile.kernels.calls import Argument, call, side_by_side
 
 BLOCK = 256
 SIZES = ("batch", "heads", "kv_heads", "window", "size", "value_size")
@@ -102,10 +102,12 @@ def attend_at(
     scale: float,
     scores: Scores = PLAIN,
     reach: int | None = None,
+    work: list[Tensor] | None = None,
 ) -> Tensor:
-    """As `attend`, for starts [B] and pads [B, K] (int64) that are read when the kernel runs."""
+    """As `attend`, for starts [B] and pads [B, K] (int64) that are read when the kernel runs. Calls that follow each
+    other may share the memory that they `work` in: a list that the first one fills."""
     assert starts.is_contiguous() and pads.is_contiguous(), "whole numbers that lie side by side"
-    return _attend(q, keys, values, starts, pads, -(-keys.shape[2] // BLOCK), scale, scores, reach)
+    return _attend(q, keys, values, starts, pads, -(-keys.shape[2] // BLOCK), scale, scores, reach, work)
 
 
 def _attend(
@@ -118,19 +120,25 @@ def _attend(
     scale: float,
     scores: Scores,
     reach: int | None,
+    shared: list[Tensor] | None = None,
 ) -> Tensor:
     library = native.load()
     assert library is not None, "ask `serves` first"
     assert q.dtype is keys.dtype is values.dtype and q.dtype in TYPES, "the kernel reads float32 or bfloat16 numbers"
     assert keys.stride(-1) == values.stride(-1) == 1, "numbers of a key, and of a value, lie side by side"
     if q.stride(-1) != 1:
-        q = q.contiguous()
+        q = side_by_side(q)
     batch, heads, window, size = q.shape
     strides = (*q.stride()[:3], *keys.stride()[:3], *values.stride()[:3])
     shape = Shape(batch, heads, keys.shape[1], window, size, values.shape[3], *strides)
     narrow, threads = int(q.dtype is not torch.float32), torch.get_num_threads()
     floats = library.workspace(ctypes.addressof(shape), blocks, narrow, threads)
-    work = q.new_empty(floats, dtype=torch.float32)
+    if shared and shared[-1].numel() >= floats:
+        work = shared[-1]
+    else:
+        work = q.new_empty(floats, dtype=torch.float32)
+        if shared is not None:
+            shared.append(work)
     out = q.new_empty((batch, heads, window, values.shape[3]))
     given = (
         q,

@@ -1,7 +1,7 @@
 """Calls of C functions: made at once, or recorded and then made again and again without their Python.
 
-A recording is what a CUDA graph is on a GPU: the same functions on the same addresses, in order. Whatever else torch
-would compute while it is taken could not be made again, so it refuses that.
+A recording is what a CUDA graph is on a GPU: the same functions on the same addresses, in order, by as many threads as
+there were. Whatever else torch would compute while it is taken could not be made again, so it refuses that.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from vericache_compile.kernels import native
 
@@ -57,6 +58,7 @@ class Calls:
 
     def __enter__(self) -> Calls:
         assert recording() is None, "recordings are taken one at a time"
+        _taking.acquire()  # a dispatch mode sets flags that all threads share
         _thread.calls = self
         self._guard.__enter__()  # type: ignore[no-untyped-call]
         return self
@@ -66,6 +68,7 @@ class Calls:
     ) -> None:
         self._guard.__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
         _thread.calls = None
+        _taking.release()
 
     def replay(self) -> None:
         """Make all calls in their order."""
@@ -105,12 +108,24 @@ class _Guard(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func in CALLING:
             with self:
                 return CALLING[func](*args, **(kwargs or {}))
-        if not func.is_view and func not in ALLOCATES:
+        made = func(*args, **(kwargs or {}))
+        if func not in ALLOCATES and not (func.is_view and _places(made) <= _places((args, kwargs))):
             raise NotRecordedError(f"{func} is torch's")
-        return func(*args, **(kwargs or {}))
+        return made
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Other threads may compile meanwhile."""
+        return True
+
+
+def _places(values: object) -> set[int]:
+    """Where tensors keep their numbers: in inference mode what torch calls a view may be a copy."""
+    return {x.untyped_storage().data_ptr() for x in tree_leaves(values) if isinstance(x, Tensor)}
 
 
 _thread = threading.local()
+_taking = threading.Lock()
 
 
 def recording() -> Calls | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from vericache_compile.kernels import native
-from vericache_compile.kernels.calls import call
+from vericache_compile.kernels.calls import NotRecordedError, call, recording
 
 NO_LIMIT = (1 << 63) - 1
 
@@ -25,11 +25,17 @@ def begin_step(
 
 
 def write_rows(x: Tensor, buffer: Tensor, places: Tensor) -> None:
-    """Write x [B, K, 1, D] to buffer [B, K, S, D], at slot places[b] of row b (int64); innermost strides are 1."""
+    """Write x [B, K, 1, D] to buffer [B, K, S, D], in its type, at slot places[b] of row b (int64); innermost strides
+    are 1."""
     library = native.load()
     assert library is not None, "ask `block_attention.serves` first"
-    assert x.stride(-1) == buffer.stride(-1) == 1, "numbers of a key, and of a value, lie side by side"
+    if x.dtype is not buffer.dtype:  # under autocast
+        if recording() is not None:
+            raise NotRecordedError(f"{x.dtype} to a buffer of {buffer.dtype} is torch's")
+        x = x.to(buffer.dtype)
     batch, heads, _, size = x.shape
+    assert x.stride(-1) == buffer.stride(-1) == 1, "numbers of a key, and of a value, lie side by side"
+    assert (batch, heads, size) == (*buffer.shape[:2], buffer.shape[3]), "a row per row of the batch and head"
     item = x.element_size()
     strides = (*x.stride()[:2], *buffer.stride()[:3])
     call(library.write_rows, x, buffer, places, batch, heads, size * item, *(stride * item for stride in strides))

@@ -1,14 +1,14 @@
 // Products of a few rows of float32 with weights in int8, for the CPU: as long as it takes to read the weights.
 //
 // Outputs are lanes: the codes of OUTPUTS outputs lie side by side, input by input, and so do their scales, group by
-// group. A row's numbers do not depend on which other rows there are.
+// group.
 
 constexpr int OUTPUTS = 16;                 // whose codes lie side by side
 constexpr int GROUP = 32;                   // inputs that share a scale
 constexpr int PARTS = OUTPUTS / LANES;      // vectors of outputs
 constexpr int CODES = OUTPUTS * GROUP;      // codes of a group
 constexpr int SOON = 4;                     // groups between what is read and what is asked for
-constexpr int MOST = REGISTERS < 32 ? 4 : 16;  // rows that are multiplied together
+constexpr int MOST = REGISTERS / PARTS / 2;  // rows that are multiplied together
 
 typedef int8_t Bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
 

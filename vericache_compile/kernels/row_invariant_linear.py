@@ -97,7 +97,7 @@ def _multiply_rows(x: Tensor, weight: Tensor, bias: Tensor | None, wanted: Wante
     told = (ctypes.c_int64 * 1)(wanted) if isinstance(wanted, int) else wanted
     narrow = x.dtype is not torch.float32
     work = x.new_empty(x.numel(), dtype=torch.float32) if narrow else None
-    numbers = (told, total, total // x.shape[0], size, outs)
+    numbers = (told, total, total // max(x.shape[0], 1), size, outs)
     call(library.multiply_rows, x, weight, bias, *numbers, out, int(narrow), work, torch.get_num_threads())
     return out
 
