@@ -26,7 +26,7 @@ Bound = list[Tensor | None]
 """Slots of the verify program with its weights in place."""
 ALL = (1 << 31) - 1
 """Tokens that are wanted where nobody says how many."""
-MANY = 128
+MANY = 64
 """Rows of a window and batch up to which recordings are taken on the CPU."""
 LATEST = 4
 """Plans whose recordings are kept."""
