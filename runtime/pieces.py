@@ -33,8 +33,8 @@ LATEST = 4
 
 
 def serves(device: torch.device, plan: DecodePlan, batch: int = 1) -> bool:
-    """Whether verify's segments are recorded: with our kernels, where none reads numbers back. A recording on the CPU
-    keeps what each segment computes for itself, so there it is for as many rows as Python is a part of the time of."""
+    """Whether verify's segments are recorded: with our kernels, where none reads numbers back. On the CPU memory
+    for what a segment computes is its recording's own, so recordings are taken of few rows: those that Python slows."""
     if plan.verify.waits_for_host or (device.type == "cpu" and batch * plan.window > MANY):
         return False
     return all(launch.takes(device, site.dtype) for site in plan.captured.sites) or makes_calls(device, plan)

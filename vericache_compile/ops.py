@@ -25,8 +25,8 @@ from vericache_compile.kernels.row_invariant_linear import (
 
 WANTED: ContextVar[Wanted] = ContextVar("vericache_wanted", default=None)
 """How many of a window's tokens there are, while verify runs; None: all; an array for calls that are recorded, which
-read it when they run. What an operator gives for those beyond is the
-first token's, where that is less work: nobody reads it, and it is as harmless as what the first token is given."""
+read it when they run. What an operator gives for those beyond is the first token's, where that is less work: nobody
+reads it, and it is as harmless as what the first token is given."""
 
 
 def filled(made: Tensor, count: int, axis: int = 0) -> Tensor:
